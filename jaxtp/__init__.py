@@ -1,0 +1,32 @@
+"""jaxtp: a Llama on more than one GPU, in JAX.
+
+from jaxtp import LLM, SamplingParams
+
+llm = LLM("path/to/checkpoint", tensor_parallel_size=4)
+for request in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
+    print(request.outputs[0].text)
+"""
+
+from jaxtp.config import ModelConfig
+from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
+from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
+from jaxtp.model import Cache, Llama
+from jaxtp.presets import PRESETS, preset
+from jaxtp.sharding import Rules
+
+__all__ = [
+    "AXES",
+    "LLM",
+    "PRESETS",
+    "Cache",
+    "CompletionOutput",
+    "Llama",
+    "Logprob",
+    "ModelConfig",
+    "RequestOutput",
+    "Rules",
+    "SamplingParams",
+    "make_mesh",
+    "preset",
+    "use_virtual_devices",
+]

@@ -1,0 +1,5 @@
+"""`python -m jaxtp` is the `jaxtp` command."""
+
+from jaxtp.cli import main
+
+main()

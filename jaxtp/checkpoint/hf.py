@@ -1,0 +1,253 @@
+"""Hugging Face checkpoints (safetensors), both ways, one weight at a time.
+
+Every process reads only the slices that its own devices hold, straight into their dtype. Pickled weights (`.bin`) are
+never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxtp.checkpoint.names import Index, Part, parts
+from jaxtp.config import ModelConfig
+from jaxtp.log import console, interactive
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+_DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def resolve(model: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: a folder as it is, a hub id ("org/name") downloaded (HF_TOKEN is honoured).
+
+    Raises FileNotFoundError where there is no such folder and no such repository can be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"there is no checkpoint folder {path} (a hub id has the form org/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOAD)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"there is no folder {path}, and {name} could not be had from the hub: {error}") from error
+
+
+class Tensors:
+    """The tensors of a checkpoint folder by name, read in slices."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens all files and reads their headers. Raises FileNotFoundError or ValueError naming the file at fault."""
+        self._stack = ExitStack()
+        self._file: dict[str, Any] = {}
+        self._path: dict[str, Path] = {}
+        for path in _files(folder):
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="numpy"))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path} is missing, but {folder / INDEX} names it") from None
+            except SafetensorError as error:
+                raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                self._file[name], self._path[name] = file, path
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; only the header is read."""
+        return tuple(self._file[name].get_slice(name).get_shape())
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A block of the tensor, in the dtype of the file."""
+        try:
+            return self._file[name].get_slice(name)[index]
+        except SafetensorError as error:
+            raise ValueError(f"{self._path[name]}: {name} cannot be read: {error}") from error
+
+
+def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool = True) -> None:
+    """Fills an abstract model's weights from a checkpoint folder, in place.
+
+    Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
+    """
+    weights = dict(_params(model))
+    made_of = {path: parts(config, path, weight.get_value().shape) for path, weight in weights.items()}
+    with Tensors(folder) as tensors, _bar(progress) as bar:
+        _check(tensors, config, folder, {path: (weights[path].get_value().shape, made_of[path]) for path in weights})
+        total = sum(_bytes(w.get_value()) for w in weights.values())
+        task = bar.add_task(f"loading {folder.name}", total=total)
+        for path, weight in weights.items():
+            abstract = weight.get_value()
+            weight.set_value(_read(tensors, abstract, made_of[path]))
+            bar.advance(task, _bytes(abstract))
+
+
+def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, made_of: tuple[Part, ...]) -> jax.Array:
+    blocks: dict[str, np.ndarray] = {}  # devices that hold the same block share one reading
+
+    def block(index: Index) -> np.ndarray:
+        if str(index) not in blocks:
+            shape = [len(range(*s.indices(n))) for s, n in zip(index, abstract.shape, strict=True)]
+            out = np.empty(shape, abstract.dtype)
+            for part in made_of:
+                part.read(out, index, abstract.shape, lambda where, name=part.name: tensors.read(name, where))
+            blocks[str(index)] = out
+        return blocks[str(index)]
+
+    array = jax.make_array_from_callback(abstract.shape, abstract.sharding, block, dtype=abstract.dtype)
+    return jax.block_until_ready(array)  # before the host copies go
+
+
+def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path | None, max_shard_bytes: int) -> None:
+    """Writes a folder that `transformers` loads: weights, index, config, generation config and, from `source`, tokenizer.
+
+    Weights are gathered one at a time; a file of at most `max_shard_bytes` (one tensor at least) is written whenever it is
+    full. Only the first process writes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writes = jax.process_index() == 0
+    names: dict[str, str] = {}
+    shards: list[dict[str, np.ndarray]] = [{}]
+    written: list[Path] = []
+    size = total = 0
+
+    def flush() -> None:
+        if writes and shards[-1]:
+            written.append(folder / f"shard-{len(written)}.partial")
+            save_file(shards[-1], written[-1], metadata={"format": "pt"})
+        names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
+        shards[-1] = {}
+
+    for path, weight in _params(model):
+        array = weight.get_value()
+        host = _whole(array)
+        for part in parts(config, path, array.shape):
+            tensor = part.write(host)
+            if size and size + tensor.nbytes > max_shard_bytes:
+                flush()
+                size = 0
+            shards[-1][part.name] = tensor
+            size += tensor.nbytes
+            total += tensor.nbytes
+    flush()
+    if writes:
+        _finish(folder, written, names, total)
+        dtype = jnp.dtype(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype).name
+        (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": dtype}, indent=2) + "\n")
+        _copy_beside(folder, config, source)
+
+
+def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: int) -> None:
+    """Gives the files their final names once their number is known, and writes the index where there are several."""
+    for stale in _weight_files(folder):
+        stale.unlink()
+    count = len(written)
+    final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for path, name in zip(written, final, strict=True):
+        path.rename(folder / name)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {k: final[int(v)] for k, v in names.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None:
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}
+    if source is None or source.resolve() == folder.resolve():
+        if not (folder / "generation_config.json").exists():
+            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        return
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for path in source.glob(pattern):
+            shutil.copy(path, folder / path.name)
+    if not (folder / "generation_config.json").exists():
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _params(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
+    return [(".".join(map(str, path)), weight) for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(p for p in [*folder.glob("*.safetensors"), folder / INDEX] if p.exists())
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        try:
+            return sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{folder / INDEX} is not a safetensors index: {error}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and list(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder} holds only pickled weights (*.bin), which are never loaded; convert it to safetensors"
+        )
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    return files
+
+
+def _check(
+    tensors: Tensors, config: ModelConfig, folder: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[Part, ...]]]
+) -> None:
+    shapes = {part.name: part.shape(shape) for shape, made_of in wanted.values() for part in made_of}
+    missing = [name for name in shapes if name not in tensors]
+    # buffers that old exports carry, and a second copy of a tied table
+    known = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    extra = [name for name in tensors if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq")]
+    wrong = [
+        f"{name} is {tensors.shape(name)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors.shape(name) != shape
+    ]
+    problems = [
+        f"{title}: {', '.join(found[:20])}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
+        for title, found in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"the tensors in {folder} do not fit its config.json\n  " + "\n  ".join(problems))
+
+
+def _bytes(abstract: jax.ShapeDtypeStruct) -> int:
+    return abstract.size * jnp.dtype(abstract.dtype).itemsize
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not (shown and interactive()), transient=True, console=console)

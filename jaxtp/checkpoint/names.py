@@ -1,0 +1,127 @@
+"""The two-way table of names: which tensors of a Hugging Face checkpoint make up each of our weights.
+
+A weight of ours is a reshape of one tensor, or several tensors side by side (q, k and v; gate and up). Where tp exceeds
+the KV heads, each KV head stands several times in ours; where tp does not divide the vocabulary, ours has zero rows at
+the end. Both are undone on the way out.
+
+K KV heads as held, G query heads per held KV head, H head_dim, D embed, F mlp, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtp.config import ModelConfig
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor inside one of our weights.
+
+    select: where it lies in ours (an int drops that dim). rows: how many of the dims left flatten into the tensor's rows,
+    the others into its columns. repeat: how often each entry of the first row dim stands in ours. size: the tensor's true
+    number of rows where ours is padded.
+    """
+
+    name: str
+    select: tuple[int | slice, ...] = ()
+    rows: int = 1
+    repeat: int = 1
+    size: int | None = None
+
+    def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape in the checkpoint, from the shape of our weight."""
+        dims = self._dims(ours)
+        rows = self.size or math.prod(dims[: self.rows]) // self.repeat
+        return (rows, math.prod(dims[self.rows :])) if len(dims) > self.rows else (rows,)
+
+    def read(self, out: np.ndarray, index: Index, ours: Sequence[int], get: Callable[[Index], np.ndarray]) -> None:
+        """Fills this part of `out`, the block `index` of our weight; `get` reads a block of the tensor."""
+        dims, kept = self._dims(ours), self._kept(len(ours))
+        # a dim of which this part is a slice (fused) is never sharded: the block spans the whole part
+        whole = [i < len(self.select) and self.select[i] != slice(None) for i in kept]
+        bounds = [(0, n) if w else index[i].indices(n)[:2] for i, n, w in zip(kept, dims, whole, strict=True)]
+        (start, stop), inner = bounds[0], math.prod(dims[1 : self.rows])
+        first, last = start // self.repeat, -(-stop // self.repeat)
+        limit = self.shape(ours)[0]
+        where = [slice(min(first * inner, limit), min(last * inner, limit))]
+        if len(dims) > self.rows:
+            inner_columns = math.prod(dims[self.rows + 1 :])
+            where.append(slice(bounds[self.rows][0] * inner_columns, bounds[self.rows][1] * inner_columns))
+        values = get(tuple(where))
+        target = out[self.select] if self.select else out
+        if self.repeat > 1:
+            heads = np.repeat(values.reshape(last - first, -1), self.repeat, axis=0)
+            values = heads[start - first * self.repeat :][: stop - start]
+        if self.size is not None and len(values) < len(target):
+            target[len(values) :] = 0
+            target = target[: len(values)]
+        target[...] = values.reshape(target.shape)
+
+    def write(self, ours: np.ndarray) -> np.ndarray:
+        """The tensor as the checkpoint holds it, from our whole weight."""
+        part = ours[self.select] if self.select else ours
+        return np.ascontiguousarray(part[:: self.repeat].reshape(-1, *self.shape(ours.shape)[1:])[: self.size])
+
+    def spread(self, tensor: jax.Array, ours: Sequence[int]) -> jax.Array:
+        """The reverse of `write`: a whole tensor in the shape it has within our weight."""
+        dims = self._dims(ours)
+        if self.size is not None:
+            tensor = jnp.pad(tensor, ((0, dims[0] - self.size), (0, 0)))
+        return jnp.repeat(tensor.reshape(dims[0] // self.repeat, *dims[1:]), self.repeat, axis=0)
+
+    def _dropped(self, dim: int) -> bool:
+        return dim < len(self.select) and isinstance(self.select[dim], int)
+
+    def _kept(self, ndim: int) -> list[int]:
+        return [i for i in range(ndim) if not self._dropped(i)]
+
+    def _dims(self, ours: Sequence[int]) -> list[int]:
+        picks = {i: s for i, s in enumerate(self.select) if isinstance(s, slice)}
+        return [len(range(*picks[i].indices(ours[i]))) if i in picks else ours[i] for i in self._kept(len(ours))]
+
+
+def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, ...]:
+    """The tensors that make up our weight at `path` (e.g. "layers.3.attention.qkv") of the given shape."""
+    whole = slice(None)
+    vocab = config.vocab_size
+    if path == "embed":
+        return (Part("model.embed_tokens.weight", size=vocab),)
+    if path == "head":
+        return (Part("lm_head.weight", size=vocab),)
+    if path == "norm.weight":
+        return (Part("model.norm.weight"),)
+    _, layer, name = path.split(".", 2)
+    at = f"model.layers.{layer}."
+    kind = "bias" if name.endswith("_bias") else "weight"
+    if name in ("attention.qkv", "attention.qkv_bias"):
+        held, fused = shape[0], shape[1]
+        repeat = held // config.num_kv_heads
+        return (
+            Part(f"{at}self_attn.q_proj.{kind}", (whole, slice(0, fused - 2)), rows=3),
+            Part(f"{at}self_attn.k_proj.{kind}", (whole, fused - 2), rows=2, repeat=repeat),
+            Part(f"{at}self_attn.v_proj.{kind}", (whole, fused - 1), rows=2, repeat=repeat),
+        )
+    if name in ("mlp.gate_up", "mlp.gate_up_bias"):
+        return (Part(f"{at}mlp.gate_proj.{kind}", (0,)), Part(f"{at}mlp.up_proj.{kind}", (1,)))
+    return (Part(at + _SINGLE[name]),)
+
+
+_SINGLE = {
+    "attention.o": "self_attn.o_proj.weight",
+    "attention.o_bias": "self_attn.o_proj.bias",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "mlp.down": "mlp.down_proj.weight",
+    "mlp.down_bias": "mlp.down_proj.bias",
+    "attention_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+}

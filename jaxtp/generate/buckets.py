@@ -1,0 +1,42 @@
+"""Shapes come in buckets, so that few programs serve every request.
+
+A bucket is 1, 1.25, 1.5 or 1.75 times a power of two: at most a fifth of it is padding.
+"""
+
+from __future__ import annotations
+
+MIN_TOKENS, MIN_SLOTS = 32, 128
+
+
+def bucket(size: int, *, least: int) -> int:
+    """The smallest bucket that holds `size`; `least` is a power of two, at least 4."""
+    step = least
+    while step * 2 <= size:
+        step *= 2
+    quarter = max(step // 4, least // 4)
+    return max(least, -(-size // quarter) * quarter)
+
+
+def rows(count: int, *, dp: int) -> int:
+    """Rows of a batch: each of dp groups holds a power of two of them."""
+    each = -(-count // dp)
+    return dp * (1 << (each - 1).bit_length())
+
+
+def slots(filled: int, total: int) -> int:
+    """Slots of the cache for rows that hold `filled` tokens now and `total` at the end.
+
+    Attention reads all slots, so a cache that would start mostly empty starts smaller and grows by doubling.
+    """
+    first, last = bucket(filled, least=MIN_SLOTS), bucket(total, least=MIN_SLOTS)
+    return last if last <= 2 * first else 2 * first
+
+
+def chunks(length: int, *, largest: int) -> list[tuple[int, int]]:
+    """How a prompt of `length` tokens is prefilled: (start, tokens) of each chunk, the last one rounded up to a bucket."""
+    found, start = [], 0
+    while start < length:
+        size = min(largest, bucket(length - start, least=MIN_TOKENS))
+        found.append((start, size))
+        start += size
+    return found

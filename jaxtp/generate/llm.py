@@ -1,0 +1,321 @@
+"""LLM: prompts in, text out, on any mesh. The interface is vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxtp.checkpoint import hf
+from jaxtp.config import ModelConfig
+from jaxtp.generate import buckets, memory
+from jaxtp.generate.batch import Batch
+from jaxtp.generate.outputs import RequestOutput
+from jaxtp.generate.params import SamplingParams
+from jaxtp.generate.programs import Programs
+from jaxtp.generate.request import Row
+from jaxtp.generate.step import CALL_TOKENS
+from jaxtp.generate.text import Tokenizer
+from jaxtp.log import console, interactive, logger, show
+from jaxtp.mesh import make_mesh
+from jaxtp.model import Llama
+from jaxtp.ops.attention import Kernel
+from jaxtp.presets import PRESETS, preset
+from jaxtp.sharding import check_layout
+from jaxtp.tp_plan import rules_from_plan
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model on a mesh that generates text.
+
+    model: a checkpoint folder, a hub id, or, with load_format="dummy", also the name of a preset.
+    tensor_parallel_size × data_parallel_size devices are used. dtype: "auto" is the checkpoint's. max_model_len: tokens of
+    prompt and completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory
+    that weights and KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
+    one prefill call takes. tp_plan, sequence_parallel, kernel: see `Llama.from_pretrained`. seed: of requests that have
+    none. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        load_format: str = "auto",
+        tp_plan: str | Mapping[str, str] = "auto",
+        sequence_parallel: bool = False,
+        kernel: Kernel | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        if progress:
+            show()
+        if load_format not in ("auto", "safetensors", "dummy"):
+            raise ValueError(f'load_format={load_format!r} must be "auto", "safetensors" or "dummy"')
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
+        start = time.perf_counter()
+        self.model = _load(
+            model,
+            load_format,
+            tp=tensor_parallel_size,
+            dp=data_parallel_size,
+            dtype=None if dtype == "auto" else dtype,
+            tp_plan=tp_plan,
+            sequence_parallel=sequence_parallel,
+            kernel=kernel,
+            hf_overrides=hf_overrides,
+            revision=revision,
+            progress=progress,
+        )
+        self.config = self.model.config
+        source = tokenizer or self.model.source
+        self.tokenizer = _tokenizer(source)
+        self.eos = _eos(self.config, self.model.source)
+        self.programs = Programs(self.model)
+        self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
+        self.max_model_len = memory.context(self.config, self.budget, max_model_len)
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
+        self._requests = itertools.count()
+        self._report(time.perf_counter() - start)
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes every prompt (text, or a list of token ids); outputs are in the order of the prompts.
+
+        params: one for all, or one for each. Raises ValueError for an empty batch, an empty prompt, one that leaves no
+        room in `max_model_len`, and text without a tokenizer.
+        """
+        requests, rows = self._requests_of(prompts, params)
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        timer = _Timer(self)
+        with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
+            task = bar.add_task("", total=len(rows))
+            for batch in self._batches(rows):
+                for _ in timer.watch(batch, steps=CALL_TOKENS):
+                    bar.update(task, completed=sum(row.finished for row in rows))
+        timer.report()
+        for request in requests:
+            request.finished = True
+        return requests
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """The same token by token: yields a request whenever it has grown. Its outputs are updated in place."""
+        requests, rows = self._requests_of(prompts, params)
+        owner = {id(output): request for request in requests for output in request.outputs}
+        for batch in self._batches(rows):
+            grown = [0] * len(batch.rows)
+            for _ in batch.run(steps=1, show=True):
+                for i, row in enumerate(batch.rows):
+                    if len(row.output.token_ids) > grown[i]:
+                        grown[i] = len(row.output.token_ids)
+                        request = owner[id(row.output)]
+                        request.finished = all(output.finish_reason for output in request.outputs)
+                        yield request
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation ([{"role": "user", "content": "…"}, …]) or several, by the model's own chat template."""
+        return self.generate(self.chat_prompts(messages), params)
+
+    def chat_prompts(self, messages: Sequence[Any]) -> list[list[int]]:
+        """The token ids that `chat` completes. Raises ValueError where the model has no chat template."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer, and so no chat template")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        texts = [self.tokenizer.chat(conversation) for conversation in (messages if several else [messages])]
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _requests_of(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[RequestOutput], list[Row]]:
+        each = _as_list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(each)
+        if len(params) != len(each):
+            raise ValueError(f"{len(each)} prompts but {len(params)} sampling parameters")
+        requests, rows = [], []
+        for prompt, wanted in zip(each, params, strict=True):
+            ids = self._ids(prompt)
+            seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
+            mine = [
+                Row(ids, wanted, index=i, seed=seed, limit=self.max_model_len, eos=self.eos, tokenizer=self.tokenizer)
+                for i in range(wanted.n)
+            ]
+            rows += mine
+            text = prompt if isinstance(prompt, str) else None
+            requests.append(RequestOutput(next(self._requests), text, ids, [row.output for row in mine]))
+        return requests, rows
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this checkpoint has no tokenizer: give token ids, or LLM(..., tokenizer=folder)")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("a prompt has no tokens; an empty text needs a tokenizer that adds a beginning-of-sequence token")
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len}, of which one is for the completion"
+            )
+        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise ValueError(f"token ids {wrong[:5]} are outside the vocabulary of {self.config.vocab_size}")
+        return ids
+
+    def _batches(self, rows: list[Row]) -> Iterator[Batch]:
+        """Rows in batches that fit the KV cache, the longest prompts first."""
+        waiting = sorted(rows, key=lambda row: -len(row.prompt))
+        while waiting:
+            count = 1
+            while count < min(len(waiting), self.max_num_seqs) and self._fits(waiting[: count + 1]):
+                count += 1
+            yield Batch(self.model, self.programs, waiting[:count], chunk_tokens=self.max_num_batched_tokens)
+            waiting = waiting[count:]
+
+    def _fits(self, rows: Sequence[Row]) -> bool:
+        dp = self.model.layout.parts("batch")
+        total = max(len(row.prompt) + row.max_tokens for row in rows)
+        needed = buckets.rows(len(rows), dp=dp) * buckets.bucket(total, least=buckets.MIN_SLOTS)
+        return needed <= self.budget.cache_tokens
+
+    def _report(self, seconds: float) -> None:
+        mesh = {axis: size for axis, size in self.model.layout.mesh.shape.items() if size > 1}
+        where = " × ".join(f"{axis}={size}" for axis, size in mesh.items()) or "1 device"
+        budget = self.budget
+        logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
+        logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
+        logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{budget.cache_tokens:,}", budget.cache_bytes / 2**30)
+        concurrency = budget.cache_tokens / self.max_model_len
+        logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)
+
+
+class _Timer:
+    """Counts tokens and seconds of a call of `generate`, compilation apart."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._compiling = llm.programs.compile_seconds
+        self.prompt_tokens = self.tokens = self.steps = self.bytes = 0
+        self.prefill = self.decode = 0.0
+
+    def watch(self, batch: Batch, *, steps: int) -> Iterator[None]:
+        """Runs the batch; the first yield ends its prefill."""
+        programs, first = self._llm.programs, True
+        self.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
+        clock, compiled, made, before = time.perf_counter(), programs.compile_seconds, 0, 0
+        for _ in batch.run(steps=steps):
+            took = time.perf_counter() - clock - (programs.compile_seconds - compiled)
+            now = sum(len(row.output.token_ids) for row in batch.rows)
+            if first:
+                self.prefill += took
+            else:
+                self.decode += took
+                self.tokens += now - made
+                longest = max(len(row.output.token_ids) for row in batch.rows)
+                self.steps += longest - before
+                self.bytes += (longest - before) * self._llm.budget.step_bytes(batch.size, batch.slots)
+            before = max(len(row.output.token_ids) for row in batch.rows)
+            first, made = False, now
+            yield
+            clock, compiled = time.perf_counter(), programs.compile_seconds
+
+    def report(self) -> None:
+        """Logs the rates."""
+        compiling = self._llm.programs.compile_seconds - self._compiling
+        if compiling:
+            logger.info("compiling: %.1f s, once for these shapes", compiling)
+        if self.prefill:
+            logger.info("prefill: %d tokens, %.0f tokens/s", self.prompt_tokens, self.prompt_tokens / self.prefill)
+        if self.steps:
+            logger.info(
+                "decode: %d tokens, %.1f tokens/s, %.2f ms/token, %.1f GB/s read by each device",
+                self.tokens,
+                self.tokens / self.decode,
+                1e3 * self.decode / self.steps,
+                self.bytes / self.decode / 1e9,
+            )
+
+
+def _load(
+    model: str | Path,
+    load_format: str,
+    *,
+    tp: int,
+    dp: int,
+    dtype: str | None,
+    tp_plan: str | Mapping[str, str],
+    sequence_parallel: bool,
+    kernel: Kernel | None,
+    hf_overrides: Mapping[str, Any] | None,
+    revision: str | None,
+    progress: bool,
+) -> Llama:
+    """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
+    named = load_format == "dummy" and str(model) in PRESETS
+    folder = None if named else hf.resolve(model, revision=revision)
+    config = preset(str(model)) if folder is None else ModelConfig.from_hf(folder, overrides=hf_overrides)
+    rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
+    check_layout(config, tp, rules)
+    mesh, dtype = make_mesh(dp=dp, tp=tp), dtype or config.dtype or "float32"
+    if load_format == "dummy":
+        return Llama.random(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+    assert folder is not None
+    return Llama.load(folder, config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, progress=progress)
+
+
+def _tokenizer(source: str | Path | None) -> Tokenizer | None:
+    if source is None:
+        return None
+    folder = hf.resolve(source)
+    return Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
+
+
+def _eos(config: ModelConfig, source: str | None) -> tuple[int, ...]:
+    """The ids that end a text: those of generation_config.json where it has any, else the config's."""
+    path = Path(source, "generation_config.json") if source else None
+    found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
+    if found is None:
+        return config.eos_token_ids
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list: a list of ints is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) == 0:
+        raise ValueError("the batch is empty: give at least one prompt")
+    if isinstance(prompts[0], int | np.integer):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,88 @@
+"""What fits: weights, and a KV cache in the memory that they leave."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jaxtp.config import ModelConfig
+from jaxtp.mesh import platform
+from jaxtp.model import Llama
+from jaxtp.sharding import weights
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes on each device, and what they hold.
+
+    weight_bytes: all weights. read_bytes: those that a decode step reads (all but the rows of the embedding not looked
+    up). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on one device. cache_tokens:
+    tokens that the caches of all data-parallel groups hold together.
+    """
+
+    weight_bytes: int
+    read_bytes: int
+    cache_bytes: int
+    slot_bytes: int
+    groups: int
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that fit in the KV cache."""
+        return self.cache_bytes // self.slot_bytes * self.groups
+
+    def step_bytes(self, rows: int, slots: int) -> int:
+        """Bytes that one decode step of `rows` rows with `slots` slots reads on each device."""
+        return self.read_bytes + rows // self.groups * slots * self.slot_bytes
+
+
+def budget(model: Llama, *, utilization: float) -> Budget:
+    """What the devices of a model leave for its cache.
+
+    On GPUs `utilization` is the share of the memory that JAX may take (its pool, XLA_PYTHON_CLIENT_MEM_FRACTION of the
+    device); on CPUs the share of the memory that is free now, over the devices that it is shared by.
+    """
+    found = {weight.path: weight.device_bytes for weight in weights(model)}
+    total = sum(found.values())
+    cache = model.empty_cache(model.layout.parts("batch"), 1)
+    slot = sum(a.dtype.itemsize * _local(a) for a in jax.tree.leaves(cache.layers))
+    free = _free(model, total, utilization)
+    if free < slot:
+        raise ValueError(
+            f"the weights take {total / 2**30:.2f} GiB on each device and leave no room for a KV cache; "
+            "use more devices (tensor_parallel_size), a smaller dtype, or a higher gpu_memory_utilization"
+        )
+    embedding = 0 if model.head is None else found["embed"]
+    return Budget(total, total - embedding, free, slot, model.layout.parts("batch"))
+
+
+def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
+    """`max_model_len`: as wanted, else the model's own, cut to what the cache holds.
+
+    Raises ValueError where `wanted` exceeds either.
+    """
+    holds = budget.cache_tokens // budget.groups
+    if wanted is None:
+        return min(config.max_position_embeddings, holds)
+    if wanted > config.max_position_embeddings and config.rope.kind != "dynamic":
+        raise ValueError(f"max_model_len={wanted} exceeds the model's max_position_embeddings={config.max_position_embeddings}")
+    if wanted > holds or wanted < 2:
+        raise ValueError(f"max_model_len={wanted} must be in [2, {holds}], the tokens that the KV cache holds")
+    return wanted
+
+
+def _free(model: Llama, used: int, utilization: float) -> int:
+    if platform(model.layout.mesh) == "gpu":
+        stats = [device.memory_stats() for device in model.layout.mesh.local_devices]
+        return min(int(s["bytes_limit"] * utilization) - s["bytes_in_use"] for s in stats)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(available * utilization) // len(model.layout.mesh.local_devices)
+
+
+def _local(a: jax.ShapeDtypeStruct) -> int:
+    size = 1
+    for n in a.sharding.shard_shape(a.shape):
+        size *= n
+    return size

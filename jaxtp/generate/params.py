@@ -1,0 +1,77 @@
+"""SamplingParams, named and checked as in vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when it ends.
+
+    n: completions a prompt. temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1].
+    repetition_penalty > 0 (1 is off), presence_penalty and frequency_penalty in [-2, 2] (0 is off).
+    logit_bias: token id -> added to its logit, in [-100, 100]. seed: None takes the next of the LLM's own.
+    max_tokens: None generates up to `max_model_len`. min_tokens: no end before that many. stop: strings that end the
+    text (not part of it unless include_stop_str_in_output). stop_token_ids: ids that end it, beside the model's own
+    end-of-sequence ids (unless ignore_eos). logprobs: how many alternatives to report at each token, besides the one taken.
+
+    Raises ValueError or TypeError for values outside these ranges.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _strings(self.stop))
+        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        _check("n", self.n, self.n >= 1, "at least 1")
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0 (0 is greedy) and finite")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("top_k", self.top_k, self.top_k >= -1, "at least 1, or 0 or -1 for all tokens")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is off)")
+        _check("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "in [-2, 2]")
+        _check("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1 or None")
+        limit = math.inf if self.max_tokens is None else self.max_tokens
+        _check("min_tokens", self.min_tokens, 0 <= self.min_tokens <= limit, f"in [0, max_tokens={self.max_tokens}]")
+        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 64, "in [0, 64] or None")
+        for token, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token}]", bias, -100 <= bias <= 100, "in [-100, 100]")
+        if not all(isinstance(token, int) for token in self.stop_token_ids):
+            raise TypeError(f"stop_token_ids={self.stop_token_ids!r} must be a list of ints")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2^32)")
+
+
+def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    given = (stop,) if isinstance(stop, str) else stop or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(s, str) for s in given):
+        raise TypeError(f"stop={stop!r} must be a string or a list of strings")
+    if "" in given:
+        raise ValueError("stop holds an empty string, which every text contains")
+    return tuple(given)
+
+
+def _check(name: str, value: object, legal: bool, rule: str) -> None:
+    if not legal:
+        raise ValueError(f"{name}={value} must be {rule}")

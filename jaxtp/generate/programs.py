@@ -1,0 +1,56 @@
+"""Compiled programs of one model: each is traced and compiled once for a mesh and a bucket, and found again by its shapes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxtp.log import logger
+from jaxtp.model import Llama
+
+
+class Programs:
+    """Runs functions of a model. The model is taken apart once; a call dispatches its leaves and nothing else."""
+
+    def __init__(self, model: Llama) -> None:
+        graph, state = nnx.split(model)
+        self._leaves, tree = jax.tree.flatten(state)
+        self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        self._mesh = model.layout.mesh
+        self._compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def run(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """function(model, *args, **static), compiled on first sight of these shapes. `donate` numbers args, from 0."""
+        return self.compile(function, *args, donate=donate, **static)(self._leaves, *args)
+
+    def compile(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """The executable for arguments like these: arrays, or ShapeDtypeStructs with shardings, to compile ahead of time.
+
+        A donated argument that the program cannot reuse is an error: it would be a copy of the cache.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        key = (function, tree, tuple((a.shape, a.dtype) for a in leaves), tuple(static.items()))
+        if key not in self._compiled:
+
+            def program(weights: list[jax.Array], *args: Any) -> Any:
+                return function(self._merge(weights), *args, **static)
+
+            program.__name__ = function.__name__
+            start = time.perf_counter()
+            with warnings.catch_warnings(), jax.set_mesh(self._mesh):
+                warnings.filterwarnings("error", message="Some donated buffers were not usable")
+                jitted = jax.jit(program, donate_argnums=tuple(i + 1 for i in donate))
+                self._compiled[key] = jitted.lower(self._leaves, *args).compile()
+            took = time.perf_counter() - start
+            self.compile_seconds += took
+            logger.debug("compiled %s in %.1f s", function.__name__, took)
+        return self._compiled[key]

@@ -1,0 +1,70 @@
+"""Between text and token ids: the checkpoint's tokenizer, text that grows token by token, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = "\ufffd"  # what decoding gives for a character whose last bytes are still to come
+_CONTEXT = 6  # tokens of the prompt that the first new ones are decoded with
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder (transformers' AutoTokenizer)."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.special = frozenset(self.hf.all_special_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the tokenizer's own beginning-of-sequence token where it adds one."""
+        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, exactly as the tokens spell it."""
+        return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation, ready for the assistant's answer. Raises ValueError without a chat template."""
+        if not self.hf.chat_template:
+            raise ValueError("this tokenizer has no chat template; give a prompt to generate(), or a model tuned for chat")
+        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+class GrowingText:
+    """The text of a growing sequence of tokens, decoding each token a bounded number of times.
+
+    Tokenizers decode a token by its neighbours (spaces, split characters), so a window that starts a few tokens back is
+    decoded with and without the new ones; the difference is the new text, once it ends in a whole character. The end of
+    the prompt is the first such neighbour, so that prompt + text reads as the model wrote it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids = list(prompt[-_CONTEXT:])
+        self._from, self._to = 0, len(self._ids)  # the window that is decoded again, and what of it is text already
+        self.text = ""
+
+    def add(self, ids: Sequence[int], *, last: bool = False) -> str:
+        """The new text; with `last`, also what is left of an unfinished character."""
+        self._ids.extend(ids)
+        known = self._decode(self._from, self._to)
+        whole = self._decode(self._from, len(self._ids))
+        if not last and (len(whole) <= len(known) or whole.endswith(_UNFINISHED)):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        self.text += whole[len(known) :]
+        return whole[len(known) :]
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=self._skip)
+
+
+def find_stop(text: str, stops: Sequence[str], *, searched: int) -> tuple[int, str] | None:
+    """Where the first stop string stands in `text`, and which; the first `searched` characters are known to hold none."""
+    longest = max(map(len, stops), default=0)
+    found = [(at, stop) for stop in stops if (at := text.find(stop, max(0, searched - longest + 1))) >= 0]
+    return min(found, default=None, key=lambda f: f[0])

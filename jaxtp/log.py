@@ -1,0 +1,27 @@
+"""The library's logger. `show()` sends it to stderr where the program has not set up logging itself."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+from rich.console import Console
+
+console = Console(stderr=True)
+logger = logging.getLogger("jaxtp")
+
+
+def show(level: int = logging.INFO) -> None:
+    """Prints the log of the first process, unless handlers are already there."""
+    logger.setLevel(level)
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: jax.process_index() == 0)
+    logger.addHandler(handler)
+
+
+def interactive() -> bool:
+    """Whether somebody watches: progress bars are drawn on terminals and in notebooks, by the first process."""
+    return (console.is_terminal or console.is_jupyter) and jax.process_index() == 0

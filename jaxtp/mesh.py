@@ -1,0 +1,70 @@
+"""The device mesh: five named axes, always all there, size 1 where unused.
+
+dp  data parallel        pp  pipeline parallel     cp  context parallel
+ep  expert parallel      tp  tensor parallel (innermost: neighbouring devices, NVLink)
+
+Axis types are Explicit, so the sharding of an array is part of its type and shows in every error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("dp", "pp", "cp", "ep", "tp")
+
+
+def make_mesh(
+    *, dp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over the first dp·pp·cp·ep·tp of `devices` (default: all there are).
+
+    One size may be -1: it takes what the others leave. Raises ValueError where sizes and devices do not fit.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _resolve({"dp": dp, "pp": pp, "cp": cp, "ep": ep, "tp": tp}, len(devices))
+    used = devices[: math.prod(sizes)]
+    if jax.process_count() > 1 and len(used) != len(devices):
+        raise ValueError(f"{_shown(sizes)} uses {len(used)} of {len(devices)} devices; over several processes use all")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
+
+
+def use_virtual_devices(count: int) -> None:
+    """Makes this process see `count` CPU devices. Call it before anything touches a device; raises RuntimeError after."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    if len(jax.devices()) != count:
+        raise RuntimeError(f"asked for {count} virtual devices, but JAX had already started with {len(jax.devices())}")
+
+
+def platform(mesh: Mesh | jax.sharding.AbstractMesh) -> str:
+    """'cpu' or 'gpu': what the mesh's devices are, also those of a mesh that is only compiled for."""
+    device = mesh.abstract_mesh.abstract_device
+    return "cpu" if device is None else {"cuda": "gpu"}.get(device.platform, device.platform)
+
+
+def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"{axis}={size}: an axis has a size of at least 1 (or -1: what is left)")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"only one axis may be -1, not {free}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if count % fixed:
+            raise ValueError(f"{free[0]}=-1: the other axes take {fixed} devices, which does not divide {count}")
+        sizes = {**sizes, free[0]: count // fixed}
+    elif fixed > count:
+        raise ValueError(
+            f"{_shown(tuple(sizes.values()))} needs {fixed} devices, {count} are there. On a machine without GPUs, "
+            f"virtual ones can be made: --virtual-devices {fixed}, or jaxtp.use_virtual_devices({fixed}) at the start"
+        )
+    return tuple(sizes.values())
+
+
+def _shown(sizes: tuple[int, ...]) -> str:
+    return " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1) or "a single device"

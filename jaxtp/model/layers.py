@@ -1,0 +1,160 @@
+"""The parts of a block. Weights are declared with their dims; the layout of every product can be read where it stands.
+
+B batch, T tokens, D embed, K KV heads, G query heads per KV head, M = G + 2 (the queries, the key and the value of one
+KV head), H head_dim, C = 2 (gate and up), F mlp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtp.config import ModelConfig
+from jaxtp.mesh import platform
+from jaxtp.model.cache import LayerCache
+from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kernel, write_cache
+from jaxtp.ops.linear import linear
+from jaxtp.ops.norm import rms_norm
+from jaxtp.ops.rope import rotate
+from jaxtp.sharding import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
+    """What every layer needs to know of the tokens at hand.
+
+    cos, sin [B, T, H/2] float32; positions [B, T] int32; segment_ids [B, T] int32 or None.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+
+
+class Norm(nnx.Module):
+    """RMSNorm."""
+
+    def __init__(self, size: int, *, eps: float, layout: Layout, dim: str = "embed") -> None:
+        self.weight = layout.param("weight", **{dim: size})
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.weight[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+    """Q, K and V in one kernel [K, G+2, H, D], cut by KV heads; the output's [D, K, G, H], cut the same way."""
+
+    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None) -> None:
+        D, H = config.hidden_size, config.head_dim
+        K = kv_heads_held(config, layout.at("qkv"))
+        G = config.num_heads // K
+        self.qkv = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H, embed=D)
+        self.o = layout.param("o", embed=D, kv_heads=K, q_per_kv=G, head_dim=H)
+        self.qkv_bias = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H) if config.qkv_bias else None
+        self.o_bias = layout.param("o", embed=D) if config.o_bias else None
+        if config.qk_norm:
+            self.q_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("q_norm"), dim="head_dim")
+            self.k_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("k_norm"), dim="head_dim")
+        self.qk_norm, self.window, self.layout = config.qk_norm, config.windows[index], layout
+        self.kernel = choose_kernel(platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, override=kernel)
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, T, D] -> [B, T, D] in the residual stream's layout, and the cache with these tokens in it."""
+        heads = self.layout.at("qkv")
+        y = linear("BTD,KMHD->BTKMH", x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
+        if self.qkv_bias is not None:
+            y = y + heads.place(self.qkv_bias[...], "heads", None, None)
+        qk, v = y[:, :, :, :-1], y[:, :, :, -1]
+        if self.qk_norm:
+            q, k = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
+            qk = jnp.concatenate([q, k], axis=3)
+        qk = rotate(qk, step.cos, step.sin)
+        out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
+        residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
+        z = linear("BTKGH,DKGH->BTD", out, self.o[...], out=residual)
+        return z if self.o_bias is None else z + self.o_bias[...], cache
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None, fresh: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Every device attends with its own rows and heads: a region without communication."""
+        # bound here, so that the region closes over plain values only
+        window, kernel = self.window, self.kernel
+
+        def local(q, k, v, positions, segment_ids, cache):
+            if cache is not None:
+                cache = tuple(write_cache(old, new, positions[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+            if cache is None or fresh:
+                return attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids), cache
+            return attend_cached(q, *cache, positions, window=window), cache
+
+        args = (q, k, v, step.positions, step.segment_ids, cache)
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
+        mesh = self.layout.mesh.abstract_mesh
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[5]))(*args)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: gate and up in one kernel [2, F, D], down [D, F]."""
+
+    def __init__(self, config: ModelConfig, *, layout: Layout) -> None:
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up = layout.param("gate_up", gate_up=2, mlp=F, embed=D)
+        self.down = layout.param("down", embed=D, mlp=F)
+        self.gate_up_bias = layout.param("gate_up", gate_up=2, mlp=F) if config.mlp_bias else None
+        self.down_bias = layout.param("down", embed=D) if config.mlp_bias else None
+        self.layout = layout
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, D] in the residual stream's layout."""
+        hidden = self.layout.at("gate_up")
+        y = linear("BTD,CFD->BTCF", x, self.gate_up[...], out=hidden.sharding("batch", "tokens", None, "hidden"))
+        if self.gate_up_bias is not None:
+            y = y + hidden.place(self.gate_up_bias[...], None, "hidden")
+        y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+        residual = self.layout.at("down").sharding("batch", residual_dim(y, self.layout), None)
+        z = linear("BTF,DF->BTD", y, self.down[...], out=residual)
+        return z if self.down_bias is None else z + self.down_bias[...]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None) -> None:
+        eps, D = config.rms_norm_eps, config.hidden_size
+        self.attention_norm = Norm(D, eps=eps, layout=layout.at("attention_norm"))
+        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel)
+        self.mlp_norm = Norm(D, eps=eps, layout=layout.at("mlp_norm"))
+        self.mlp = Mlp(config, layout=layout.at("mlp"))
+        self.layout = layout
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, T, D] in the residual stream's layout, both ways."""
+        inside = ("batch", "tokens", None)  # under sequence parallelism: where the all-gathers stand
+        y, cache = self.attention(self.layout.place(self.attention_norm(x), *inside), step, cache, fresh=fresh)
+        x = x + y
+        return x + self.mlp(self.layout.place(self.mlp_norm(x), *inside)), cache
+
+
+def kv_heads_held(config: ModelConfig, layout: Layout) -> int:
+    """KV heads as held in weights and cache: where tp exceeds them, each stands tp / KV heads times."""
+    return max(config.num_kv_heads, layout.parts("kv_heads"))
+
+
+def residual_dim(x: jax.Array, layout: Layout) -> str:
+    """The name of the token dim of the residual stream; x [B, T, ...].
+
+    Sequence parallelism needs tokens that its axis divides; other steps (a single token, above all) keep the plain
+    layout, which costs the same bytes.
+    """
+    return "sequence" if x.shape[1] % layout.parts("sequence") == 0 else "tokens"

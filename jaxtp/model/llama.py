@@ -1,0 +1,210 @@
+"""Llama: one forward for training, prefill and decode.
+
+B batch, T tokens, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtp.checkpoint import hf
+from jaxtp.checkpoint.names import Part, parts
+from jaxtp.config import ModelConfig
+from jaxtp.mesh import make_mesh
+from jaxtp.model.cache import Cache, LayerCache
+from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
+from jaxtp.ops.attention import Kernel
+from jaxtp.ops.linear import embed, linear
+from jaxtp.ops.rope import rotation
+from jaxtp.sharding import Layout, Rules, check_layout
+from jaxtp.tp_plan import rules_from_plan
+
+
+class Llama(nnx.Module):
+    """A decoder of the Llama family on a mesh.
+
+    Built abstract: its weights are shapes with shardings until `checkpoint.load`, `Llama.from_pretrained` or
+    `Llama.random` fills them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, mesh: Mesh, rules: Rules = Rules(), dtype: str = "float32", kernel: Kernel | None = None
+    ) -> None:
+        """Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules."""
+        check_layout(config, mesh.shape["tp"], rules)
+        layout = Layout(mesh, rules, jnp.dtype(dtype))
+        vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
+        self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
+        self.layers = nnx.List(
+            Block(config, i, layout=layout.at(f"layers.{i}"), kernel=kernel) for i in range(config.num_layers)
+        )
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
+        self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
+        self.config, self.layout = config, layout
+        self.source: str | None = None  # the folder it was loaded from
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
+        tp_plan: str | Mapping[str, str] = "auto",
+        sequence_parallel: bool = False,
+        kernel: Kernel | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        progress: bool = True,
+    ) -> Llama:
+        """Loads a Hugging Face checkpoint (a folder or a hub id) onto a mesh (default: one device).
+
+        dtype: "float32", "bfloat16" or "float16"; default the checkpoint's own. tp_plan: "auto", or globs of module names
+        to transformers' styles (see `tp_plan.rules_from_plan`).
+        Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
+        """
+        folder = hf.resolve(model, revision=revision)
+        config = ModelConfig.from_hf(folder, overrides=hf_overrides)
+        rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
+        check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
+        dtype = dtype or config.dtype or "float32"
+        return cls.load(folder, config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel, progress=progress)
+
+    @classmethod
+    def load(
+        cls, folder: Path, config: ModelConfig, *, mesh: Mesh, rules: Rules, dtype: str, kernel: Kernel | None, progress: bool
+    ) -> Llama:
+        """The same where config and rules are known: reads the folder's weights onto the mesh."""
+        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+        hf.load(model, config, folder, progress=progress)
+        model.source = str(folder)
+        return model
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        *,
+        mesh: Mesh | None = None,
+        rules: Rules = Rules(),
+        dtype: str = "float32",
+        kernel: Kernel | None = None,
+        seed: int = 0,
+    ) -> Llama:
+        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
+        model = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel)
+        for i, (path, weight) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.Param))):
+            abstract, name = weight.get_value(), ".".join(map(str, path))
+            made_of = parts(config, name, abstract.shape)
+            weight.set_value(_random(jax.random.fold_in(jax.random.key(seed), i), made_of, abstract, "norm" in name))
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Writes a checkpoint folder that `transformers` loads, with the tokenizer files of the folder it came from."""
+        source = Path(self.source) if self.source else None
+        hf.save(self, self.config, Path(folder), source=source, max_shard_bytes=max_shard_bytes)
+
+    def __call__(
+        self,
+        tokens: jax.Array | np.ndarray,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
+        """tokens [B, T] int32 -> logits [B, T, V] float32; with a cache: (logits, cache).
+
+        positions [B, T] (default 0…T-1) turn the queries and keys and, with a cache, say which slots the tokens take: they
+        must follow one another in each row. segment_ids [B, T]: attention stays inside a segment (packed documents).
+
+        Outside of `jax.jit` this compiles once per shape, and a given cache is donated.
+        """
+        if not isinstance(self.embed.get_value(), jax.core.Tracer):
+            return _compiled(self, tokens, positions, segment_ids, cache)
+        x, cache = self.hidden(tokens, positions, segment_ids, cache)
+        logits = self.logits(x)
+        if logits.shape[-1] != self.config.vocab_size:  # padded for the mesh
+            logits = self.layout.place(logits, "batch", "tokens", None)[..., : self.config.vocab_size]
+        return logits if cache is None else (logits, cache)
+
+    def hidden(
+        self,
+        tokens: jax.Array | np.ndarray,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The same up to the last norm: [B, T, D] in the residual stream's layout."""
+        config, place = self.config, self.layout.place
+        B, T = tokens.shape
+        tokens = place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions = place(positions, "batch", "tokens")
+        lengths = cache.lengths if cache is not None else positions.max(axis=1) + 1
+        cos, sin = rotation(
+            config.rope, positions, lengths, head_dim=config.head_dim, max_position=config.max_position_embeddings
+        )
+        if segment_ids is not None:
+            segment_ids = place(segment_ids, "batch", "tokens")
+        step = Step(cos, sin, positions, segment_ids)
+        x = embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens, self.layout), None))
+        fresh = cache is not None and cache.fresh
+        layers: list[LayerCache | None] = []
+        for i, block in enumerate(self.layers):
+            x, layer = block(x, step, None if cache is None else cache.layers[i], fresh=fresh)
+            layers.append(layer)
+        x = self.norm(x)
+        return x, None if cache is None else Cache(tuple(layers), cache.lengths)  # type: ignore[arg-type]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""
+        table, layout = (self.embed, self.layout.at("embed")) if self.head is None else (self.head, self.layout.at("head"))
+        x = self.layout.place(x, "batch", "tokens", None)
+        return linear("BTD,VD->BTV", x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it."""
+        config, layout = self.config, self.layout.at("layers.0.attention.qkv")
+        return Cache.abstract(
+            layout,
+            layers=config.num_layers,
+            kv_heads=kv_heads_held(config, layout),
+            head_dim=config.head_dim,
+            batch=batch,
+            slots=slots,
+        )
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _compiled(model: Llama, tokens, positions, segment_ids, cache):
+    return model(tokens, positions, segment_ids, cache)
+
+
+def _random(key: jax.Array, made_of: tuple[Part, ...], abstract: jax.ShapeDtypeStruct, norm: bool) -> jax.Array:
+    """One weight, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it is laid out."""
+
+    def make(key: jax.Array) -> jax.Array:
+        out = jnp.zeros(abstract.shape, abstract.dtype)
+        for i, part in enumerate(made_of):
+            shape = part.shape(abstract.shape)
+            if norm or len(shape) == 1:
+                tensor = jnp.full(shape, float(norm), abstract.dtype)
+            else:
+                tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(abstract.dtype)
+            out = (
+                out.at[part.select].set(part.spread(tensor, abstract.shape))
+                if part.select
+                else part.spread(tensor, abstract.shape)
+            )
+        return out
+
+    return jax.jit(make, out_shardings=abstract.sharding)(key)

@@ -1,0 +1,92 @@
+"""Grouped-query attention, on one device or on that device's share of heads and rows.
+
+B batch, T query tokens, S cached tokens, K KV heads, G query heads per KV head, H head_dim.
+Queries are [B, T, K, G, H]; fresh keys and values [B, T, K, H]; the cache of a layer [B, K, S, H].
+
+No function here communicates: attention splits by rows (dp) and by KV heads (tp), and `parallel/` owns what does not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Kernel = Literal["reference", "xla", "cudnn"]
+
+
+def choose_kernel(*, platform: str, dtype: jnp.dtype, head_dim: int, override: Kernel | None = None) -> Kernel:
+    """Which kernel attends among fresh tokens (training and prefill).
+
+    cuDNN's flash attention takes 16-bit types and head_dims that are multiples of 8 up to 128 on every GPU since Ampere;
+    everything else is left to XLA.
+    """
+    if override is not None:
+        return override
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if platform == "gpu" and fits else "xla"
+
+
+def attend_fresh(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    kernel: Kernel,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention among the tokens at hand: q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H].
+
+    A query sees itself and what stands before it: within `window` tokens and in its own segment (segment_ids [B, T])
+    where these are given.
+    """
+    B, T, K, G, H = q.shape
+    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if kernel == "reference":
+        place = jnp.arange(T)
+        seen = _visible(place[:, None], place[None, :], window)[None]
+        seen = seen if mask is None else seen & mask[:, 0]
+        return _reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.broadcast_to(seen, (B, T, T)))
+    out = jax.nn.dot_product_attention(
+        q.reshape(B, T, K * G, H),
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=kernel,
+    )
+    return out.reshape(q.shape)
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, window: int | None = None) -> jax.Array:
+    """Attention over the cache: q [B, T, K, G, H], k and v [B, K, S, H], positions [B, T] -> [B, T, K, G, H].
+
+    The query at position p sees the slots 0…p (the last `window` of them).
+    """
+    slots = jnp.arange(k.shape[2])
+    return _reference(q, k, v, _visible(positions[:, :, None], slots[None, None, :], window))
+
+
+def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """The cache [B, K, S, H] with new [B, T, K, H] in each row's slots start … start+T-1 (start [B]), in place if donated."""
+
+    def row(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
+
+    return jax.vmap(row)(cache, new.swapaxes(1, 2), start)
+
+
+def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]."""
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

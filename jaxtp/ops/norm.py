@@ -1,0 +1,13 @@
+"""RMS normalisation (https://arxiv.org/abs/1910.07467, equation 4), as in Llama."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last dim; x [..., D], weight [D] or broadcastable; float32 inside, x's dtype out."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return weight * y.astype(x.dtype)

@@ -1,0 +1,91 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), half-rotation layout, and its scalings.
+
+Frequencies match `transformers.modeling_rope_utils`. B batch, T tokens, H head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtp.config import Rope
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [H/2] (radians per token, float64) and the factor on cos and sin.
+
+    For `dynamic` these are the frequencies of contexts that fit `max_position_embeddings`; see `rotation`.
+    """
+    inv = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if rope.kind == "linear":
+        return inv / rope.factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, inv), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, inv, head_dim)
+    return inv, 1.0
+
+
+def rotation(
+    rope: Rope, positions: jax.Array, lengths: jax.Array, *, head_dim: int, max_position: int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H/2] float32 for `positions` [B, T] int32.
+
+    `lengths` [B] int32: tokens in each row so far. Only `dynamic` reads it: past `max_position` the base grows with the
+    length of the row (NTK-aware scaling; each row of a batch by its own length).
+    """
+    inv, scale = frequencies(rope, head_dim)
+    if rope.kind == "dynamic":
+        assert rope.factor is not None
+        stretch = jnp.maximum(lengths, max_position).astype(jnp.float32) / max_position
+        base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+        exponent = jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
+        angles = positions[..., None].astype(jnp.float32) * (base[:, None] ** -exponent)[:, None, :]
+    else:
+        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, ..., H] turned by the angles of cos and sin [B, T, H/2]; float32 inside, x's dtype out."""
+    spread = tuple(range(2, x.ndim - 1))
+    cos, sin = jnp.expand_dims(cos, spread), jnp.expand_dims(sin, spread)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _llama3(rope: Rope, inv: np.ndarray) -> np.ndarray:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position
+    turns = rope.original_max_position * inv / (2 * math.pi)  # full turns within the original context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * inv / rope.factor + smooth * inv
+
+
+def _yarn(rope: Rope, inv: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
+    """YaRN (https://arxiv.org/abs/2309.00071): a ramp between stretched and original frequencies, by dimension."""
+    assert rope.factor and rope.original_max_position
+
+    def dim_of(turns: float) -> float:
+        """The dimension whose frequency makes `turns` full turns within the original context."""
+        context = rope.original_max_position or 0
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(rope.beta_fast or 32), dim_of(rope.beta_slow or 1)
+    if rope.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor or 1) + 1.0 if (rope.factor or 1) > 1 else 1.0
+
+    scale = rope.attention_factor
+    if scale is None:
+        both = rope.mscale and rope.mscale_all_dim
+        scale = mscale(rope.mscale or 1) / mscale(rope.mscale_all_dim or 1) if both else mscale(1)
+    return inv / rope.factor * ramp + inv * (1 - ramp), float(scale)

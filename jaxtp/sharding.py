@@ -1,0 +1,168 @@
+"""Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
+
+Dims of weights       vocab, embed, kv_heads, q_per_kv, fused (q_per_kv + k + v), head_dim, mlp, gate_up
+Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
+                      cache), hidden (inside the MLP), logits, cached
+
+Tensor parallelism, sequence parallelism and (later) ZeRO are different tables, not different models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtp.config import ModelConfig
+
+Table = tuple[tuple[str, str | None], ...]
+_A = TypeVar("_A")
+
+DEFAULT: Table = (
+    ("batch", "dp"),
+    ("tokens", None),
+    ("sequence", None),
+    ("cached", None),
+    ("vocab", "tp"),
+    ("logits", "tp"),
+    ("kv_heads", "tp"),
+    ("heads", "tp"),
+    ("mlp", "tp"),
+    ("hidden", "tp"),
+    ("embed", None),
+    ("q_per_kv", None),
+    ("fused", None),
+    ("gate_up", None),
+    ("head_dim", None),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Dim -> mesh axis, with exceptions for single modules (`overrides`: path -> what differs there)."""
+
+    axes: Table = DEFAULT
+    overrides: tuple[tuple[str, Table], ...] = ()
+
+    def using(self, **axes: str | None) -> Rules:
+        """These rules with some dims on other axes, e.g. `Rules().using(vocab=None)`."""
+        known = dict(self.axes)
+        for dim in axes:
+            if dim not in known:
+                raise ValueError(f"no dim is named {dim!r}; dims: {', '.join(known)}")
+        return replace(self, axes=tuple({**known, **axes}.items()))
+
+    def sequence_parallel(self) -> Rules:
+        """The residual stream sharded over tokens: all-reduces become reduce-scatters and all-gathers."""
+        return self.using(sequence="tp")
+
+    def axis(self, dim: str, path: str = "") -> str | None:
+        """The mesh axis of `dim` in the module at `path`."""
+        return {**dict(self.axes), **dict(dict(self.overrides).get(path, ()))}[dim]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the arrays of one module lie: the mesh, the rules, and the module's path in the model."""
+
+    mesh: Mesh
+    rules: Rules
+    dtype: jnp.dtype
+    path: str = ""
+
+    def at(self, name: str) -> Layout:
+        """The layout of the submodule or weight `name`."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    def parts(self, dim: str) -> int:
+        """Into how many pieces `dim` is cut here."""
+        axis = self.rules.axis(dim, self.path)
+        return self.mesh.shape[axis] if axis else 1
+
+    def spec(self, *dims: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array with these dims (None: a dim without a name, never sharded)."""
+        axes = [None if dim is None else self.rules.axis(dim, self.path) for dim in dims]
+        used = [axis for axis in axes if axis]
+        if len(used) != len(set(used)):
+            raise ValueError(f"{self.path}: the dims {dims} would use one mesh axis twice: {axes}")
+        return PartitionSpec(*axes)
+
+    def sharding(self, *dims: str | None) -> NamedSharding:
+        """The same as a NamedSharding over the mesh."""
+        return NamedSharding(self.mesh, self.spec(*dims))
+
+    def param(self, name: str, **dims: int) -> nnx.Param:
+        """An abstract weight: its dims by name with their sizes, in order. Loading or initialising fills it."""
+        here = self.at(name)
+        shape = tuple(dims.values())
+        for dim, size in dims.items():
+            assert size % here.parts(dim) == 0, f"{here.path}: {dim}={size} over {here.parts(dim)} devices"
+        return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype, sharding=here.sharding(*dims)), dims=tuple(dims))
+
+    def pad(self, dim: str, size: int) -> int:
+        """`size` rounded up to what the mesh divides."""
+        return math.ceil(size / self.parts(dim)) * self.parts(dim)
+
+    def place(self, x: jax.Array, *dims: str | None) -> jax.Array:
+        """`x` with the sharding of these dims: no operation where it has it already, communication where not."""
+        return reshard(x, self.spec(*dims), self.mesh)
+
+
+def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.AbstractMesh) -> jax.Array:
+    """`x` laid out as `spec` over `mesh`; nothing is emitted where it lies so already."""
+    target = NamedSharding(mesh.abstract_mesh, spec)
+    return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:
+    """Raises ValueError, with the legal sizes, where this model cannot be laid out so. Touches no device."""
+    split = {dim for dim, axis in rules.axes if axis == "tp"}
+    split |= {dim for _, table in rules.overrides for dim, axis in table if axis == "tp"}
+    problems = [p for p in config.tp_problems(tp) if ("mlp" in split if "MLP" in p else "kv_heads" in split)]
+    if problems:
+        legal = ", ".join(map(str, config.legal_tp()))
+        raise ValueError(f"tp={tp} does not divide {' and '.join(problems)}; legal tp for this model: {legal}")
+    if "embed" in split and config.hidden_size % tp:
+        raise ValueError(f"tp={tp} does not divide hidden_size {config.hidden_size}, which the tp_plan shards")
+
+
+# -- looking at a model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a model: its path, dims with sizes, spec, dtype, bytes in all and on each device."""
+
+    path: str
+    dims: Mapping[str, int]
+    spec: PartitionSpec
+    dtype: str
+    total_bytes: int
+    device_bytes: int
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every device holds all of it although there is more than one."""
+        return all(axis is None for axis in self.spec)
+
+
+def weights(model: nnx.Module) -> Iterator[Weight]:
+    """The weights of a model, abstract or real, in order."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        array = variable.get_value()
+        local = array.sharding.shard_shape(array.shape)
+        size = jnp.dtype(array.dtype).itemsize
+        yield Weight(
+            path=".".join(map(str, path)),
+            dims=dict(zip(variable.get_metadata()["dims"], array.shape, strict=True)),
+            spec=array.sharding.spec,
+            dtype=jnp.dtype(array.dtype).name,
+            total_bytes=math.prod(array.shape) * size,
+            device_bytes=math.prod(local) * size,
+        )

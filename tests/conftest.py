@@ -1,0 +1,31 @@
+"""Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml)."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched in a test
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def shared(name: str) -> Path:
+    """A file or folder of the data that stands beside the project; a clone without it skips what needs it."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there: it stands beside the project only where the project is developed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real Llama of 260 thousand weights, in Hugging Face form."""
+    return shared("stories260k")
