@@ -145,3 +145,31 @@ def _emit(model: Llama, x: jax.Array, state: State, features: Features) -> tuple
     token, produced, done, counts, logprobs = choose(logits, rows, state.counts, state.produced, state.done)
     shown, token = jnp.where(state.done, -1, token), jnp.where(state.done, state.token, token)
     return replace(state, token=token, produced=produced, done=done, counts=counts), shown, logprobs
+
+
+def abstract_state(model: Llama, *, batch: int, slots: int, features: Features) -> State:
+    """A state's shapes and shardings, to compile `begin` and `decode` ahead of time."""
+    layout = model.layout
+
+    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        dims = ("batch", *[None] * len(shape))
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=layout.sharding(*dims))
+
+    floats, ints = array(jnp.float32), array(jnp.int32)
+    rows = Rows(
+        temperature=floats,
+        top_k=ints,
+        top_p=floats,
+        min_p=floats,
+        repetition=floats,
+        presence=floats,
+        frequency=floats,
+        seed=array(jnp.uint32, 2),
+        bias_ids=array(jnp.int32, 1),
+        bias=array(jnp.float32, 1),
+        stop_ids=array(jnp.int32, 4),
+        min_tokens=ints,
+        max_tokens=ints,
+    )
+    cache = replace(model.empty_cache(batch, slots), fresh=False)
+    return State(cache, ints, ints, array(jnp.bool_), rows, None)

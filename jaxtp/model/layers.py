@@ -48,14 +48,14 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Q, K and V in one kernel [K, G+2, H, D], cut by KV heads; the output's [D, K, G, H], cut the same way."""
+    """Q, K and V in one kernel [K, G+2, H, D], cut by KV heads; the output's [D, N], N = K·G·H, cut the same way."""
 
     def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None) -> None:
         D, H = config.hidden_size, config.head_dim
         K = kv_heads_held(config, layout.at("qkv"))
         G = config.num_heads // K
         self.qkv = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H, embed=D)
-        self.o = layout.param("o", embed=D, kv_heads=K, q_per_kv=G, head_dim=H)
+        self.o = layout.param("o", embed=D, kv_heads=K * G * H)  # one dim, cut between KV heads: a plain matrix for XLA
         self.qkv_bias = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H) if config.qkv_bias else None
         self.o_bias = layout.param("o", embed=D) if config.o_bias else None
         if config.qk_norm:
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         qk = rotate(qk, step.cos, step.sin)
         out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
         residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
-        z = linear("BTKGH,DKGH->BTD", out, self.o[...], out=residual)
+        z = linear("BTN,DN->BTD", out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + self.o_bias[...], cache
 
     def _attend(

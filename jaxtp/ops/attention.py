@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Kernel = Literal["reference", "xla", "cudnn"]
 
@@ -76,7 +77,9 @@ def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array
     def row(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
 
-    return jax.vmap(row)(cache, new.swapaxes(1, 2), start)
+    cache = jax.vmap(row)(cache, new.swapaxes(1, 2), start)
+    # left to itself, XLA:GPU turns a cache of one row around for the next product, and back: two copies a layer
+    return with_layout_constraint(cache, Layout(major_to_minor=(0, 1, 2, 3)))
 
 
 def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
@@ -88,5 +91,8 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax
     """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]."""
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    # dividing by the sum comes last: T·H values instead of T·S
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype)

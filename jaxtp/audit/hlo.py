@@ -1,0 +1,128 @@
+"""Reads optimised HLO text: computations, instructions, shapes, and the devices that a collective joins."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# bits of an element
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ((?:\([^=]*?\)|\S+?)) ([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its name, the text of its shape, its opcode, and the rest of the line."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its result (of all parts of a tuple)."""
+        return sum(math.prod(shape) * bits(dtype) for dtype, shape in shapes(self.shape)) // 8
+
+    @property
+    def called(self) -> list[str]:
+        """The computations it names."""
+        return _CALLED.findall(self.rest)
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of every computation; the entry's is also under "ENTRY"."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] | None = None
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"^(ENTRY )?%?([\w.\-]+) \(", line)):
+            current = found[match[2]] = []
+            if match[1]:
+                found["ENTRY"] = current
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))):
+            current.append(Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
+    return found
+
+
+def walk(found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 0) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs as one, with how many loops it stands in: not the insides of fusions and reductions."""
+    for instruction in found[name]:
+        yield instruction, loops
+        if instruction.opcode == "while":
+            body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
+            assert body
+            yield from walk(found, body[1], loops + 1)
+        elif instruction.opcode in ("call", "conditional", "async-start"):
+            for called in instruction.called:
+                yield from walk(found, called, loops)
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array in the text of a shape."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
+
+
+def bits(dtype: str) -> int:
+    """Bits of an element, e.g. 16 for "bf16", 8 for "f8e4m3fn", 32 for "s32"."""
+    if dtype in _BITS:
+        return _BITS[dtype]
+    match = re.match(r"[a-z]+(\d+)", dtype)
+    assert match, dtype
+    return int(match[1])
+
+
+def groups(rest: str) -> tuple[tuple[int, ...], ...] | None:
+    """The groups of devices that a collective joins, from any of the three forms that XLA prints; None: all devices."""
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        joined = re.findall(r"'([^']+)'", match[2])
+        return _split(list(axes.values()), [list(axes).index(name) for name in joined])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, order = [[int(n) for n in match[i].split(",")] for i in (1, 2)]
+        devices = np.arange(math.prod(order)).reshape(order)
+        if match[3]:
+            devices = devices.transpose([int(n) for n in match[3].split(",")])
+        return tuple(tuple(row) for row in devices.reshape(shape[0], -1).tolist())
+    if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})?\}", rest):
+        return tuple(tuple(int(n) for n in row.split(",")) for row in re.findall(r"\{([\d, ]+)\}", match[1] or "")) or None
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return tuple(tuple(int(n) for n in pair.split(",")) for pair in re.findall(r"(\d+,\d+)", match[1]))
+    return None
+
+
+def axes_of(joined: tuple[tuple[int, ...], ...] | None, sizes: dict[str, int], *, pairs: bool = False) -> tuple[str, ...]:
+    """The mesh axes whose devices a collective joins; ("?",) where it is no set of axes.
+
+    `pairs`: the groups are (source, target), and the axes are those in which source and target differ.
+    """
+    shape, names = list(sizes.values()), list(sizes)
+    if joined is None:
+        return tuple(name for name, size in sizes.items() if size > 1)
+    if pairs:
+        places = [(np.unravel_index(a, shape), np.unravel_index(b, shape)) for a, b in joined]
+        moved = {name for a, b in places for name, i, j in zip(names, a, b, strict=True) if i != j}
+        return tuple(name for name in names if name in moved)
+    used = [i for i, size in enumerate(shape) if size > 1]
+    for count in range(1, len(used) + 1):
+        for chosen in itertools.combinations(used, count):
+            if {frozenset(g) for g in _split(shape, list(chosen))} == {frozenset(g) for g in joined}:
+                return tuple(names[i] for i in chosen)
+    return ("?",)
+
+
+def _split(shape: list[int], joined: list[int]) -> tuple[tuple[int, ...], ...]:
+    """Devices 0… of a mesh of this shape, in groups that differ along the joined dims only."""
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    rest = [i for i in range(len(shape)) if i not in joined]
+    size = math.prod(shape[i] for i in joined)
+    return tuple(tuple(row) for row in devices.transpose(rest + joined).reshape(-1, size).tolist())

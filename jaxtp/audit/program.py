@@ -1,0 +1,168 @@
+"""`audit`: a compiled program's collectives, memory, and large writes, as a report to test with or to look at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.table import Table
+
+from jaxtp.audit import hlo
+from jaxtp.tables import Shown
+
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
+# what is no kernel: names for values, the host's control flow, and collectives, which are counted apart
+_FREE = frozenset("parameter tuple get-tuple-element bitcast constant while call conditional after-all partition-id replica-id".split())
+_IN_PLACE = ("dynamic-update-slice", "scatter")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute". axes: the mesh axes whose
+    devices it joins. bytes: of the whole array (an all-gather's result, a reduce-scatter's operand). devices: how many it
+    joins. loops: how many loops it stands in.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    devices: int
+    loops: int
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that one device sends in a ring: 2(n-1)/n of an all-reduce, (n-1)/n of a gather, scatter or all-to-all."""
+        if self.kind == "collective-permute":
+            return self.bytes
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.devices - 1) // self.devices
+
+
+@dataclass(frozen=True)
+class Write:
+    """An instruction that writes a large result: its name, opcode, bytes, and whether it only updates what is there."""
+
+    name: str
+    opcode: str
+    bytes: int
+    in_place: bool
+    loops: int
+
+
+@dataclass(frozen=True)
+class Report(Shown):
+    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth."""
+
+    name: str
+    collectives: tuple[Collective, ...]
+    kernels: dict[int, int]
+    calls: dict[str, int]
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    aliased_bytes: int
+    writes: tuple[Write, ...] = field(repr=False)
+
+    def count(self, kind: str, *, axis: str | None = None, dtype: str | None = None, loops: int | None = None) -> int:
+        """How many collectives are of this kind (over exactly this axis, of this dtype, in that many loops)."""
+        return sum(
+            c.kind == kind and axis in (None, *c.axes) and dtype in (None, c.dtype) and loops in (None, c.loops)
+            for c in self.collectives
+        )
+
+    def copies(self, at_least: int) -> list[Write]:
+        """Results of that many bytes or more that are written anew, not updated in place."""
+        return [write for write in self.writes if write.bytes >= at_least and not write.in_place]
+
+    def table(self) -> Table:
+        """The report as a table."""
+        memory = ", ".join(
+            f"{label} {size / 2**20:.2f}"
+            for label, size in (
+                ("arguments", self.argument_bytes),
+                ("outputs", self.output_bytes),
+                ("aliased", self.aliased_bytes),
+                ("temporary", self.temp_bytes),
+            )
+        )
+        table = Table(title=f"{self.name}: what each device communicates", caption=f"MiB on each device: {memory}")
+        for column in ("collective", "axis", "dtype"):
+            table.add_column(column)
+        for column in ("devices", "count", "bytes each", "sent in a ring"):
+            table.add_column(column, justify="right")
+        table.add_column("where")
+        for c, count in sorted(Counter(self.collectives).items(), key=lambda item: -item[0].bytes * item[1]):
+            where = "each step of the loop" if c.loops else "once"
+            axes = " × ".join(c.axes)
+            table.add_row(c.kind, axes, c.dtype, str(c.devices), str(count), f"{c.bytes:,}", f"{count * c.traffic:,}", where)
+        if not self.collectives:
+            table.add_row("none", "", "", "", "0", "0", "0", "")
+        return table
+
+
+def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
+    """Reads a compiled program (`jax.jit(f).lower(...).compile()`) over `mesh`."""
+    text = compiled.as_text()
+    found = hlo.computations(text)
+    memory = compiled.memory_analysis()
+    collectives, kernels, calls, writes = [], Counter[int](), Counter[str](), []
+    for instruction, loops in hlo.walk(found):
+        kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
+        if kind in KINDS:
+            if not instruction.opcode.endswith("-done"):
+                collectives.append(_collective(kind, instruction, found, dict(mesh.shape), loops))
+            continue
+        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+            continue
+        kernels[loops] += 1
+        if target := re.search(r'custom_call_target="([^"]+)"', instruction.rest):
+            calls[target[1]] += 1
+        writes.append(Write(instruction.name, instruction.opcode, instruction.bytes, _in_place(instruction, found), loops))
+    title = re.search(r"HloModule ([\w.\-]+)", text)
+    return Report(
+        name=name or (title[1].removeprefix("jit_") if title else "program"),
+        collectives=tuple(collectives),
+        kernels=dict(kernels),
+        calls=dict(calls),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        writes=tuple(sorted(writes, key=lambda write: -write.bytes)),
+    )
+
+
+def _collective(
+    kind: str, instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]], sizes: dict[str, int], loops: int
+) -> Collective:
+    pairs = kind == "collective-permute"
+    joined = hlo.groups(instruction.rest)
+    axes = hlo.axes_of(joined, sizes, pairs=pairs)
+    devices = len(joined[0]) if joined and not pairs else 2 if pairs else _product(sizes)
+    done = next((i for c in found.values() for i in c if i.opcode == f"{kind}-done" and _operand(i, instruction.name)), None)
+    result = done or instruction
+    size = result.bytes * (devices if kind == "reduce-scatter" else 1)
+    return Collective(kind, axes, "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)})), size, devices, loops)
+
+
+def _operand(instruction: hlo.Instruction, name: str) -> bool:
+    return re.match(rf"%?{re.escape(name)}\b(?![.\-])", instruction.rest) is not None
+
+
+def _in_place(instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]]) -> bool:
+    if instruction.opcode in _IN_PLACE:
+        return True
+    inside = [i for name in instruction.called for i in found.get(name, ())]
+    return instruction.opcode == "fusion" and any(i.opcode in _IN_PLACE and i.bytes == instruction.bytes for i in inside)
+
+
+def _product(sizes: dict[str, int]) -> int:
+    total = 1
+    for size in sizes.values():
+        total *= size
+    return total

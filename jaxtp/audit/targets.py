@@ -1,0 +1,55 @@
+"""Compiles generation's programs from shapes alone: for the devices at hand, or for GPUs that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from jaxtp.generate.programs import Programs
+from jaxtp.generate.step import abstract_state, decode, prefill
+from jaxtp.mesh import AXES
+from jaxtp.model import Llama
+from jaxtp.ops.sampling import Features
+
+
+def gpu_mesh(target: str | Path, *, dp: int = 1, tp: int = 1) -> Mesh:
+    """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
+
+    target: the file that describes the GPU (XLA's GpuTargetConfigProto as text). Needs the compiler's plugin
+    (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises RuntimeError without it.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=Path(target).read_text(), topology=f"1x1x{dp * tp}"
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"cannot compile for GPUs here: {error}. The plugins jax-cuda13-plugin and jax-cuda13-pjrt of jax "
+            f"{jax.__version__} must be installed"
+        ) from error
+    devices = np.array(topology.devices).reshape(dp, 1, 1, 1, tp)
+    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def compile_decode(model: Llama, *, batch: int, slots: int, features: Features = Features()) -> Any:
+    """The decode program for `batch` rows of `slots` slots, compiled; the model may be abstract."""
+    state = abstract_state(model, batch=batch, slots=slots, features=features)
+    stop = jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=model.layout.sharding("batch"))
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    return Programs(model).compile(decode, state, stop, steps, donate=(0,), features=features)
+
+
+def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None = None, fresh: bool = True) -> Any:
+    """The prefill program for `tokens` prompt tokens of each row, compiled; `fresh`: the first chunk of the prompts."""
+    layout = model.layout
+    cache = model.empty_cache(batch, slots or tokens)
+    cache = cache if fresh else type(cache)(cache.layers, cache.lengths)
+    last = jax.ShapeDtypeStruct((batch, model.config.hidden_size), layout.dtype, sharding=layout.sharding("batch", None))
+    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
+    return Programs(model).compile(prefill, cache, last, ids, jax.ShapeDtypeStruct((), jnp.int32), donate=(0, 1))
