@@ -111,7 +111,7 @@ def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, .
             Part(f"{at}self_attn.v_proj.{kind}", (whole, fused - 1), rows=2, repeat=repeat),
         )
     if name in ("mlp.gate_up", "mlp.gate_up_bias"):
-        return (Part(f"{at}mlp.gate_proj.{kind}", (0,)), Part(f"{at}mlp.up_proj.{kind}", (1,)))
+        return (Part(f"{at}mlp.gate_proj.{kind}", (whole, 0)), Part(f"{at}mlp.up_proj.{kind}", (whole, 1)))
     return (Part(at + _SINGLE[name]),)
 
 

@@ -69,7 +69,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout, and the cache with these tokens in it."""
         heads = self.layout.at("qkv")
-        y = linear("BTD,KMHD->BTKMH", x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
+        y = linear(x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
         if self.qkv_bias is not None:
             y = y + heads.place(self.qkv_bias[...], "heads", None, None)
         qk, v = y[:, :, :, :-1], y[:, :, :, -1]
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         qk = rotate(qk, step.cos, step.sin)
         out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
         residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
-        z = linear("BTN,DN->BTD", out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
+        z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + self.o_bias[...], cache
 
     def _attend(
@@ -103,25 +103,25 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: gate and up in one kernel [2, F, D], down [D, F]."""
+    """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]."""
 
     def __init__(self, config: ModelConfig, *, layout: Layout) -> None:
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up = layout.param("gate_up", gate_up=2, mlp=F, embed=D)
+        self.gate_up = layout.param("gate_up", mlp=F, gate_up=2, embed=D)
         self.down = layout.param("down", embed=D, mlp=F)
-        self.gate_up_bias = layout.param("gate_up", gate_up=2, mlp=F) if config.mlp_bias else None
+        self.gate_up_bias = layout.param("gate_up", mlp=F, gate_up=2) if config.mlp_bias else None
         self.down_bias = layout.param("down", embed=D) if config.mlp_bias else None
         self.layout = layout
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout."""
         hidden = self.layout.at("gate_up")
-        y = linear("BTD,CFD->BTCF", x, self.gate_up[...], out=hidden.sharding("batch", "tokens", None, "hidden"))
+        y = linear(x, self.gate_up[...], out=hidden.sharding("batch", "tokens", "hidden", None))
         if self.gate_up_bias is not None:
-            y = y + hidden.place(self.gate_up_bias[...], None, "hidden")
-        y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+            y = y + hidden.place(self.gate_up_bias[...], "hidden", None)
+        y = jax.nn.silu(y[..., 0]) * y[..., 1]
         residual = self.layout.at("down").sharding("batch", residual_dim(y, self.layout), None)
-        z = linear("BTF,DF->BTD", y, self.down[...], out=residual)
+        z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + self.down_bias[...]
 
 

@@ -169,7 +169,7 @@ class Llama(nnx.Module):
         """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""
         table, layout = (self.embed, self.layout.at("embed")) if self.head is None else (self.head, self.layout.at("head"))
         x = self.layout.place(x, "batch", "tokens", None)
-        return linear("BTD,VD->BTV", x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
+        return linear(x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it."""

@@ -9,47 +9,51 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
 from jaxtp.sharding import reshard
 
 
-def linear(
-    equation: str, x: jax.Array, weight: jax.Array, *, out: jax.sharding.NamedSharding, dtype: jnp.dtype | None = None
-) -> jax.Array:
-    """einsum(equation, x, weight) in `dtype` (default x's) with the layout `out`; one letter a dim, e.g. "BTD,FD->BTF".
+def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [B, T, I] times weight [*O, I], over I: [B, T, *O] in `dtype` (default x's), laid out as `out`.
 
-    Row-parallel products are reduced in x's dtype. On GPUs that is what halves the bytes of the all-reduce against
-    float32 (the product itself accumulates in float32 all the same).
+    Of the dims O only the first may be sharded, so that they flatten to a plain matrix on every device: XLA:CPU copies the
+    weights of any other product at every call. Row-parallel products are reduced in the result's dtype, which on GPUs
+    halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
-    letters, rest = equation.split(",")
-    axes = dict(zip(rest.split("->")[0], jax.typeof(weight).sharding.spec, strict=True))
-    spec = jax.typeof(x).sharding.spec
-    taken = {axis for letter, axis in axes.items() if letter not in letters}
-    wanted = [axes[dim] if dim in axes else None if axis in taken else axis for dim, axis in zip(letters, spec, strict=True)]
-    x = reshard(x, P(*wanted), out.mesh)
-    summed = any(axes[dim] for dim in letters if dim in axes)
-    natural = P(*(axes.get(dim, dict(zip(letters, wanted, strict=True)).get(dim)) for dim in equation.split("->")[1]))
-    target = out.spec if summed else natural
-    y = _einsum(equation, x, weight, jax.sharding.NamedSharding(out.mesh.abstract_mesh, target), jnp.dtype(dtype or x.dtype))
-    return reshard(y, out.spec, out.mesh)
+    mesh = out.mesh.abstract_mesh
+    *outer, summed = jax.typeof(weight).sharding.spec
+    assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
+    batch, tokens, _ = jax.typeof(x).sharding.spec
+    # a token dim on the axis that shards the weight is gathered first: the axis cannot shard two dims of the result
+    tokens = None if tokens in (outer[0], summed) else tokens
+    x = reshard(x, P(batch, tokens, summed), mesh)
+    y = _matmul(x, weight.reshape(-1, weight.shape[-1]), NamedSharding(mesh, _merged(out.spec) if summed else P(batch, tokens, outer[0])), jnp.dtype(dtype or x.dtype))
+    y = y.reshape(*y.shape[:2], *weight.shape[:-1])
+    return reshard(y, out.spec, mesh)
 
 
-def _einsum(equation: str, x: jax.Array, weight: jax.Array, out: jax.sharding.NamedSharding, dtype: jnp.dtype) -> jax.Array:
-    """The one place that knows how each backend likes its products.
+def _merged(spec: P) -> P:
+    """The spec of [B, T, *O] with O flattened."""
+    return P(*spec[:3])
+
+
+def _matmul(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype) -> jax.Array:
+    """The one place that knows how each backend likes its products: x [B, T, I], weight [O, I] -> [B, T, O].
 
     XLA:CPU multiplies bfloat16 ten times faster when asked for a float32 result, and not a single row of it.
     """
     if platform(out.mesh) != "cpu" or x.dtype == jnp.float32:
-        return jnp.einsum(equation, x, weight, preferred_element_type=dtype, out_sharding=out)
+        return jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=dtype, out_sharding=out)
     lone = x.shape[1] == 1
     x = jnp.concatenate([x, x], axis=1) if lone else x
-    y = jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32, out_sharding=out).astype(dtype)
+    y = jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=jnp.float32, out_sharding=out).astype(dtype)
     return y[:, :1] if lone else y
 
 
-def embed(table: jax.Array, tokens: jax.Array, *, out: jax.sharding.NamedSharding) -> jax.Array:
+def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Array:
     """table[tokens]: table [V, D], tokens [B, T] int32 -> [B, T, D] laid out as `out`.
 
     With the vocabulary sharded each device looks up the ids that it holds, and the sum over devices is one all-reduce
@@ -58,7 +62,7 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: jax.sharding.NamedShardin
     mesh, vocab_axis = out.mesh.abstract_mesh, jax.typeof(table).sharding.spec[0]
     spec = jax.typeof(tokens).sharding.spec
     if vocab_axis is None:
-        return reshard(table.at[tokens].get(out_sharding=jax.sharding.NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
+        return reshard(table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
 
     scattered = out.spec[1] == vocab_axis
 
