@@ -27,30 +27,31 @@ def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dt
     *outer, summed = jax.typeof(weight).sharding.spec
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
     batch, tokens, _ = jax.typeof(x).sharding.spec
-    # a token dim on the axis that shards the weight is gathered first: the axis cannot shard two dims of the result
+    # an axis cannot shard two dims of the product: tokens that lie on it are gathered first
     tokens = None if tokens in (outer[0], summed) else tokens
     x = reshard(x, P(batch, tokens, summed), mesh)
-    y = _matmul(x, weight.reshape(-1, weight.shape[-1]), NamedSharding(mesh, _merged(out.spec) if summed else P(batch, tokens, outer[0])), jnp.dtype(dtype or x.dtype))
-    y = y.reshape(*y.shape[:2], *weight.shape[:-1])
-    return reshard(y, out.spec, mesh)
+    wanted = P(*out.spec[:3]) if summed else P(batch, tokens, outer[0])
+    y = _matmul(x, weight.reshape(-1, weight.shape[-1]), wanted, jnp.dtype(dtype or x.dtype))
+    return reshard(y.reshape(*y.shape[:2], *weight.shape[:-1]), out.spec, mesh)
 
 
-def _merged(spec: P) -> P:
-    """The spec of [B, T, *O] with O flattened."""
-    return P(*spec[:3])
-
-
-def _matmul(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype) -> jax.Array:
+def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
     """The one place that knows how each backend likes its products: x [B, T, I], weight [O, I] -> [B, T, O].
 
-    XLA:CPU multiplies bfloat16 ten times faster when asked for a float32 result, and not a single row of it.
+    XLA:CPU multiplies bfloat16 ten times faster when asked for a float32 result, and not a single row of it; and in a loop
+    it copies the weights of any product of more than two dims.
     """
-    if platform(out.mesh) != "cpu" or x.dtype == jnp.float32:
-        return jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=dtype, out_sharding=out)
-    lone = x.shape[1] == 1
-    x = jnp.concatenate([x, x], axis=1) if lone else x
-    y = jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=jnp.float32, out_sharding=out).astype(dtype)
-    return y[:, :1] if lone else y
+    mesh = jax.typeof(weight).sharding.mesh
+    accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
+    if out[1] is not None:  # tokens stay sharded: rows do not flatten
+        out = NamedSharding(mesh, out)
+        return jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=accumulate, out_sharding=out).astype(dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
+    rows = jnp.concatenate([rows, rows]) if lone else rows
+    out = NamedSharding(mesh, P(out[0], out[2]))
+    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=out).astype(dtype)
+    return (y[:1] if lone else y).reshape(*x.shape[:2], -1)
 
 
 def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Array:
@@ -61,7 +62,9 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     """
     mesh, vocab_axis = out.mesh.abstract_mesh, jax.typeof(table).sharding.spec[0]
     spec = jax.typeof(tokens).sharding.spec
-    if vocab_axis is None:
+    # without the barrier, XLA:CPU takes a float32 copy of a whole bfloat16 table out of the decode loop
+    table, tokens = jax.lax.optimization_barrier((table, tokens))
+    if vocab_axis is None or mesh.shape[vocab_axis] == 1:
         return reshard(table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
 
     scattered = out.spec[1] == vocab_axis
@@ -74,4 +77,5 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
             return jax.lax.psum_scatter(x, vocab_axis, scatter_dimension=1, tiled=True)
         return jax.lax.psum(x, vocab_axis)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(vocab_axis, None), P(*spec)), out_specs=out.spec)(table, tokens)
+    specs = (P(vocab_axis, None), P(*spec))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out.spec)(table, tokens)
