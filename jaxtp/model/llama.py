@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Part, parts
 from jaxtp.config import ModelConfig
-from jaxtp.mesh import make_mesh
+from jaxtp.mesh import make_mesh, platform
 from jaxtp.model.cache import Cache, LayerCache
 from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
@@ -176,6 +176,8 @@ class Llama(nnx.Module):
         config, layout = self.config, self.layout.at("layers.0.attention.qkv")
         return Cache.abstract(
             layout,
+            # XLA:CPU would carry a 16-bit cache through the decode loop in float32 and convert all of it at every step
+            dtype=jnp.dtype(jnp.float32) if platform(layout.mesh) == "cpu" else layout.dtype,
             layers=config.num_layers,
             kv_heads=kv_heads_held(config, layout),
             head_dim=config.head_dim,

@@ -80,7 +80,7 @@ def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array
     """The cache [B, K, S, H] with new [B, T, K, H] in each row's slots start … start+T-1 (start [B]), in place if donated."""
 
     def row(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
+        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, start, 0))
 
     cache = jax.vmap(row)(cache, new.swapaxes(1, 2), start)
     # left to itself, XLA:GPU turns a cache of one row around for the next product, and back: two copies a layer
@@ -94,7 +94,7 @@ def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]."""
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     # dividing by the sum comes last: T·H values instead of T·S

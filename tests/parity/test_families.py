@@ -1,0 +1,118 @@
+"""Random tiny checkpoints of every family and option: logits and greedy tokens equal transformers', at tp 1, 2 and 4."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxtp import LLM, Llama, SamplingParams, make_mesh
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CASES = {
+    "llama-1": ("Llama", {"num_key_value_heads": 8}),
+    "llama-gqa": ("Llama", {}),
+    "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "kv-replicated": ("Llama", {"num_key_value_heads": 2}),
+    "own-head-dim": ("Llama", {"head_dim": 24}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "odd-vocabulary": ("Llama", {"vocab_size": 131}),
+    "odd-vocabulary-tied": ("Llama", {"vocab_size": 131, "tie_word_embeddings": True}),
+    "attention-bias": ("Llama", {"attention_bias": True, "num_key_value_heads": 2}),
+    "mlp-bias": ("Llama", {"mlp_bias": True}),
+    "rope-theta": ("Llama", {"rope_theta": 500000.0}),
+    "rope-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "rope-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}),
+    "rope-llama3": ("Llama", {"rope_scaling": LLAMA3}),
+    "rope-yarn": ("Llama", {"rope_scaling": YARN}),
+    "rope-yarn-tuned": (
+        "Llama",
+        {"rope_scaling": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    ),
+    "rope-yarn-factor": ("Llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 2}),
+    "qwen3-bias": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+}
+PROMPTS = [[5, 9, 11], list(range(3, 25)), [7], [100, 2, 8, 4, 4, 4, 60, 1, 99]]
+NEW = 20
+
+
+@pytest.fixture(scope="module", params=CASES)
+def checkpoint(request, tmp_path_factory):
+    """(folder, logits of transformers for a batch of tokens, its greedy completions of PROMPTS)."""
+    family, options = CASES[request.param]
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        **options,
+    }
+    config = getattr(transformers, f"{family}Config")(**settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(1 + 0.1 * torch.randn_like(weight) if "norm" in name else 0.15 * torch.randn_like(weight))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens())).logits.numpy()
+        completions = [greedy(model, prompt) for prompt in PROMPTS]
+    return folder, logits, completions
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 128, (2, 24))
+
+
+def greedy(model, prompt: list[int]) -> list[int]:
+    """Token by token over transformers' own cache."""
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_logits(checkpoint, tp):
+    folder, expected, _ = checkpoint
+    model = Llama.from_pretrained(folder, mesh=make_mesh(tp=tp), progress=False)
+    logits = np.asarray(model(tokens()))
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_greedy_tokens(checkpoint, tp):
+    folder, _, expected = checkpoint
+    llm = LLM(folder, tensor_parallel_size=tp, progress=False, max_model_len=48)
+    requests = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW))
+    assert [request.outputs[0].token_ids for request in requests] == expected
+
+
+def test_round_trip(checkpoint, tmp_path):
+    """Loaded on four devices, saved in several files, read by transformers: the same logits; and the same config again."""
+    folder, expected, _ = checkpoint
+    model = Llama.from_pretrained(folder, mesh=make_mesh(tp=4), progress=False)
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=50_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(torch.tensor(tokens())).logits.numpy(), expected)
+    assert type(model.config).from_hf(tmp_path / "out") == model.config
