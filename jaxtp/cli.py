@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
+    from jaxtp import LLM, RequestOutput, SamplingParams
+
 Alias = tyro.conf.arg
-Off = tyro.conf.FlagCreatePairsOff
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # --flag alone, no --no-flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Engine:
     """dummy: random weights; MODEL may then be a preset such as llama-3.1-8b."""
     tp_plan: str = "auto"
     """auto, or a JSON file of globs to styles (colwise, rowwise, ...)."""
-    sequence_parallel: Off[bool] = False
+    sequence_parallel: Flag = False
     """Shard the residual stream over tokens."""
     kernel: Literal["reference", "xla", "cudnn"] | None = None
     """Attention kernel; default chosen by device and shapes."""
@@ -55,7 +58,7 @@ class Engine:
     virtual_devices: int | None = None
     """Run on this many virtual CPU devices."""
 
-    def llm(self, model: str):
+    def llm(self, model: str) -> LLM:
         """The LLM that these arguments describe."""
         import jax
 
@@ -64,7 +67,7 @@ class Engine:
         if self.virtual_devices:
             use_virtual_devices(self.virtual_devices)
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(max(self.gpu_memory_utilization, 0.75)))
-        if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
+        if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
             jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}
         arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else json.loads(Path(self.tp_plan).read_text())
@@ -100,14 +103,14 @@ class Sampling:
     """Strings that end the text."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the text."""
-    ignore_eos: Off[bool] = False
+    ignore_eos: Flag = False
     """Go on after the end-of-sequence token."""
     logprobs: int | None = None
     """Report the log-probabilities of this many alternatives."""
     request_seed: Annotated[int | None, Alias(name="sampling-seed")] = None
     """Fixes the tokens of every request."""
 
-    def params(self):
+    def params(self) -> SamplingParams:
         """The SamplingParams that these arguments describe."""
         from jaxtp import SamplingParams
 
@@ -127,7 +130,7 @@ class Generate:
     """Prompts from a file: one a line, or JSONL with a "prompt" in each; "-" is standard input."""
     output: Path | None = None
     """Where to write JSONL; default standard output."""
-    stream: Off[bool] = False
+    stream: Flag = False
     """Print the text as it comes."""
     engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
@@ -136,11 +139,11 @@ class Generate:
         """Generates and prints."""
         if not self.prompt and self.prompts_file is None:
             raise ValueError("give --prompt TEXT or --prompts-file FILE")
-        prompts = list(self.prompt) or list(_read_prompts(self.prompts_file))
+        prompts: list[str | list[int]] = [*self.prompt] or [*_read_prompts(self.prompts_file)]
         params = self.sampling.params()
         llm = self.engine.llm(self.model)
         if self.stream:
-            _print_stream(llm.stream(prompts, params), prompts)
+            _print_stream(llm.stream(prompts, params))
             return
         requests = llm.generate(prompts, params)
         if self.prompts_file is None and self.output is None:
@@ -172,7 +175,7 @@ class Chat:
         llm.chat_prompts([[*messages, {"role": "user", "content": ""}]])  # no template: say it before asking
         while question := _ask():
             messages.append({"role": "user", "content": question})
-            answer = _print_stream(llm.stream(llm.chat_prompts(messages), params), [""])
+            answer = _print_stream(llm.stream(llm.chat_prompts(messages), params))
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -208,7 +211,7 @@ def _read_prompts(path: Path | None) -> Iterator[str | list[int]]:
             raise ValueError(f'{path}:{number} is not a JSON object with "prompt" or "prompt_token_ids"') from error
 
 
-def _record(request) -> dict:
+def _record(request: RequestOutput) -> dict:
     return {
         "prompt": request.prompt,
         "prompt_token_ids": request.prompt_token_ids,
@@ -216,7 +219,7 @@ def _record(request) -> dict:
     }
 
 
-def _print_stream(stream, prompts: list) -> str:
+def _print_stream(stream: Iterator[RequestOutput]) -> str:
     """Prints the first completion of each prompt as it grows; several prompts follow one another."""
     done = ""
     texts: dict[int, str] = {}

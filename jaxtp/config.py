@@ -108,47 +108,14 @@ FAMILIES = {
 
 # Keys of config.json that change nothing in the forward pass of a dense decoder.
 _HARMLESS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "initializer_range",
-        "attention_dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "pretraining_tp",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "name_or_path",
-        "auto_map",
-        "tokenizer_class",
-        "is_llama_config",
-        "transformers.js_config",
-        "max_length",
-        "unsloth_fixed",
-        "unsloth_version",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "pruned_heads",
-        "is_decoder",
-        "prefix",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "task_specific_params",
-        "finetuning_task",
-        "attn_implementation",
-    ]
+    (
+        "architectures model_type transformers_version torch_dtype dtype use_cache initializer_range attention_dropout "
+        "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id pretraining_tp name_or_path auto_map "
+        "output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder is_decoder "
+        "id2label label2id problem_type tokenizer_class is_llama_config transformers.js_config max_length prefix "
+        "unsloth_fixed unsloth_version torchscript use_bfloat16 tf_legacy_loss pruned_heads task_specific_params "
+        "finetuning_task attn_implementation"
+    ).split()
 )
 # Keys that may stand there only with the value that this library computes.
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -5,6 +5,8 @@ Sizes are those of the published `config.json` of each model.
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtp.config import ModelConfig, Rope
 
 _LLAMA2 = Rope()
@@ -16,7 +18,7 @@ def _llama31(factor: float) -> Rope:
 
 
 def _model(
-    kind: str, vocab: int, d: int, f: int, layers: int, heads: int, kv: int, context: int, rope: Rope, **more
+    kind: str, vocab: int, d: int, f: int, layers: int, heads: int, kv: int, context: int, rope: Rope, **more: Any
 ) -> ModelConfig:
     return ModelConfig(
         model_type=kind,

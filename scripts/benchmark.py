@@ -13,7 +13,6 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,11 +90,14 @@ def main(args: Args) -> None:
                 # in turns, so that a machine that slows down slows both
                 pairs = [(ours.run(cell, prompts), run_theirs(theirs, cell, prompts)) for _ in range(args.repeats)]
                 mine, other = min(p[0] for p in pairs), min(p[1] for p in pairs)
-                rows.append({"cell": name, "dtype": dtype, "jaxtp": mine, "transformers": other, "compile": compiled, **asdict(cell)})
+                rows.append(
+                    {"cell": name, "dtype": dtype, "jaxtp": mine, "transformers": other, "compile": compiled, **asdict(cell)}
+                )
                 print(f"{dtype} {name}: {other / mine:.2f}", flush=True)
             del theirs, ours
             gc.collect()
-    print_table(rows, f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, {platform.processor() or platform.machine()}")
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print_table(rows, f"{versions}, {platform.processor() or platform.machine()}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 
@@ -137,7 +139,12 @@ def run_theirs(model, cell: Cell, prompts: np.ndarray) -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
             )
         return time.perf_counter() - start
 

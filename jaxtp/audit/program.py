@@ -15,7 +15,10 @@ from jaxtp.tables import Shown
 
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
 # what is no kernel: names for values, the host's control flow, and collectives, which are counted apart
-_FREE = frozenset("parameter tuple get-tuple-element bitcast constant while call conditional after-all partition-id replica-id".split())
+_FREE = (
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional"),
+    *("after-all", "partition-id", "replica-id"),
+)
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 
 

@@ -33,7 +33,7 @@ def gpu_mesh(target: str | Path, *, dp: int = 1, tp: int = 1) -> Mesh:
             f"cannot compile for GPUs here: {error}. The plugins jax-cuda13-plugin and jax-cuda13-pjrt of jax "
             f"{jax.__version__} must be installed"
         ) from error
-    devices = np.array(topology.devices).reshape(dp, 1, 1, 1, tp)
+    devices: Any = np.array(topology.devices).reshape(dp, 1, 1, 1, tp)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

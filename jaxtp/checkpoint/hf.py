@@ -6,6 +6,7 @@ never opened.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -112,12 +113,12 @@ def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool
 def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, made_of: tuple[Part, ...]) -> jax.Array:
     blocks: dict[str, np.ndarray] = {}  # devices that hold the same block share one reading
 
-    def block(index: Index) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
         if str(index) not in blocks:
             shape = [len(range(*s.indices(n))) for s, n in zip(index, abstract.shape, strict=True)]
             out = np.empty(shape, abstract.dtype)
             for part in made_of:
-                part.read(out, index, abstract.shape, lambda where, name=part.name: tensors.read(name, where))
+                part.read(out, index, abstract.shape, functools.partial(tensors.read, part.name))
             blocks[str(index)] = out
         return blocks[str(index)]
 

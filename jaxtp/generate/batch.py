@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ class Batch:
     def _padded(self, lists: Sequence[Sequence[float]], fill: float, dtype: type, *, width: int = 1) -> jax.Array:
         """[B, N] from a list for each row, N a power of two."""
         longest = max([width, *map(len, lists)])
-        out = np.full((self.size, 1 << (longest - 1).bit_length()), fill, dtype)
+        out: Any = np.full((self.size, 1 << (longest - 1).bit_length()), fill, dtype)
         for i, values in enumerate(lists):
             out[i, : len(values)] = values
         return self._put(out, "batch", None)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
+from jaxtp.sharding import reshard
 
 CALL_TOKENS = 64  # N: the most tokens that one call of `decode` makes
 
@@ -55,14 +58,10 @@ def prefill(model: Llama, cache: Cache, last: jax.Array, tokens: jax.Array, star
     last [B, D] takes the final hidden state of each row whose last prompt token is among these.
     """
     B, T = tokens.shape
-    positions = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
+    positions = model.layout.place(jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T)), "batch", "tokens")
     x, filled = model.hidden(tokens, positions, cache=cache)
     assert filled is not None
-    is_last = model.layout.place(positions, "batch", None) == cache.lengths[:, None] - 1
-    spec = jax.typeof(x).sharding.spec
-    is_last = jax.sharding.reshard(
-        is_last, jax.sharding.NamedSharding(model.layout.mesh.abstract_mesh, jax.P(spec[0], spec[1]))
-    )
+    is_last = reshard(positions == cache.lengths[:, None] - 1, jax.P(*jax.typeof(x).sharding.spec[:2]), model.layout.mesh)
     # one token a row at most: the sum picks it, and crosses devices only where tokens are sharded
     picked = jnp.where(is_last[:, :, None], x, jnp.zeros((), x.dtype)).sum(axis=1)
     return filled, last + picked
@@ -129,8 +128,10 @@ def _emit(model: Llama, x: jax.Array, state: State, features: Features) -> tuple
             counts = replace(counts, output=counts.output + new.astype(jnp.int32))
         return token, produced + jnp.where(done, 0, 1), done | ends, counts, logprobs
 
-    by_row, by_vocab = layout.sharding("batch").spec, layout.at("head").sharding("batch", "logits").spec
-    alternatives = layout.sharding("batch", None).spec
+    mesh = layout.mesh.abstract_mesh
+    by_row: Any = NamedSharding(mesh, layout.spec("batch"))
+    by_vocab: Any = NamedSharding(mesh, layout.at("head").spec("batch", "logits"))
+    alternatives: Any = NamedSharding(mesh, layout.spec("batch", None))
     out = (
         by_row,
         by_row,
@@ -138,10 +139,7 @@ def _emit(model: Llama, x: jax.Array, state: State, features: Features) -> tuple
         None if state.counts is None else Counts(by_vocab, by_vocab),
         None if features.logprobs is None else Logprobs(by_row, by_row, alternatives, alternatives),
     )
-    shardings = jax.tree.map(
-        lambda spec: jax.sharding.NamedSharding(layout.mesh.abstract_mesh, spec), out, is_leaf=lambda s: isinstance(s, jax.P)
-    )
-    choose = jax.sharding.auto_axes(choose, out_sharding=shardings)
+    choose = jax.sharding.auto_axes(choose, out_sharding=out)
     token, produced, done, counts, logprobs = choose(logits, rows, state.counts, state.produced, state.done)
     shown, token = jnp.where(state.done, -1, token), jnp.where(state.done, state.token, token)
     return replace(state, token=token, produced=produced, done=done, counts=counts), shown, logprobs
@@ -151,7 +149,7 @@ def abstract_state(model: Llama, *, batch: int, slots: int, features: Features) 
     """A state's shapes and shardings, to compile `begin` and `decode` ahead of time."""
     layout = model.layout
 
-    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *shape: int) -> Any:
         dims = ("batch", *[None] * len(shape))
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=layout.sharding(*dims))
 

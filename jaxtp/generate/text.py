@@ -25,13 +25,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text, exactly as the tokens spell it."""
-        return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt of a conversation, ready for the assistant's answer. Raises ValueError without a chat template."""
         if not self.hf.chat_template:
             raise ValueError("this tokenizer has no chat template; give a prompt to generate(), or a model tuned for chat")
-        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(self.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
 
 
 class GrowingText:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +37,13 @@ class Cache:
         return self.layers[0][0].shape[2]
 
     @staticmethod
-    def abstract(layout: Layout, *, dtype: jnp.dtype, layers: int, kv_heads: int, head_dim: int, batch: int, slots: int) -> Cache:
+    def abstract(
+        layout: Layout, *, dtype: jnp.dtype, layers: int, kv_heads: int, head_dim: int, batch: int, slots: int
+    ) -> Cache:
         """Shapes and shardings, no arrays."""
         sharding = layout.sharding("batch", "heads", "cached", "head_dim")
-        array = jax.ShapeDtypeStruct((batch, kv_heads, slots, head_dim), dtype, sharding=sharding)
-        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.sharding("batch"))
+        array: Any = jax.ShapeDtypeStruct((batch, kv_heads, slots, head_dim), dtype, sharding=sharding)
+        lengths: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.sharding("batch"))
         return Cache(layers=((array, array),) * layers, lengths=lengths, fresh=True)
 
     def zeros(self) -> Cache:

@@ -44,6 +44,7 @@ class Norm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
         return rms_norm(x, self.weight[...], eps=self.eps)
 
 
@@ -91,10 +92,11 @@ class Attention(nnx.Module):
 
         def local(q, k, v, positions, segment_ids, cache):
             if cache is not None:
-                cache = tuple(write_cache(old, new, positions[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+                start = positions[:, 0]
+                cache = write_cache(cache[0], k, start), write_cache(cache[1], v, start)
             if cache is None or fresh:
                 return attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids), cache
-            return attend_cached(q, *cache, positions, window=window), cache
+            return attend_cached(q, cache[0], cache[1], positions, window=window), cache
 
         args = (q, k, v, step.positions, step.segment_ids, cache)
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)

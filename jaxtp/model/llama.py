@@ -187,7 +187,13 @@ class Llama(nnx.Module):
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _compiled(model: Llama, tokens, positions, segment_ids, cache):
+def _compiled(
+    model: Llama,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+) -> jax.Array | tuple[jax.Array, Cache]:
     return model(tokens, positions, segment_ids, cache)
 
 

@@ -44,13 +44,13 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
     mesh = jax.typeof(weight).sharding.mesh
     accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
     if out[1] is not None:  # tokens stay sharded: rows do not flatten
-        out = NamedSharding(mesh, out)
-        return jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=accumulate, out_sharding=out).astype(dtype)
+        y = jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=accumulate, out_sharding=NamedSharding(mesh, out))
+        return y.astype(dtype)
     rows = x.reshape(-1, x.shape[-1])
     lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
     rows = jnp.concatenate([rows, rows]) if lone else rows
-    out = NamedSharding(mesh, P(out[0], out[2]))
-    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=out).astype(dtype)
+    flat = NamedSharding(mesh, P(out[0], out[2]))
+    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=flat).astype(dtype)
     return (y[:1] if lone else y).reshape(*x.shape[:2], -1)
 
 

@@ -21,6 +21,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     """
     inv = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if rope.kind == "linear":
+        assert rope.factor
         return inv / rope.factor, 1.0
     if rope.kind == "llama3":
         return _llama3(rope, inv), 1.0
@@ -59,20 +60,25 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def _llama3(rope: Rope, inv: np.ndarray) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
-    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position
-    turns = rope.original_max_position * inv / (2 * math.pi)  # full turns within the original context
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    factor, low, high, context = rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
+    assert factor
+    assert low
+    assert high
+    assert context
+    turns = context * inv / (2 * math.pi)  # full turns within the original context
+    smooth = (turns - low) / (high - low)
     smooth = np.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * inv / rope.factor + smooth * inv
+    return (1 - smooth) * inv / factor + smooth * inv
 
 
 def _yarn(rope: Rope, inv: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
     """YaRN (https://arxiv.org/abs/2309.00071): a ramp between stretched and original frequencies, by dimension."""
-    assert rope.factor and rope.original_max_position
+    factor, context = rope.factor, rope.original_max_position
+    assert factor
+    assert context
 
     def dim_of(turns: float) -> float:
         """The dimension whose frequency makes `turns` full turns within the original context."""
-        context = rope.original_max_position or 0
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dim_of(rope.beta_fast or 32), dim_of(rope.beta_slow or 1)
@@ -82,10 +88,10 @@ def _yarn(rope: Rope, inv: np.ndarray, head_dim: int) -> tuple[np.ndarray, float
     ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
 
     def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(rope.factor or 1) + 1.0 if (rope.factor or 1) > 1 else 1.0
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     scale = rope.attention_factor
     if scale is None:
         both = rope.mscale and rope.mscale_all_dim
         scale = mscale(rope.mscale or 1) / mscale(rope.mscale_all_dim or 1) if both else mscale(1)
-    return inv / rope.factor * ramp + inv * (1 - ramp), float(scale)
+    return inv / factor * ramp + inv * (1 - ramp), float(scale)
