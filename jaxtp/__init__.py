@@ -12,7 +12,7 @@ from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, Sampli
 from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
 from jaxtp.model import Cache, Llama
 from jaxtp.presets import PRESETS, preset
-from jaxtp.sharding import Rules
+from jaxtp.sharding import Rules, describe
 
 __all__ = [
     "AXES",
@@ -26,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "Rules",
     "SamplingParams",
+    "describe",
     "make_mesh",
     "preset",
     "use_virtual_devices",

@@ -1,6 +1,7 @@
 """Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
 
-Dims of weights       vocab, embed, kv_heads, q_per_kv, fused (q_per_kv + k + v), head_dim, mlp, gate_up
+Dims of weights       vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim, query_heads
+                      (all their channels, cut between KV heads), mlp, gate_up
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
                       cache), hidden (inside the MLP), logits, cached
 
@@ -10,21 +11,22 @@ Tensor parallelism, sequence parallelism and (later) ZeRO are different tables, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.table import Table
 
 from jaxtp.config import ModelConfig
+from jaxtp.tables import Shown
 
-Table = tuple[tuple[str, str | None], ...]
-_A = TypeVar("_A")
+Axes = tuple[tuple[str, str | None], ...]
 
-DEFAULT: Table = (
+DEFAULT: Axes = (
     ("batch", "dp"),
     ("tokens", None),
     ("sequence", None),
@@ -32,11 +34,11 @@ DEFAULT: Table = (
     ("vocab", "tp"),
     ("logits", "tp"),
     ("kv_heads", "tp"),
+    ("query_heads", "tp"),
     ("heads", "tp"),
     ("mlp", "tp"),
     ("hidden", "tp"),
     ("embed", None),
-    ("q_per_kv", None),
     ("fused", None),
     ("gate_up", None),
     ("head_dim", None),
@@ -47,8 +49,8 @@ DEFAULT: Table = (
 class Rules:
     """Dim -> mesh axis, with exceptions for single modules (`overrides`: path -> what differs there)."""
 
-    axes: Table = DEFAULT
-    overrides: tuple[tuple[str, Table], ...] = ()
+    axes: Axes = DEFAULT
+    overrides: tuple[tuple[str, Axes], ...] = ()
 
     def using(self, **axes: str | None) -> Rules:
         """These rules with some dims on other axes, e.g. `Rules().using(vocab=None)`."""
@@ -124,7 +126,7 @@ def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:
     """Raises ValueError, with the legal sizes, where this model cannot be laid out so. Touches no device."""
     split = {dim for dim, axis in rules.axes if axis == "tp"}
     split |= {dim for _, table in rules.overrides for dim, axis in table if axis == "tp"}
-    problems = [p for p in config.tp_problems(tp) if ("mlp" in split if "MLP" in p else "kv_heads" in split)]
+    problems = [p for p in config.tp_problems(tp) if ("mlp" in split if "MLP" in p else {"kv_heads", "query_heads"} & split)]
     if problems:
         legal = ", ".join(map(str, config.legal_tp()))
         raise ValueError(f"tp={tp} does not divide {' and '.join(problems)}; legal tp for this model: {legal}")
@@ -148,8 +150,60 @@ class Weight:
 
     @property
     def replicated(self) -> bool:
-        """Whether every device holds all of it although there is more than one."""
+        """Whether every device holds all of it."""
         return all(axis is None for axis in self.spec)
+
+
+@dataclass(frozen=True)
+class Description(Shown):
+    """The weights of a model and where they lie; prints as a table, and shows as one in a notebook."""
+
+    title: str
+    weights: tuple[Weight, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.total_bytes for weight in self.weights)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights on each device."""
+        return sum(weight.device_bytes for weight in self.weights)
+
+    def table(self) -> Table:
+        """A row for each weight; weights that are alike in every layer share one."""
+        table = Table(title=self.title)
+        for column in ("weight", "dims", "spec", "dtype"):
+            table.add_column(column)
+        for column in ("count", "MiB in all", "MiB on each device"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for alike in self._alike():
+            weight, count = alike[0], len(alike)
+            path = re.sub(r"\.\d+\.", ".*.", weight.path) if count > 1 else weight.path
+            dims = ", ".join(f"{dim} {size}" for dim, size in weight.dims.items())
+            spec = ", ".join(axis or "-" for axis in weight.spec)
+            sizes = [f"{count * size / 2**20:,.2f}" for size in (weight.total_bytes, weight.device_bytes)]
+            table.add_row(path, dims, f"({spec})", weight.dtype, str(count), *sizes, "replicated" if weight.replicated else "")
+        table.add_section()
+        totals = [f"{size / 2**20:,.2f}" for size in (self.total_bytes, self.device_bytes)]
+        table.add_row("total", "", "", "", str(len(self.weights)), *totals, "")
+        return table
+
+    def _alike(self) -> list[list[Weight]]:
+        groups: dict[object, list[Weight]] = {}
+        for weight in self.weights:
+            key = (re.sub(r"\.\d+\.", ".*.", weight.path), tuple(weight.dims.items()), weight.spec, weight.dtype)
+            groups.setdefault(key, []).append(weight)
+        return list(groups.values())
+
+
+def describe(model: nnx.Module) -> Description:
+    """Every weight of a model, abstract or real: dims, spec, bytes in all and on each device."""
+    mesh = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).sharding.mesh
+    axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return Description(f"weights on {axes}", tuple(weights(model)))
 
 
 def weights(model: nnx.Module) -> Iterator[Weight]:

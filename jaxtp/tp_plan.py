@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from jaxtp.config import ModelConfig
-from jaxtp.sharding import Rules, Table
+from jaxtp.sharding import Axes, Rules
 
 # transformers' names for the same thing
 STYLES = {
@@ -54,7 +54,7 @@ _LINEARS = {
     "layers.{i}.self_attn.q_proj": _Linear(_ATTENTION + ".qkv", "kv_heads", "embed", "heads"),
     "layers.{i}.self_attn.k_proj": _Linear(_ATTENTION + ".qkv", "kv_heads", "embed", "heads"),
     "layers.{i}.self_attn.v_proj": _Linear(_ATTENTION + ".qkv", "kv_heads", "embed", "heads"),
-    "layers.{i}.self_attn.o_proj": _Linear(_ATTENTION + ".o", "embed", "kv_heads"),
+    "layers.{i}.self_attn.o_proj": _Linear(_ATTENTION + ".o", "embed", "query_heads"),
     "layers.{i}.mlp.gate_proj": _Linear(_MLP + ".gate_up", "mlp", "embed", "hidden"),
     "layers.{i}.mlp.up_proj": _Linear(_MLP + ".gate_up", "mlp", "embed", "hidden"),
     "layers.{i}.mlp.down_proj": _Linear(_MLP + ".down", "embed", "mlp"),
@@ -76,7 +76,7 @@ def rules_from_plan(plan: str | Mapping[str, str], config: ModelConfig, *, seque
             raise ValueError(f'tp_plan={plan!r}: a plan is "auto" or a dict of globs to styles ({", ".join(STYLES)})')
         return Rules().sequence_parallel() if sequence_parallel else Rules()
     styles = _match(plan, config)
-    overrides: dict[str, Table] = {}
+    overrides: dict[str, Axes] = {}
     chosen: dict[str, tuple[str, str]] = {}
     for pattern, linear in _LINEARS.items():
         for i in range(config.num_layers) if "{i}" in pattern else (0,):
@@ -139,7 +139,7 @@ def _generic(modules: list[str]) -> list[str]:
     return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in modules))
 
 
-def _table(linear: _Linear, style: str, module: str) -> Table:
+def _table(linear: _Linear, style: str, module: str) -> Axes:
     cut_out, cut_in = (
         style in ("colwise", "colwise_gather_output", "embedding_rowwise"),
         style in ("rowwise", "embedding_colwise"),

@@ -20,6 +20,8 @@ _FREE = (
     *("after-all", "partition-id", "replica-id"),
 )
 _IN_PLACE = ("dynamic-update-slice", "scatter")
+_MOVES = ("copy", "transpose", "slice", "dynamic-slice", "concatenate", "reshape", "pad", "convert", "reverse", "gather")
+_NEUTRAL = ("parameter", "bitcast", "constant", "tuple", "get-tuple-element", "broadcast", "iota")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Write:
-    """An instruction that writes a large result: its name, opcode, bytes, and whether it only updates what is there."""
+    """What an instruction writes: bytes; in_place: it updates a part of what is there; moves: it computes nothing, so that
+    it only brings data into another place, order or dtype.
+    """
 
     name: str
     opcode: str
     bytes: int
     in_place: bool
+    moves: bool
     loops: int
 
 
@@ -79,8 +84,8 @@ class Report(Shown):
         )
 
     def copies(self, at_least: int) -> list[Write]:
-        """Results of that many bytes or more that are written anew, not updated in place."""
-        return [write for write in self.writes if write.bytes >= at_least and not write.in_place]
+        """Copies, transposes, slices and conversions that write that many bytes or more."""
+        return [write for write in self.writes if write.bytes >= at_least and write.moves and not write.in_place]
 
     def table(self) -> Table:
         """The report as a table."""
@@ -125,7 +130,10 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
         kernels[loops] += 1
         if target := re.search(r'custom_call_target="([^"]+)"', instruction.rest):
             calls[target[1]] += 1
-        writes.append(Write(instruction.name, instruction.opcode, instruction.bytes, _in_place(instruction, found), loops))
+        inside = _inside(instruction, found)
+        in_place = any(i.opcode in _IN_PLACE and i.bytes == instruction.bytes for i in inside)
+        moves = all(i.opcode in _MOVES or i.opcode in _NEUTRAL for i in inside)
+        writes.append(Write(instruction.name, instruction.opcode, instruction.bytes, in_place, moves, loops))
     title = re.search(r"HloModule ([\w.\-]+)", text)
     return Report(
         name=name or (title[1].removeprefix("jit_") if title else "program"),
@@ -157,11 +165,11 @@ def _operand(instruction: hlo.Instruction, name: str) -> bool:
     return re.match(rf"%?{re.escape(name)}\b(?![.\-])", instruction.rest) is not None
 
 
-def _in_place(instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]]) -> bool:
-    if instruction.opcode in _IN_PLACE:
-        return True
-    inside = [i for name in instruction.called for i in found.get(name, ())]
-    return instruction.opcode == "fusion" and any(i.opcode in _IN_PLACE and i.bytes == instruction.bytes for i in inside)
+def _inside(instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]]) -> list[hlo.Instruction]:
+    """What a kernel computes: the instruction itself, or those of its fusion."""
+    if instruction.opcode != "fusion":
+        return [instruction]
+    return [i for name in instruction.called for i in found.get(name, ())]
 
 
 def _product(sizes: dict[str, int]) -> int:

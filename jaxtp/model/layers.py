@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         K = kv_heads_held(config, layout.at("qkv"))
         G = config.num_heads // K
         self.qkv = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H, embed=D)
-        self.o = layout.param("o", embed=D, kv_heads=K * G * H)  # one dim, cut between KV heads: a plain matrix for XLA
+        self.o = layout.param("o", embed=D, query_heads=K * G * H)
         self.qkv_bias = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H) if config.qkv_bias else None
         self.o_bias = layout.param("o", embed=D) if config.o_bias else None
         if config.qk_norm:
@@ -95,8 +95,11 @@ class Attention(nnx.Module):
                 start = positions[:, 0]
                 cache = write_cache(cache[0], k, start), write_cache(cache[1], v, start)
             if cache is None or fresh:
-                return attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids), cache
-            return attend_cached(q, cache[0], cache[1], positions, window=window), cache
+                out = attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids)
+                # nothing reads the cache in this program: without the barrier XLA:GPU writes it at the very end, and keeps
+                # the partial sums that it needs for that of every layer
+                return (out, None) if cache is None else jax.lax.optimization_barrier((out, cache))
+            return attend_cached(q, cache[0], cache[1], positions, kernel=kernel, window=window), cache
 
         args = (q, k, v, step.positions, step.segment_ids, cache)
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
@@ -144,8 +147,16 @@ class Block(nnx.Module):
         """x [B, T, D] in the residual stream's layout, both ways."""
         inside = ("batch", "tokens", None)  # under sequence parallelism: where the all-gathers stand
         y, cache = self.attention(self.layout.place(self.attention_norm(x), *inside), step, cache, fresh=fresh)
-        x = x + y
-        return x + self.mlp(self.layout.place(self.mlp_norm(x), *inside)), cache
+        x = _settled(x + y)
+        return _settled(x + self.mlp(self.layout.place(self.mlp_norm(x), *inside))), cache
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """The residual stream, computed here: XLA:GPU would keep the outputs of several layers and add them up at every norm.
+
+    For a single token that is the faster way (fewer kernels, little to read).
+    """
+    return x if x.shape[1] == 1 else jax.lax.optimization_barrier(x)
 
 
 def kv_heads_held(config: ModelConfig, layout: Layout) -> int:

@@ -67,13 +67,21 @@ def attend_fresh(
     return jnp.concatenate(outs, axis=1)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, window: int | None = None) -> jax.Array:
+def attend_cached(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, kernel: Kernel, window: int | None = None
+) -> jax.Array:
     """Attention over the cache: q [B, T, K, G, H], k and v [B, K, S, H], positions [B, T] -> [B, T, K, G, H].
 
-    The query at position p sees the slots 0…p (the last `window` of them).
+    The query at position p sees the slots 0…p (the last `window` of them). A single token is a matter of reading the
+    cache once, which plain products do; a chunk of a prompt goes through `kernel`.
     """
-    slots = jnp.arange(k.shape[2])
-    return _attend(q, k, v, _visible(positions[:, :, None], slots[None, None, :], window))
+    B, T, K, G, H = q.shape
+    seen = _visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
+    if T == 1 or kernel != "cudnn":
+        return _attend(q, k, v, seen)
+    heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], implementation="cudnn")
+    return out.reshape(q.shape)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
