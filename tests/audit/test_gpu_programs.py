@@ -93,7 +93,7 @@ def test_prefill(tp, sequence_parallel):
 def test_a_chunk_of_a_long_prompt_goes_through_cudnn_too():
     llama = model("llama-3.1-8b", 8, layers=2)
     report = audit(compile_prefill(llama, batch=1, tokens=2048, slots=8192, fresh=False), mesh(8))
-    assert report.calls["__cudnn$fmhaSoftmax"] == 2
+    assert report.calls["__cudnn$fmhaScaleBiasSoftmax"] == 2  # the mask goes in as a bias
 
 
 def test_head_dims_that_cudnn_does_not_take_fall_back_to_xla():
