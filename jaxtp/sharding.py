@@ -124,13 +124,19 @@ def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.Abstrac
 
 def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:
     """Raises ValueError, with the legal sizes, where this model cannot be laid out so. Touches no device."""
-    split = {dim for dim, axis in rules.axes if axis == "tp"}
-    split |= {dim for _, table in rules.overrides for dim, axis in table if axis == "tp"}
-    problems = [p for p in config.tp_problems(tp) if ("mlp" in split if "MLP" in p else {"kv_heads", "query_heads"} & split)]
+    layers = [f"layers.{i}." for i in range(config.num_layers)]
+
+    def cut(*dims: tuple[str, str]) -> bool:
+        return any(rules.axis(dim, layer + name) == "tp" for layer in layers for name, dim in dims)
+
+    heads = cut(("attention.qkv", "kv_heads"), ("attention.o", "query_heads"))
+    mlp = cut(("mlp.gate_up", "mlp"), ("mlp.down", "mlp"))
+    problems = [problem for problem in config.tp_problems(tp) if (mlp if "MLP" in problem else heads)]
     if problems:
         legal = ", ".join(map(str, config.legal_tp()))
         raise ValueError(f"tp={tp} does not divide {' and '.join(problems)}; legal tp for this model: {legal}")
-    if "embed" in split and config.hidden_size % tp:
+    by_rows = cut(("attention.qkv", "embed"), ("attention.o", "embed"), ("mlp.gate_up", "embed"), ("mlp.down", "embed"))
+    if by_rows and config.hidden_size % tp:
         raise ValueError(f"tp={tp} does not divide hidden_size {config.hidden_size}, which the tp_plan shards")
 
 
