@@ -55,7 +55,7 @@ class Batch:
             open_rows = [row for row in self.rows if not row.finished]
             room = state.cache.slots - max(row.length for row in open_rows) + 1  # the newest token is not in the cache yet
             if room == 0:
-                state = replace(state, cache=state.cache.grown(buckets.slots(state.cache.slots, self.total)))
+                state = self.grow(state)
                 continue
             wanted = min(steps, room, max(row.max_tokens - len(row.output.token_ids) for row in open_rows))
             if any(row.params.stop for row in open_rows):
@@ -63,6 +63,19 @@ class Batch:
             state, made = self.decode(state, wanted)
             self._take(made, show)
             yield
+
+    def warm_up(self) -> None:
+        """Compiles what `run` calls, by one step with every size of the cache on the way."""
+        state, _ = self.begin()
+        while True:
+            state, _ = self.decode(state, 1)
+            if state.cache.slots >= self.total - 1:
+                return
+            state = self.grow(state)
+
+    def grow(self, state: State) -> State:
+        """The state with the next larger cache."""
+        return replace(state, cache=state.cache.grown(buckets.slots(state.cache.slots, self.total)))
 
     def begin(self) -> tuple[State, Made]:
         """Prefills the prompts and samples the first tokens."""

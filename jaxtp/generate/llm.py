@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -151,6 +152,19 @@ class LLM:
         several = bool(messages) and not isinstance(messages[0], Mapping)
         texts = [self.tokenizer.chat(conversation) for conversation in (messages if several else [messages])]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    def compile(self, *, batch: int, prompt_tokens: int, max_tokens: int, params: SamplingParams | None = None) -> float:
+        """Compiles ahead of time what `generate` needs for up to `batch` prompts of up to `prompt_tokens` tokens.
+
+        `params` says which parts of sampling to compile in. Returns the seconds that it took.
+        """
+        before = self.programs.compile_seconds
+        params = dataclasses.replace(params or SamplingParams(), max_tokens=max_tokens, n=1)
+        prompt = [0] * min(prompt_tokens, self.max_model_len - 1)
+        _, rows = self._requests_of([prompt] * batch, params)
+        for group in self._batches(rows):
+            group.warm_up()
+        return self.programs.compile_seconds - before
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
