@@ -155,7 +155,11 @@ def test_save_replaces_what_was_there(folder, tmp_path):
     model = load(folder)
     model.save_pretrained(tmp_path / "out", max_shard_bytes=60_000)
     model.save_pretrained(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_tokenizer_files_go_along(tmp_path):
@@ -181,7 +185,12 @@ def test_parts_cover_a_weight_exactly_once():
         shape = weight.get_value().shape
         covered = np.zeros(shape, int)
         for part in parts(config, path, shape):
-            part.read(block := np.zeros(shape, int), tuple(slice(0, n) for n in shape), shape, lambda where: np.ones([s.stop - s.start for s in where], int))
+            part.read(
+                block := np.zeros(shape, int),
+                tuple(slice(0, n) for n in shape),
+                shape,
+                lambda where: np.ones([s.stop - s.start for s in where], int),
+            )
             covered += block
         assert (covered == 1).all(), path
 
