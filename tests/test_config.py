@@ -84,7 +84,7 @@ def test_what_is_not_implemented_is_refused_by_name(change, message):
 
 
 def test_a_config_without_architecture():
-    with pytest.raises(ValueError, match="names no architecture; `architectures` must hold one of .*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"names no architecture; `architectures` must hold one of .*LlamaForCausalLM"):
         ModelConfig.from_hf({"hidden_size": 64})
 
 

@@ -78,7 +78,7 @@ def test_all_problems_are_said_at_once(folder):
         tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((64, 95), np.float32)
 
     edit(folder, spoil)
-    with pytest.raises(ValueError, match="do not fit its config.json") as error:
+    with pytest.raises(ValueError, match=r"do not fit its config\.json") as error:
         load(folder)
     text = str(error.value)
     assert "missing: model.norm.weight" in text
