@@ -8,6 +8,7 @@ for request in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))
 """
 
 from jaxtp.config import ModelConfig
+from jaxtp.draw import draw_shardings
 from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
 from jaxtp.model import Cache, Llama
@@ -27,6 +28,7 @@ __all__ = [
     "Rules",
     "SamplingParams",
     "describe",
+    "draw_shardings",
     "make_mesh",
     "preset",
     "use_virtual_devices",

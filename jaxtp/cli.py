@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -66,7 +65,6 @@ class Engine:
 
         if self.virtual_devices:
             use_virtual_devices(self.virtual_devices)
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(max(self.gpu_memory_utilization, 0.75)))
         if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
             jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import jax
@@ -23,5 +24,6 @@ def show(level: int = logging.INFO) -> None:
 
 
 def interactive() -> bool:
-    """Whether somebody watches: progress bars are drawn on terminals and in notebooks, by the first process."""
-    return (console.is_terminal or console.is_jupyter) and jax.process_index() == 0
+    """Whether somebody watches: progress bars are drawn on terminals and in notebooks with widgets, by the first process."""
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return (console.is_terminal or widgets) and jax.process_index() == 0

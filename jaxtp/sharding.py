@@ -160,7 +160,7 @@ class Weight:
         return all(axis is None for axis in self.spec)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Description(Shown):
     """The weights of a model and where they lie; prints as a table, and shows as one in a notebook."""
 

@@ -21,6 +21,8 @@ class Shown(abc.ABC):
         console.print(self.table())
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         console = Console(file=io.StringIO(), record=True, width=140, force_jupyter=False)
         console.print(self.table())

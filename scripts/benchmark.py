@@ -1,22 +1,26 @@
-"""Speed beside transformers: the same random weights, dtype and machine, in one run, as ratios.
+"""Speed beside transformers: the same shape, dtype and machine, in one run, as ratios.
 
-    python scripts/benchmark.py                        # the 254M shape of BENCHMARKS.md
-    python scripts/benchmark.py --dtypes float32 --cells decode-1 decode-8
+    python scripts/benchmark.py                                    # a 254M model on the CPU, the same random weights
+    python scripts/benchmark.py --preset llama-3.1-8b --dtypes bfloat16 \\
+        --cells decode-1 decode-8 decode-64 prefill-2048 prefill-8192     # on a GPU; random weights on either side
 
-Each cell is the best of `--repeats` runs of either side, in turns. Compilation is reported apart.
+Each cell is the best of `--repeats` runs of either side, in turns. Compilation is reported apart. transformers runs as its
+users run it: as it comes on a CPU; on a GPU with its static cache, which compiles its decode step. "of peak" sets the
+achieved bandwidth (decode: weights and cache read in a step) or arithmetic (prefill) against what a plain copy or a plain
+matrix product reaches on the same device in the same run.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -34,9 +38,12 @@ class Cell:
 
 CELLS = {
     "prefill-512": Cell(1, 512, 0),
+    "prefill-2048": Cell(1, 2048, 0),
+    "prefill-8192": Cell(1, 8192, 0),
     "decode-1": Cell(1, 32, 64),
     "decode-8": Cell(8, 32, 64),
     "decode-32": Cell(32, 32, 64),
+    "decode-64": Cell(64, 32, 64),
     "decode-1-after-1024": Cell(1, 1024, 64),
 }
 
@@ -45,6 +52,8 @@ CELLS = {
 class Args:
     """What to measure."""
 
+    preset: str | None = None
+    """A model's shape by name; default: the sizes below."""
     hidden: int = 1024
     mlp: int = 2816
     layers: int = 16
@@ -52,7 +61,7 @@ class Args:
     kv_heads: int = 8
     vocab: int = 32000
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    cells: tuple[str, ...] = tuple(CELLS)
+    cells: tuple[str, ...] = ("prefill-512", "decode-1", "decode-8", "decode-32", "decode-1-after-1024")
     repeats: int = 3
     json: Path | None = None
     """Write the results there too."""
@@ -60,10 +69,54 @@ class Args:
 
 def main(args: Args) -> None:
     """Measures every cell and prints the table."""
+    # both libraries live on one GPU: JAX takes half of it, not three quarters
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
+    import jax
     import torch
     import transformers
 
-    config = transformers.LlamaConfig(
+    torch.manual_seed(0)
+    rows, config = [], shape(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.preset is None:  # small: the same weights
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for dtype in args.dtypes:
+            theirs, ours = Theirs(config, dtype, None if args.preset else folder), Ours(args.preset or folder, dtype)
+            copy, product = copy_rate(), product_rate(dtype)
+            print(f"{dtype}: a copy reaches {copy / 1e9:.0f} GB/s, a matrix product {product / 1e12:.2f} TFLOP/s", flush=True)
+            for name in args.cells:
+                cell = CELLS[name]
+                prompts = np.random.default_rng(0).integers(0, config.vocab_size, (cell.batch, cell.prompt))
+                compiled = ours.llm.programs.compile_seconds
+                ours.run(cell, prompts)
+                compiled = ours.llm.programs.compile_seconds - compiled
+                theirs.run(cell, prompts)
+                # in turns, so that a machine that slows down slows both
+                pairs = [(ours.run(cell, prompts), theirs.run(cell, prompts)) for _ in range(args.repeats)]
+                mine, other = min(p[0] for p in pairs), min(p[1] for p in pairs)
+                of_peak = ours.bytes(cell) * cell.new / mine / copy if cell.new else ours.flops(cell) / mine / product
+                row = {"cell": name, "dtype": dtype, "jaxtp": mine, "transformers": other, "of_peak": of_peak}
+                rows.append({**row, "compile": compiled, **asdict(cell)})
+                print(f"{dtype} {name}: {other / mine:.2f}", flush=True)
+            del theirs, ours
+            gc.collect()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print_table(rows, f"{device}, {versions}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+def shape(args: Args):
+    """transformers' config of the shape."""
+    import transformers
+
+    if args.preset:
+        import jaxtp
+
+        found = {**jaxtp.preset(args.preset).to_hf(), "eos_token_id": None}
+        return transformers.AutoConfig.for_model(**found)
+    return transformers.LlamaConfig(
         hidden_size=args.hidden,
         intermediate_size=args.mlp,
         num_hidden_layers=args.layers,
@@ -73,53 +126,30 @@ def main(args: Args) -> None:
         max_position_embeddings=4096,
         eos_token_id=None,
     )
-    torch.manual_seed(0)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        for dtype in args.dtypes:
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-            ours = Ours(folder, dtype)
-            for name in args.cells:
-                cell = CELLS[name]
-                prompts = np.random.default_rng(0).integers(0, args.vocab, (cell.batch, cell.prompt))
-                compiled = ours.llm.programs.compile_seconds
-                ours.run(cell, prompts)
-                compiled = ours.llm.programs.compile_seconds - compiled
-                run_theirs(theirs, cell, prompts)
-                # in turns, so that a machine that slows down slows both
-                pairs = [(ours.run(cell, prompts), run_theirs(theirs, cell, prompts)) for _ in range(args.repeats)]
-                mine, other = min(p[0] for p in pairs), min(p[1] for p in pairs)
-                rows.append(
-                    {"cell": name, "dtype": dtype, "jaxtp": mine, "transformers": other, "compile": compiled, **asdict(cell)}
-                )
-                print(f"{dtype} {name}: {other / mine:.2f}", flush=True)
-            del theirs, ours
-            gc.collect()
-    versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print_table(rows, f"{versions}, {platform.processor() or platform.machine()}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
 
 
 class Ours:
     """jaxtp on the first device."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
-        from jaxtp import LLM
+    def __init__(self, model: str, dtype: str) -> None:
+        import jaxtp
 
-        self.llm = LLM(folder, dtype=dtype, progress=False)
+        load_format = "dummy" if model in jaxtp.PRESETS else "auto"
+        self.llm = jaxtp.LLM(model, dtype=dtype, load_format=load_format, progress=False)
 
-    def run(self, cell: Cell, prompts: np.ndarray) -> float:
-        """Seconds of the prefill, or of the decode after it."""
+    def batch(self, cell: Cell, prompts: np.ndarray):
+        """The rows of a cell, ready to run."""
         from jaxtp import SamplingParams
         from jaxtp.generate.batch import Batch
 
         params = SamplingParams(temperature=0, max_tokens=cell.new + 1, ignore_eos=True)
         _, rows = self.llm._requests_of(prompts.tolist(), params)
-        batch = Batch(self.llm.model, self.llm.programs, rows, chunk_tokens=self.llm.max_num_batched_tokens)
+        return Batch(self.llm.model, self.llm.programs, rows, chunk_tokens=self.llm.max_num_batched_tokens)
+
+    def run(self, cell: Cell, prompts: np.ndarray) -> float:
+        """Seconds of the prefill, or of the decode after it."""
+        running = self.batch(cell, prompts).run()
         start = time.perf_counter()
-        running = batch.run()
         next(running)
         if not cell.new:
             return time.perf_counter() - start
@@ -128,27 +158,89 @@ class Ours:
             pass
         return time.perf_counter() - start
 
+    def bytes(self, cell: Cell) -> int:
+        """What a decode step must read: all weights but the embedding, and the filled part of the cache."""
+        budget = self.llm.budget
+        return budget.read_bytes + cell.batch * (cell.prompt + cell.new // 2) * budget.slot_bytes
 
-def run_theirs(model, cell: Cell, prompts: np.ndarray) -> float:
-    """The same in transformers, its cache and greedy search as they come."""
-    import torch
+    def flops(self, cell: Cell) -> int:
+        """What a prefill must compute: two operations for each weight and token (the head for one), and causal attention."""
+        config = self.llm.config
+        table = config.vocab_size * config.hidden_size
+        layers = config.num_params - table * (1 if config.tie_word_embeddings else 2)
+        attention = 2 * config.num_layers * config.num_heads * config.head_dim * cell.prompt**2
+        return cell.batch * (2 * layers * cell.prompt + attention + 2 * table)
 
-    ids = torch.tensor(prompts)
 
-    def generate(new: int) -> float:
+class Theirs:
+    """transformers, on the GPU where there is one."""
+
+    def __init__(self, config, dtype: str, folder: str | None) -> None:
+        import torch
+        import transformers
+
+        self.device, kind = ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
+        if folder:
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(self.device)
+        else:
+            with torch.device(self.device):
+                self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+        self.options = {"cache_implementation": "static"} if self.device == "cuda" else {}
+
+    def run(self, cell: Cell, prompts: np.ndarray) -> float:
+        """Seconds of the prefill, or of the decode after it: greedy search as it comes."""
+        import torch
+
+        ids = torch.tensor(prompts, device=self.device)
+
+        def generate(new: int) -> float:
+            start = time.perf_counter()
+            with torch.inference_mode():
+                made = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=0,
+                    **self.options,
+                )
+            made.cpu()
+            return time.perf_counter() - start
+
+        return generate(cell.new + 1) - generate(1) if cell.new else generate(1)
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of adding one to a large array."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.zeros(2**30 if jax.default_backend() == "gpu" else 2**26, jnp.bfloat16 if jax.default_backend() == "gpu" else "f4")
+    return 2 * x.nbytes / fastest(jax.jit(lambda x: x + 1), x)
+
+
+def product_rate(dtype: str) -> float:
+    """Operations a second of a large square matrix product."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 8192 if jax.default_backend() == "gpu" else 2048
+    x = jnp.ones((size, size), dtype)
+    return 2 * size**3 / fastest(jax.jit(lambda x: jnp.einsum("IK,JK->IJ", x, x, preferred_element_type=jnp.float32)), x)
+
+
+def fastest(f, x) -> float:
+    """Seconds of the best of ten calls."""
+    import jax
+
+    jax.block_until_ready(f(x))
+    best = float("inf")
+    for _ in range(10):
         start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return time.perf_counter() - start
-
-    return generate(cell.new + 1) - generate(1) if cell.new else generate(1)
+        jax.block_until_ready(f(x))
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def print_table(rows: list[dict], caption: str) -> None:
@@ -156,7 +248,7 @@ def print_table(rows: list[dict], caption: str) -> None:
     table = Table(title="jaxtp beside transformers (ratio above 1: jaxtp is faster)", caption=caption)
     for column in ("dtype", "cell"):
         table.add_column(column)
-    for column in ("jaxtp tok/s", "transformers tok/s", "ratio", "jaxtp ms/step", "compile s"):
+    for column in ("jaxtp tok/s", "transformers tok/s", "ratio", "jaxtp ms/step", "of peak", "compile s"):
         table.add_column(column, justify="right")
     for row in rows:
         tokens = row["batch"] * (row["new"] or row["prompt"])
@@ -168,9 +260,10 @@ def print_table(rows: list[dict], caption: str) -> None:
             f"{tokens / row['transformers']:.1f}",
             f"{row['transformers'] / row['jaxtp']:.2f}",
             f"{1e3 * row['jaxtp'] / steps:.1f}",
+            f"{row['of_peak']:.0%}",
             f"{row['compile']:.1f}",
         )
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,8 @@ def walk(found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 
     for instruction in found[name]:
         yield instruction, loops
         if instruction.opcode == "while":
-            body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
-            assert body
-            yield from walk(found, body[1], loops + 1)
+            for part in re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest):
+                yield from walk(found, part, loops + 1)
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in instruction.called:
                 yield from walk(found, called, loops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
@@ -62,7 +62,7 @@ class Write:
     loops: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Shown):
     """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth."""
 
@@ -74,7 +74,7 @@ class Report(Shown):
     output_bytes: int
     temp_bytes: int
     aliased_bytes: int
-    writes: tuple[Write, ...] = field(repr=False)
+    writes: tuple[Write, ...]
 
     def count(self, kind: str, *, axis: str | None = None, dtype: str | None = None, loops: int | None = None) -> int:
         """How many collectives are of this kind (over exactly this axis, of this dtype, in that many loops)."""

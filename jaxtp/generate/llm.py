@@ -72,6 +72,7 @@ class LLM:
             raise ValueError(f'load_format={load_format!r} must be "auto", "safetensors" or "dummy"')
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
+        memory.reserve(gpu_memory_utilization)
         start = time.perf_counter()
         self.model = _load(
             model,

@@ -38,11 +38,24 @@ class Budget:
         return self.read_bytes + rows // self.groups * slots * self.slot_bytes
 
 
+POOL = "XLA_CLIENT_MEM_FRACTION"  # of each GPU: what JAX takes at its start and shares out itself
+WORKSPACE = 0.05  # of each GPU: left to what programs need while they run
+
+
+def reserve(utilization: float) -> None:
+    """Lets JAX's pool take `utilization` of each GPU and the workspace, unless the environment says otherwise.
+
+    Without effect once a device was touched: JAX's own default is 0.75.
+    """
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; both at once are an error
+        os.environ.setdefault(POOL, f"{min(utilization + WORKSPACE, 0.97):.2f}")
+
+
 def budget(model: Llama, *, utilization: float) -> Budget:
     """What the devices of a model leave for its cache.
 
-    On GPUs `utilization` is the share of the memory that JAX may take (its pool, XLA_PYTHON_CLIENT_MEM_FRACTION of the
-    device); on CPUs the share of the memory that is free now, over the devices that it is shared by.
+    `utilization` is the share of a GPU that weights and cache may take, as far as JAX's pool reaches (see `reserve`); on
+    CPUs the share of the memory that is free now, over the devices that it is shared by.
     """
     found = {weight.path: weight.device_bytes for weight in weights(model)}
     total = sum(found.values())
@@ -76,7 +89,9 @@ def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
 def _free(model: Llama, used: int, utilization: float) -> int:
     if platform(model.layout.mesh) == "gpu":
         stats = [device.memory_stats() for device in model.layout.mesh.local_devices]
-        return min(int(s["bytes_limit"] * utilization) - s["bytes_in_use"] for s in stats)
+        pool = float(os.environ.get(POOL) or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+        share = min(utilization / pool, 1 - WORKSPACE)
+        return min(int(s["bytes_limit"] * share) - s["bytes_in_use"] for s in stats)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(available * utilization) // len(model.layout.mesh.local_devices)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder (transformers' AutoTokenizer)."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")  # of bars that are not drawn here
+            from transformers import AutoTokenizer
 
         self.hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.special = frozenset(self.hf.all_special_ids)

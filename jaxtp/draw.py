@@ -1,0 +1,68 @@
+"""Pictures: which device holds which block of a weight. Needs matplotlib (the extra `notebook`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, LABELS = 2.6, 16  # inches of one picture; blocks up to which each is labelled
+
+
+def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
+    """One picture for each weight named in `paths` (as in `describe`): its blocks, and the devices that hold each.
+
+    The first dim runs down and the last one across; a block that several devices hold lists them all. The model may be
+    abstract. Raises ValueError for a path that the model lacks.
+    """
+    import matplotlib.pyplot as plt
+
+    weights = {".".join(map(str, path)): weight for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    missing = [path for path in paths if path not in weights]
+    if missing:
+        raise ValueError(f"the model has no weight {', '.join(missing)}; its weights: {', '.join(weights)}")
+    figure, axes = plt.subplots(1, len(paths), figsize=(WIDTH * len(paths), WIDTH + 0.8), squeeze=False, layout="constrained")
+    for path, at in zip(paths, axes[0], strict=True):
+        _draw(at, weights[path], title=path)
+    plt.close(figure)  # the notebook shows what is returned, once
+    return figure
+
+
+def _draw(axes: Axes, weight: Any, *, title: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    array, dims = weight.get_value(), weight.get_metadata()["dims"]
+    holders: dict[tuple[float, float, float, float], list[int]] = {}
+    for device, index in array.sharding.devices_indices_map(array.shape).items():
+        spans = [(s.indices(n)[0] / n, s.indices(n)[1] / n) for s, n in zip(index, array.shape, strict=True)]
+        (top, bottom), (left, right) = spans[0], spans[-1] if len(spans) > 1 else (0.0, 1.0)
+        holders.setdefault((left, top, right - left, bottom - top), []).append(device.id)
+    colours = colormaps["Set3"]
+    for i, ((x, y, width, height), devices) in enumerate(sorted(holders.items(), key=lambda item: (item[0][1], item[0][0]))):
+        shade = "0.88" if len(holders) == 1 else colours(i % 12)
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=shade, edgecolor="white", linewidth=1))
+        if len(holders) <= LABELS:
+            text = _ranges(sorted(devices))
+            axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, rotation=90 * (width < height))
+    axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
+    first, last = f"{dims[0]} {array.shape[0]}", f"{dims[-1]} {array.shape[-1]}" if len(dims) > 1 else ""
+    axes.set_title(f"{title}\n{'replicated' if len(holders) == 1 else f'in {len(holders)} blocks'}", fontsize=9)
+    axes.set_ylabel(first, fontsize=8)
+    axes.set_xlabel(last, fontsize=8)
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
