@@ -151,7 +151,7 @@ class Batch:
         if not self.features.penalties:
             return None
         layout = self.model.layout.at("head")
-        seen = np.zeros((self.size, vocab_held(self.model)), np.bool_)
+        seen = np.zeros((self.size, self.model.vocab_held), np.bool_)
         for i, row in enumerate(self.rows):
             seen[i, row.prompt] = True
         sharding = layout.sharding("batch", "logits")
@@ -187,8 +187,3 @@ def chunk_size(rows: int, chunk_tokens: int) -> int:
     """Prompt tokens of each row in one prefill call: a power of two, so that all chunks but the last are alike."""
     each = max(chunk_tokens // rows, buckets.MIN_TOKENS)
     return 1 << (each.bit_length() - 1)
-
-
-def vocab_held(model: Llama) -> int:
-    """The vocabulary as held: padded to what the mesh divides."""
-    return (model.embed if model.head is None else model.head).get_value().shape[0]

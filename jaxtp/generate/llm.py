@@ -180,6 +180,8 @@ class LLM:
         requests, rows = [], []
         for prompt, wanted in zip(each, params, strict=True):
             ids = self._ids(prompt)
+            self._check_ids("logit_bias", list(wanted.logit_bias))
+            self._check_ids("stop_token_ids", wanted.stop_token_ids)
             seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
             mine = [
                 Row(ids, wanted, index=i, seed=seed, limit=self.max_model_len, eos=self.eos, tokenizer=self.tokenizer)
@@ -203,10 +205,13 @@ class LLM:
             raise ValueError(
                 f"a prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len}, of which one is for the completion"
             )
+        self._check_ids("a prompt", ids)
+        return ids
+
+    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
         wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
         if wrong:
-            raise ValueError(f"token ids {wrong[:5]} are outside the vocabulary of {self.config.vocab_size}")
-        return ids
+            raise ValueError(f"{where} has token ids {wrong[:5]}, outside the vocabulary of {self.config.vocab_size}")
 
     def _batches(self, rows: list[Row]) -> Iterator[Batch]:
         """Rows in batches that fit the KV cache, the longest prompts first."""

@@ -170,4 +170,10 @@ def abstract_state(model: Llama, *, batch: int, slots: int, features: Features) 
         max_tokens=ints,
     )
     cache = replace(model.empty_cache(batch, slots), fresh=False)
-    return State(cache, ints, ints, array(jnp.bool_), rows, None)
+    return State(cache, ints, ints, array(jnp.bool_), rows, _abstract_counts(model, batch) if features.penalties else None)
+
+
+def _abstract_counts(model: Llama, batch: int) -> Counts:
+    shape, sharding = (batch, model.vocab_held), model.layout.at("head").sharding("batch", "logits")
+    seen, output = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
+    return Counts(seen, output)  # type: ignore[arg-type]

@@ -171,6 +171,11 @@ class Llama(nnx.Module):
         x = self.layout.place(x, "batch", "tokens", None)
         return linear(x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
 
+    @property
+    def vocab_held(self) -> int:
+        """V': the vocabulary as held, padded to what the mesh divides."""
+        return self.embed.get_value().shape[0]
+
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it."""
         config, layout = self.config, self.layout.at("layers.0.attention.qkv")

@@ -106,7 +106,7 @@ def test_sampling_never_gathers_the_logits():
     from jaxtp.ops.sampling import Features
 
     llama = model("llama-3.1-8b", 8, layers=1)
-    features = Features(random=True, min_p=True, truncate=True, logprobs=5)
+    features = Features(random=True, min_p=True, truncate=True, penalties=True, logprobs=5)
     report = audit(compile_decode(llama, batch=4, slots=256, features=features), mesh(8))
     logits = 4 * llama.config.vocab_size * 4
     assert max(c.bytes for c in report.collectives if c.kind != "all-reduce") < logits / 1000

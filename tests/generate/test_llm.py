@@ -338,13 +338,19 @@ def test_a_stop_list_of_the_wrong_type(stop):
         ([], "the batch is empty"),
         ([[]], "a prompt has no tokens"),
         ([[5] * 512], "a prompt has 512 tokens, but max_model_len is 512"),
-        ([[5, 128]], r"token ids \[128\] are outside the vocabulary of 128"),
+        ([[5, 128]], r"a prompt has token ids \[128\], outside the vocabulary of 128"),
         ([""], "a prompt has no tokens; an empty text needs a tokenizer that adds"),
     ],
 )
 def test_prompts_that_cannot_be(llm, prompts, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("settings", [{"logit_bias": {-1: 3.0}}, {"logit_bias": {128: 3.0}}, {"stop_token_ids": [5, 999]}])
+def test_ids_that_the_vocabulary_lacks(llm, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} has token ids .*, outside the vocabulary of 128"):
+        llm.generate([[5]], SamplingParams(**settings))
 
 
 def test_as_many_parameters_as_prompts(llm):
