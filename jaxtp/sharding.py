@@ -115,11 +115,35 @@ class Layout:
         """`x` with the sharding of these dims: no operation where it has it already, communication where not."""
         return reshard(x, self.spec(*dims), self.mesh)
 
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The residual stream [B, T, D] with every token on every device: an all-gather under sequence parallelism.
+
+        Its type then says that the gradient is summed over that axis on its way back only: a reduce-scatter.
+        """
+        axis = self.rules.axis("sequence", self.path)
+        over = {axis} if axis and axis != self.rules.axis("tokens", self.path) else set()
+        batch, tokens = self.spec("batch", "tokens")
+        return reshard(x, PartitionSpec(batch, tokens, None, reduced=over), self.mesh)
+
 
 def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.AbstractMesh) -> jax.Array:
     """`x` laid out as `spec` over `mesh`; nothing is emitted where it lies so already."""
     target = NamedSharding(mesh.abstract_mesh, spec)
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """`weight` [*dims], ready to be added to or multiplied with x [B, T, *dims]: laid out as x's own dims are.
+
+    A weight whose gradient is summed over some axis only later (its type says `reduced`) cannot meet an array that is
+    sharded over that axis: it is spread over the batch first, which costs nothing.
+    """
+    spec, own = jax.typeof(x).sharding.spec.partitions, jax.typeof(weight).sharding
+    last = spec[x.ndim - weight.ndim :]
+    if not own.spec.reduced:
+        return reshard(weight, PartitionSpec(*last), own.mesh)
+    spread = jnp.broadcast_to(weight, (x.shape[0], *[1] * (x.ndim - weight.ndim - 1), *weight.shape))
+    return reshard(spread, PartitionSpec(spec[0], *[None] * (x.ndim - weight.ndim - 1), *last), own.mesh)
 
 
 def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:

@@ -19,7 +19,7 @@ from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kern
 from jaxtp.ops.linear import linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.rope import rotate
-from jaxtp.sharding import Layout
+from jaxtp.sharding import Layout, beside
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         heads = self.layout.at("qkv")
         y = linear(x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
         if self.qkv_bias is not None:
-            y = y + heads.place(self.qkv_bias[...], "heads", None, None)
+            y = y + beside(self.qkv_bias[...], y)
         qk, v = y[:, :, :, :-1], y[:, :, :, -1]
         if self.qk_norm:
             q, k = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
         residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
         z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
-        return z if self.o_bias is None else z + self.o_bias[...], cache
+        return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None, fresh: bool
@@ -123,11 +123,11 @@ class Mlp(nnx.Module):
         hidden = self.layout.at("gate_up")
         y = linear(x, self.gate_up[...], out=hidden.sharding("batch", "tokens", "hidden", None))
         if self.gate_up_bias is not None:
-            y = y + hidden.place(self.gate_up_bias[...], "hidden", None)
+            y = y + beside(self.gate_up_bias[...], y)
         y = jax.nn.silu(y[..., 0]) * y[..., 1]
         residual = self.layout.at("down").sharding("batch", residual_dim(y, self.layout), None)
         z = linear(y, self.down[...], out=residual)
-        return z if self.down_bias is None else z + self.down_bias[...]
+        return z if self.down_bias is None else z + beside(self.down_bias[...], z)
 
 
 class Block(nnx.Module):
@@ -145,10 +145,9 @@ class Block(nnx.Module):
         self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] in the residual stream's layout, both ways."""
-        inside = ("batch", "tokens", None)  # under sequence parallelism: where the all-gathers stand
-        y, cache = self.attention(self.layout.place(self.attention_norm(x), *inside), step, cache, fresh=fresh)
+        y, cache = self.attention(self.layout.gather(self.attention_norm(x)), step, cache, fresh=fresh)
         x = _settled(x + y)
-        return _settled(x + self.mlp(self.layout.place(self.mlp_norm(x), *inside))), cache
+        return _settled(x + self.mlp(self.layout.gather(self.mlp_norm(x)))), cache
 
 
 def _settled(x: jax.Array) -> jax.Array:

@@ -168,7 +168,7 @@ class Llama(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""
         table, layout = (self.embed, self.layout.at("embed")) if self.head is None else (self.head, self.layout.at("head"))
-        x = self.layout.place(x, "batch", "tokens", None)
+        x = self.layout.gather(x)
         return linear(x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
 
     @property

@@ -24,15 +24,19 @@ def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dt
     halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
     mesh = out.mesh.abstract_mesh
-    *outer, summed = jax.typeof(weight).sharding.spec
+    spec, given = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
+    *outer, summed = spec.partitions
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
-    batch, tokens, _ = jax.typeof(x).sharding.spec
+    batch, tokens, _ = given.partitions
     # an axis cannot shard two dims of the product: tokens that lie on it are gathered first
     tokens = None if tokens in (outer[0], summed) else tokens
-    x = reshard(x, P(batch, tokens, summed), mesh)
-    wanted = P(*out.spec[:3]) if summed else P(batch, tokens, outer[0])
-    y = _matmul(x, weight.reshape(-1, weight.shape[-1]), wanted, jnp.dtype(dtype or x.dtype))
-    return reshard(y.reshape(*y.shape[:2], *weight.shape[:-1]), out.spec, mesh)
+    x = reshard(x, P(batch, tokens, summed, reduced=given.reduced), mesh)
+    flat = NamedSharding(mesh, P(outer[0], summed, reduced=spec.reduced))
+    # each device's share of a sum over a sharded dim; what brings it to `out` is the all-reduce or the reduce-scatter
+    shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
+    y = _matmul(x, weight.reshape(-1, weight.shape[-1], out_sharding=flat), shares, jnp.dtype(dtype or x.dtype))
+    y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
+    return reshard(y, out.spec, mesh)
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
@@ -42,16 +46,22 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
     it copies the weights of any product of more than two dims.
     """
     mesh = jax.typeof(weight).sharding.mesh
+    batch, tokens, columns = out.partitions[:3]
     accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
-    if out[1] is not None:  # tokens stay sharded: rows do not flatten
-        y = jnp.einsum("BTI,OI->BTO", x, weight, preferred_element_type=accumulate, out_sharding=NamedSharding(mesh, out))
-        return y.astype(dtype)
-    rows = x.reshape(-1, x.shape[-1])
+    assert tokens is None, "rows of sharded tokens do not flatten"
+    rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
     lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
     rows = jnp.concatenate([rows, rows]) if lone else rows
-    flat = NamedSharding(mesh, P(out[0], out[2]))
-    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=flat).astype(dtype)
-    return (y[:1] if lone else y).reshape(*x.shape[:2], -1)
+    wanted = NamedSharding(mesh, P(batch, columns, unreduced=out.unreduced))
+    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=wanted).astype(dtype)
+    y = y[:1] if lone else y
+    return y.reshape(*x.shape[:2], -1, out_sharding=NamedSharding(mesh, P(batch, None, columns, unreduced=out.unreduced)))
+
+
+def _flat(sharding: NamedSharding) -> NamedSharding:
+    """[B, T, I] -> [B·T, I]."""
+    batch, _, columns = sharding.spec.partitions
+    return NamedSharding(sharding.mesh, P(batch, columns, reduced=sharding.spec.reduced))
 
 
 def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Array:
@@ -60,7 +70,7 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     With the vocabulary sharded each device looks up the ids that it holds, and the sum over devices is one all-reduce
     (a reduce-scatter where `out` is sharded over tokens). Ids outside the table give zeros.
     """
-    mesh, vocab_axis = out.mesh.abstract_mesh, jax.typeof(table).sharding.spec[0]
+    mesh, vocab_axis = out.mesh.abstract_mesh, jax.typeof(table).sharding.spec.partitions[0]
     spec = jax.typeof(tokens).sharding.spec
     # without the barrier, XLA:CPU takes a float32 copy of a whole bfloat16 table out of the decode loop
     table, tokens = jax.lax.optimization_barrier((table, tokens))
@@ -77,5 +87,4 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
             return jax.lax.psum_scatter(x, vocab_axis, scatter_dimension=1, tiled=True)
         return jax.lax.psum(x, vocab_axis)
 
-    specs = (P(vocab_axis, None), P(*spec))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out.spec)(table, tokens)
+    return jax.shard_map(local, mesh=mesh, out_specs=out.spec)(table, tokens)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxtp.sharding import beside
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     """x / rms(x) · weight over the last dim; x [..., D], weight [D] or broadcastable; float32 inside, x's dtype out."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return weight * y.astype(x.dtype)
+    return beside(weight, x) * y.astype(x.dtype)
