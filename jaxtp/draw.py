@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
+from jaxtp.sharding import variables
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    weights = {".".join(map(str, path)): weight for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    weights = dict(variables(model))
     missing = [path for path in paths if path not in weights]
     if missing:
         raise ValueError(f"the model has no weight {', '.join(missing)}; its weights: {', '.join(weights)}")

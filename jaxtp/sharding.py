@@ -236,14 +236,19 @@ def describe(model: nnx.Module) -> Description:
     return Description(f"weights on {axes}", tuple(weights(model)))
 
 
+def variables(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
+    """(path, variable) of each weight of a model, in order, e.g. ("layers.3.attention.qkv", ...)."""
+    return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
 def weights(model: nnx.Module) -> Iterator[Weight]:
     """The weights of a model, abstract or real, in order."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in variables(model):
         array = variable.get_value()
         local = array.sharding.shard_shape(array.shape)
         size = jnp.dtype(array.dtype).itemsize
         yield Weight(
-            path=".".join(map(str, path)),
+            path=path,
             dims=dict(zip(variable.get_metadata()["dims"], array.shape, strict=True)),
             spec=array.sharding.spec,
             dtype=jnp.dtype(array.dtype).name,

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxtp import Llama, ModelConfig, make_mesh
+from jaxtp.sharding import variables
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -32,20 +33,13 @@ def config(**changes) -> ModelConfig:
 def checkpoint(folder: Path, *, tokenizer: bool = True, seed: int = 0, **changes) -> Path:
     """A folder with random weights large enough to give lively logits, and a tokenizer with a token for each byte."""
     model = Llama.random(config(**changes), mesh=make_mesh(), seed=seed)
-    for path, weight in model_weights(model):
+    for path, weight in variables(model):
         if "norm" not in path:
             weight.set_value(weight.get_value() * 6)
     model.save_pretrained(folder)
     if tokenizer:
         byte_tokenizer(folder, model.config.vocab_size)
     return folder
-
-
-def model_weights(model: Llama):
-    """(path, variable) of each weight."""
-    from flax import nnx
-
-    return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
 def byte_tokenizer(folder: Path, size: int) -> None:

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from jaxtp.checkpoint.names import Index, Part, parts
 from jaxtp.config import ModelConfig
 from jaxtp.log import console, interactive
+from jaxtp.sharding import variables
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
@@ -98,7 +99,7 @@ def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
-    weights = dict(_params(model))
+    weights = dict(variables(model))
     made_of = {path: parts(config, path, weight.get_value().shape) for path, weight in weights.items()}
     with Tensors(folder) as tensors, _bar(progress) as bar:
         _check(tensors, config, folder, {path: (weights[path].get_value().shape, made_of[path]) for path in weights})
@@ -146,7 +147,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
         names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
         shards[-1] = {}
 
-    for path, weight in _params(model):
+    for path, weight in variables(model):
         array = weight.get_value()
         host = _whole(array)
         for part in parts(config, path, array.shape):
@@ -189,10 +190,6 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
             shutil.copy(path, folder / path.name)
     if not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def _params(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
-    return [(".".join(map(str, path)), weight) for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
 def _whole(array: jax.Array) -> np.ndarray:

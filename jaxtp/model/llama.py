@@ -6,7 +6,7 @@ B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Rules, check_layout
+from jaxtp.sharding import Layout, Rules, check_layout, variables
 from jaxtp.tp_plan import rules_from_plan
 
 
@@ -102,8 +102,8 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
         model = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel)
-        for i, (path, weight) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.Param))):
-            abstract, name = weight.get_value(), ".".join(map(str, path))
+        for i, (name, weight) in enumerate(variables(model)):
+            abstract = weight.get_value()
             made_of = parts(config, name, abstract.shape)
             weight.set_value(_random(jax.random.fold_in(jax.random.key(seed), i), made_of, abstract, "norm" in name))
         return model
@@ -141,8 +141,13 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        *,
+        run: Callable[[jax.Array, Step], jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """The same up to the last norm: [B, T, D] in the residual stream's layout."""
+        """The same up to the last norm: [B, T, D] in the residual stream's layout.
+
+        run: another way to go through the blocks than one after another (without a cache), as training has.
+        """
         config, place = self.config, self.layout.place
         B, T = tokens.shape
         tokens = place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
@@ -157,6 +162,8 @@ class Llama(nnx.Module):
             segment_ids = place(segment_ids, "batch", "tokens")
         step = Step(cos, sin, positions, segment_ids)
         x = embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens, self.layout), None))
+        if run is not None:
+            return self.norm(run(x, step)), None
         fresh = cache is not None and cache.fresh
         layers: list[LayerCache | None] = []
         for i, block in enumerate(self.layers):

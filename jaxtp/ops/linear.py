@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +37,7 @@ def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dt
     shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
     y = _matmul(x, weight.reshape(-1, weight.shape[-1], out_sharding=flat), shares, jnp.dtype(dtype or x.dtype))
     y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
-    return reshard(y, out.spec, mesh)
+    return checkpoint_name(reshard(y, out.spec, mesh), "product")  # training may keep it, summed, for the backward pass
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:

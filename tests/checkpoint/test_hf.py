@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtp import Llama, make_mesh
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import parts
+from jaxtp.sharding import variables
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_random_weights_are_the_same_on_every_mesh():
 
 def test_parts_cover_a_weight_exactly_once():
     config = tiny.config(num_kv_heads=2, qkv_bias=True, o_bias=True, mlp_bias=True)
-    for path, weight in tiny.model_weights(Llama(config, mesh=make_mesh(tp=4))):
+    for path, weight in variables(Llama(config, mesh=make_mesh(tp=4))):
         shape = weight.get_value().shape
         covered = np.zeros(shape, int)
         for part in parts(config, path, shape):
@@ -198,6 +199,6 @@ def test_parts_cover_a_weight_exactly_once():
 def test_hosts_never_hold_more_than_one_weight(folder):
     """Arrays are on their devices before the next weight is read: no numpy array survives loading."""
     model = load(folder, tp=4)
-    for _, weight in tiny.model_weights(model):
+    for _, weight in variables(model):
         assert isinstance(weight.get_value(), jax.Array)
         assert weight.get_value().committed

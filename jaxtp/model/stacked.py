@@ -1,0 +1,179 @@
+"""The same model with its blocks in one stack: each weight of a layer is [L, ...], and one scan goes through them.
+
+So compile time does not grow with depth, and a layer's weights can be brought to where they are used layer by layer. The
+parameters are a flat dict, path -> array: "embed", "norm.weight", "head", and for the blocks "layers.*.attention.qkv".
+
+L layers; else as in `llama`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_policies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtp.model.layers import Step
+from jaxtp.model.llama import Llama
+from jaxtp.sharding import variables
+
+Params = dict[str, jax.Array]
+BLOCK = "layers.*."
+
+
+def _keep(name: str) -> Callable[..., bool]:
+    """Keeps what the model gives this name, and what cuDNN's attention needs to go backward."""
+    named = checkpoint_policies.save_only_these_names(name)
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> bool:
+        return named(primitive, *args, **params) or primitive.name.startswith("dot_product_attention_fwd")
+
+    return policy
+
+
+# what the forward pass keeps for the backward pass; what it does not is computed again
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": checkpoint_policies.nothing_saveable,
+    "save-dots": _keep("product"),
+    "save-attention": _keep("attention"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One stacked parameter: its shape, the names of its dims ("layers" first where it is a stack) and its layout."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    spec: PartitionSpec
+
+
+class Stacked:
+    """A Llama's forward pass over stacked parameters. It holds no arrays: parameters are an argument."""
+
+    def __init__(self, model: Llama) -> None:
+        """`model` may be abstract; its weights are not touched."""
+        self.model, self.config, self.layout = model, model.config, model.layout
+        blocks = [nnx.split(block) for block in model.layers]
+        self._blocks = [graph for graph, _ in blocks]
+        self._weights, self._tree = _named(blocks[0][1])
+        whole, state = nnx.split(model)
+        self._whole = whole
+        self._paths, self._all = _named(state)
+
+    def specs(self) -> dict[str, Spec]:
+        """Every parameter, in order."""
+        found: dict[str, Spec] = {}
+        for path, weight in variables(self.model):
+            shape, spec = weight.get_value().shape, weight.get_value().sharding.spec
+            dims = weight.get_metadata()["dims"]
+            name, layer = generic(path)
+            if layer is not None:
+                shape, dims = (len(self.model.layers), *shape), ("layers", *dims)
+                spec = PartitionSpec(None, *spec)
+            found[name] = Spec(shape, dims, spec)
+        return found
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        remat: str = "none",
+        bring: Callable[[str, jax.Array], jax.Array] = lambda path, weight: weight,
+    ) -> jax.Array:
+        """tokens [B, T] -> [B, T, D] after the last norm, as `Llama.hidden`.
+
+        remat: a key of `REMAT`. bring: makes a layer's weight (path, array without the L dim) ready for use, inside the loop.
+        """
+
+        def through(graph: Any, x: jax.Array, weights: Params, step: Step) -> jax.Array:
+            leaves = [bring(BLOCK + name, weights[BLOCK + name]) for name in self._weights]
+            block = nnx.merge(graph, jax.tree.unflatten(self._tree, leaves))
+            return block(x, step, None, fresh=False)[0]
+
+        def run(x: jax.Array, step: Step) -> jax.Array:
+            stacks = {path: weight for path, weight in params.items() if path.startswith(BLOCK)}
+            for graph, first, last in self._alike():
+
+                def body(x: jax.Array, weights: Params, graph: Any = graph) -> tuple[jax.Array, None]:
+                    return through(graph, x, weights, step), None
+
+                if remat != "none":
+                    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan has no common parts
+                part = stacks if last - first == self.config.num_layers else {p: w[first:last] for p, w in stacks.items()}
+                x, _ = jax.lax.scan(body, x, part)
+            return x
+
+        return self._merged(params).hidden(tokens, positions, segment_ids, run=run)[0]
+
+    def logits(self, params: Params, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, V'] float32, as `Llama.logits`."""
+        return self._merged(params).logits(x)
+
+    def stack(self, model: Llama) -> Params:
+        """The weights of a loaded model as parameters. They are taken over: the model is empty afterwards."""
+        found: dict[str, list[Any]] = {}
+        for path, weight in variables(model):
+            found.setdefault(generic(path)[0], []).append(weight)
+        params = {}
+        for name, spec in self.specs().items():
+            arrays = [weight.get_value() for weight in found[name]]
+            if spec.dims[0] == "layers":
+                sharding = NamedSharding(self.layout.mesh, spec.spec)
+                params[name] = jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)(*arrays)
+                for array in arrays:  # one parameter at a time is there twice
+                    array.delete()
+            else:
+                params[name] = arrays[0]
+        return params
+
+    def unstack(self, params: Params, *, dtype: jnp.dtype) -> Llama:
+        """A Llama with these parameters in `dtype` (copies)."""
+        mesh = self.layout.mesh
+        model = Llama(self.config, mesh=mesh, rules=self.layout.rules, dtype=jnp.dtype(dtype).name)
+        each: dict[str, list[jax.Array]] = {}
+        for path, weight in variables(model):
+            name, layer = generic(path)
+            if layer is None:
+                cast = jax.jit(lambda w: w.astype(dtype), out_shardings=weight.get_value().sharding)
+                weight.set_value(cast(params[name]))
+                continue
+            if name not in each:
+                split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
+                each[name] = split(params[name])
+            weight.set_value(each[name][layer])
+        return model
+
+    def _merged(self, params: Params) -> Llama:
+        """The model around the stack; the blocks' own weights stand for the first of each, and are not used."""
+        leaves = [params[generic(path)[0]] for path in self._paths]
+        return nnx.merge(self._whole, jax.tree.unflatten(self._all, leaves))
+
+    def _alike(self) -> Iterator[tuple[Any, int, int]]:
+        """Runs of layers that compute alike (their windows are equal): (graph, first, last + 1)."""
+        windows, first = self.config.windows, 0
+        for i in range(1, len(windows) + 1):
+            if i == len(windows) or windows[i] != windows[first]:
+                yield self._blocks[first], first, i
+                first = i
+
+
+def generic(path: str) -> tuple[str, int | None]:
+    """ "layers.3.mlp.down" -> ("layers.*.mlp.down", 3); others as they are, with None."""
+    parts = path.split(".")
+    return (".".join([parts[0], "*", *parts[2:]]), int(parts[1])) if parts[0] == "layers" else (path, None)
+
+
+def _named(state: Any) -> tuple[list[str], Any]:
+    """The paths of a state's leaves, in the order of its flattening, and its tree."""
+    found, tree = jax.tree_util.tree_flatten_with_path(state)
+    return [".".join(str(k.key) for k in path if hasattr(k, "key")) for path, _ in found], tree

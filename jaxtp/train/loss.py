@@ -1,0 +1,75 @@
+"""Cross-entropy over a vocabulary that is sharded over tp, in chunks of tokens: full logits never exist.
+
+B batch, T tokens, D embed, V' vocabulary as held (padded to what the mesh divides).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxtp.model.stacked import Params, Stacked
+
+CHUNK, SMALLEST = 512, 32  # tokens of a row whose logits exist at a time; below the smallest, all of them do
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens to learn from, all [B, T].
+
+    tokens, labels int32: what is seen, and what comes next. weights float32: how much each label counts, 0 for none.
+    positions int32: within the document. segment_ids int32: attention stays within one; None where rows are not packed.
+    """
+
+    tokens: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+
+
+def cross_entropy(
+    stacked: Stacked, params: Params, x: jax.Array, batch: Batch, *, z_loss: float = 0.0, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, nats) [B]: each row's sums of weight · (-log p(label) + z_loss · log² Z), and of the first term alone.
+
+    x [B, T, D] comes from `Stacked.hidden`; Z is the softmax's denominator (the z-loss of PaLM, arXiv:2204.02311, §5).
+    Everything is float32 from the logits on. The logits of a chunk are computed again in the backward pass.
+    """
+    x = stacked.layout.gather(x)
+    T = x.shape[1]
+    size = next(size for size in range(min(chunk, T), 0, -1) if T % size == 0)
+    size = size if size >= SMALLEST else T
+    whole = functools.partial(_sums, stacked, params, z_loss=z_loss)
+    if size == T:
+        return whole(x, batch.labels, batch.weights)
+    one = jax.checkpoint(whole, prevent_cse=False)
+
+    def body(sums: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def part(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+
+        new = one(part(x), part(batch.labels), part(batch.weights))
+        return (sums[0] + new[0], sums[1] + new[1]), None
+
+    zero = jnp.zeros_like(batch.weights[:, 0])
+    sums, _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, T, size))
+    return sums
+
+
+def _sums(
+    stacked: Stacked, params: Params, x: jax.Array, labels: jax.Array, weights: jax.Array, *, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    logits = stacked.logits(params, x)
+    ids = jnp.arange(logits.shape[-1])
+    logits = jnp.where(ids < stacked.config.vocab_size, logits, -jnp.inf)
+    # each device reduces its part of the vocabulary; three numbers a token cross devices, never the logits
+    top = jax.lax.stop_gradient(logits.max(axis=-1))
+    log_z = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
+    label = jnp.where(ids == labels[..., None], logits, 0.0).sum(axis=-1)
+    nats = (weights * (log_z - label)).sum(axis=1)
+    return nats + z_loss * (weights * log_z**2).sum(axis=1), nats

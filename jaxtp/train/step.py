@@ -1,0 +1,256 @@
+"""The training step: forward, backward, and update in one compiled program, whatever the mesh and the ZeRO stage.
+
+What communicates can be read in the types. Weights ready for use are `reduced` over dp: their gradients are each group's own
+sums (`unreduced`), through all layers and microbatches, until one reshard brings them to the layout in which they are kept:
+an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share (1 to 3).
+
+    at rest        ZeRO 0: whole on every dp group.  1, 2, 3: parameters and optimiser states in shares over dp.
+    in the step    1: weights whole (gathered once), gradients whole (scattered once, at the end).
+                   2: weights whole, gradients scattered after each microbatch.
+                   3: weights gathered, and gradients scattered, layer by layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
+from jaxtp.sharding import reshard
+from jaxtp.train.loss import Batch, cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What training changes.
+
+    params: in float32, laid out as the ZeRO stage says. opt: optax's state, laid out likewise. step [] int32: updates
+    tried. skipped [] int32: those of them that a non-finite loss or gradient left out.
+    """
+
+    params: Params
+    opt: Any
+    step: jax.Array
+    skipped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Metrics:
+    """Of one step, [] float32. loss: with the z-loss. nats: cross-entropy alone, per counted token. norm: of the gradient."""
+
+    loss: jax.Array
+    nats: jax.Array
+    norm: jax.Array
+    tokens: jax.Array
+    finite: jax.Array
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model's training step on a mesh: pure functions to compile.
+
+    zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. trained: paths of the parameters that change (None: all);
+    the others are held as they are. adapt: makes a layer's or table's weight from the parameters (LoRA).
+    """
+
+    stacked: Stacked
+    optimizer: optax.GradientTransformation
+    zero: int = 0
+    remat: str = "none"
+    clip_norm: float = 1.0
+    z_loss: float = 0.0
+    schedule: Callable[[jax.Array], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero} must be 0, 1, 2 or 3")
+        dp, width = self.stacked.layout.mesh.shape["dp"], self.stacked.config.hidden_size
+        if self.zero and width % dp:
+            legal = ", ".join(str(n) for n in range(1, min(width, 1024) + 1) if width % n == 0)
+            raise ValueError(f"zero={self.zero}: dp={dp} does not divide hidden_size {width}; legal dp: {legal}")
+
+    # -- layouts -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Every parameter in use: whole over dp."""
+        return self.stacked.specs()
+
+    @functools.cached_property
+    def rest(self) -> dict[str, PartitionSpec]:
+        """Where parameters, gradients and optimiser states lie between steps."""
+        return {path: self._share(spec) if self.zero else spec.spec for path, spec in self.specs.items()}
+
+    def _share(self, spec: Spec) -> PartitionSpec:
+        """The layout over dp as well: ZeRO is the rule embed -> dp."""
+        return PartitionSpec(*("dp" if dim == "embed" else axis for dim, axis in zip(spec.dims, spec.spec, strict=True)))
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and layouts of the state: to restore into, or to compile from."""
+        mesh = self.stacked.layout.mesh
+        params = {
+            path: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, self.rest[path]))
+            for path, spec in self.specs.items()
+        }
+        whole = NamedSharding(mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return State(params, self._opt_layout(params, whole), number, number)  # type: ignore[arg-type]
+
+    def _opt_layout(self, params: Any, whole: NamedSharding) -> Any:
+        """The optimiser's state: what has a parameter's shape lies where the parameter lies, the rest is whole."""
+
+        def lay(path: str | None, leaf: Any) -> Any:
+            alike = path is not None and leaf.shape == params[path].shape
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=params[path].sharding if alike else whole)
+
+        bare = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in params.items()}
+        with jax.numpy_dtype_promotion("standard"):
+            return by_param(lay, jax.eval_shape(self.optimizer.init, bare), params)
+
+    # -- programs ------------------------------------------------------------------------------------------------------
+
+    def init(self, params: Params) -> State:
+        """The first state, from parameters of any dtype; compile with `abstract_state()`'s layouts as out_shardings."""
+        kept = {path: value.astype(jnp.float32) for path, value in params.items()}
+        zero = jnp.zeros((), jnp.int32)
+        with jax.numpy_dtype_promotion("standard"):
+            return State(kept, self.optimizer.init(kept), zero, zero)
+
+    def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
+        counted = batch.weights.sum()
+        grads, (loss, nats) = self._gradients(state.params, batch, jnp.maximum(counted, 1.0))
+        norm = jnp.sqrt(sum(self._square(path, g) for path, g in grads.items()))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if self.clip_norm:
+            scale = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
+            grads = {path: g * scale for path, g in grads.items()}
+        params, opt = self._update(grads, state)
+
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
+        params, opt = jax.tree.map(chosen, (params, opt), (state.params, state.opt))
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics = Metrics(loss, nats, norm, counted, finite)
+        return State(params, opt, state.step + 1, skipped), metrics
+
+    def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(nats, tokens): the sums over a batch [B, T] of -log p(label) and of the weights, in float32."""
+        ready = params if self.zero == 3 else self._ready(params)
+        _, nats = self._loss(ready, batch)
+        return nats, batch.weights.sum()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _gradients(self, params: Params, batch: Batch, counted: jax.Array) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+        """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
+        weights = params if self.zero == 3 else self._ready(params)
+
+        def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+            def mean(weights: Params) -> tuple[jax.Array, jax.Array]:
+                loss, nats = self._loss(weights, micro)
+                return loss / counted, nats / counted
+
+            (loss, nats), grads = jax.value_and_grad(mean, has_aux=True)(weights)
+            grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
+            return (self._settle(grads) if self.zero >= 2 else grads), (loss, nats)
+
+        micros = batch.tokens.shape[0]
+        if micros == 1:
+            grads, sums = one(jax.tree.map(lambda a: a[0], batch))
+        else:
+            layouts = jax.eval_shape(one, jax.tree.map(lambda a: a[0], batch))
+            start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), layouts)
+
+            def body(total: Any, micro: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, one(micro)), None
+
+            (grads, sums), _ = jax.lax.scan(body, start, batch)
+        return self._tie(self._settle(grads)), sums
+
+    def _loss(self, weights: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        stacked = self.stacked
+        if self.zero == 3:  # the tables here, the blocks' weights inside the loop
+            whole = self._ready({path: w for path, w in weights.items() if not path.startswith(BLOCK)})
+            weights, bring = {**weights, **whole}, self._bring
+        else:
+            bring = _as_it_is
+        x = stacked.hidden(weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=bring)
+        loss, nats = cross_entropy(stacked, weights, x, batch, z_loss=self.z_loss)
+        return loss.sum(), nats.sum()
+
+    def _ready(self, params: Params) -> Params:
+        """Weights to compute with: in the model's dtype, whole over dp, their gradients left unsummed."""
+        return {path: self._use(w, self.specs[path].spec) for path, w in params.items()}
+
+    def _bring(self, path: str, weight: jax.Array) -> jax.Array:
+        """The same for one layer's share of a stack, inside the loop."""
+        return self._use(weight, PartitionSpec(*self.specs[path].spec[1:]))
+
+    def _use(self, weight: jax.Array, spec: PartitionSpec) -> jax.Array:
+        layout = self.stacked.layout
+        return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced={"dp"}), layout.mesh)
+
+    def _settle(self, grads: Params) -> Params:
+        """Gradients summed over dp, in the layout at rest; a second time nothing happens."""
+        return {path: reshard(g, self.rest[path], self.stacked.layout.mesh) for path, g in grads.items()}
+
+    def _update(self, grads: Params, state: State) -> tuple[Params, Any]:
+        """The optimiser's step. Its own products and means are left to the partitioner."""
+
+        def update(grads: Params, opt: Any, params: Params) -> tuple[Params, Any]:
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes ints and floats
+                updates, opt = self.optimizer.update(grads, opt, params)
+                return optax.apply_updates(params, updates), opt
+
+        layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (state.params, state.opt))
+        return jax.sharding.auto_axes(update, out_sharding=layouts)(grads, state.opt, state.params)
+
+    # -- KV heads that stand several times, where tp exceeds them ------------------------------------------------------
+
+    @property
+    def _copies(self) -> int:
+        return self.specs[BLOCK + "attention.qkv"].shape[1] // self.stacked.config.num_kv_heads
+
+    def _tie(self, grads: Params) -> Params:
+        """Copies of a KV head get the sum of their gradients, and so stay equal."""
+        if self._copies == 1:
+            return grads
+
+        def tied(g: jax.Array) -> jax.Array:  # [L, K, G+2, ...]
+            groups = g.reshape(g.shape[0], -1, self._copies, *g.shape[2:])
+            total = jnp.broadcast_to(groups.sum(axis=2, keepdims=True), groups.shape).reshape(g.shape)
+            return jnp.concatenate([g[:, :, :-2], total[:, :, -2:]], axis=2)
+
+        found = {path: g for path, g in grads.items() if path.startswith(BLOCK + "attention.qkv")}
+        return {**grads, **{p: jax.sharding.auto_axes(tied, out_sharding=jax.typeof(g).sharding)(g) for p, g in found.items()}}
+
+    def _square(self, path: str, g: jax.Array) -> jax.Array:
+        """The sum of squares of a gradient, copies counted once."""
+        if self._copies == 1 or not path.startswith(BLOCK + "attention.qkv"):
+            return jnp.sum(g * g)
+        return jnp.sum(g[:, :, :-2] ** 2) + jnp.sum(g[:, :, -2:] ** 2) / self._copies
+
+
+def by_param(function: Callable[[str | None, Any], Any], tree: Any, params: Params) -> Any:
+    """function(path, leaf) over a tree such as an optimiser's state; path: of the parameter that the leaf belongs to."""
+
+    def one(keys: Any, leaf: Any) -> Any:
+        path = next((k.key for k in keys if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
+        return function(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _as_it_is(path: str, weight: jax.Array) -> jax.Array:
+    return weight
