@@ -37,7 +37,8 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model on a mesh that generates text.
 
-    model: a checkpoint folder, a hub id, or, with load_format="dummy", also the name of a preset.
+    model: a checkpoint folder, a hub id, with load_format="dummy" also the name of a preset, or a `Llama` that is loaded
+    (on the mesh, and with the dtype and plan, that it has).
     tensor_parallel_size × data_parallel_size devices are used. dtype: "auto" is the checkpoint's. max_model_len: tokens of
     prompt and completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory
     that weights and KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
@@ -47,9 +48,9 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Llama,
         *,
-        tokenizer: str | Path | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
         dtype: str = "auto",
@@ -74,22 +75,26 @@ class LLM:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
         memory.reserve(gpu_memory_utilization)
         start = time.perf_counter()
-        self.model = _load(
-            model,
-            load_format,
-            tp=tensor_parallel_size,
-            dp=data_parallel_size,
-            dtype=None if dtype == "auto" else dtype,
-            tp_plan=tp_plan,
-            sequence_parallel=sequence_parallel,
-            kernel=kernel,
-            hf_overrides=hf_overrides,
-            revision=revision,
-            progress=progress,
+        self.model = (
+            model
+            if isinstance(model, Llama)
+            else _load(
+                model,
+                load_format,
+                tp=tensor_parallel_size,
+                dp=data_parallel_size,
+                dtype=None if dtype == "auto" else dtype,
+                tp_plan=tp_plan,
+                sequence_parallel=sequence_parallel,
+                kernel=kernel,
+                hf_overrides=hf_overrides,
+                revision=revision,
+                progress=progress,
+            )
         )
         self.config = self.model.config
         source = tokenizer or self.model.source
-        self.tokenizer = _tokenizer(source)
+        self.tokenizer = source if isinstance(source, Tokenizer) else _tokenizer(source)
         self.eos = _eos(self.config, self.model.source)
         self.programs = Programs(self.model)
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)

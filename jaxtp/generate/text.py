@@ -20,6 +20,7 @@ class Tokenizer:
             from transformers import AutoTokenizer
 
         self.hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.folder, self.size = folder, len(self.hf)
         self.special = frozenset(self.hf.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -35,6 +36,36 @@ class Tokenizer:
         if not self.hf.chat_template:
             raise ValueError("this tokenizer has no chat template; give a prompt to generate(), or a model tuned for chat")
         return str(self.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them the assistant says (its answers, with what ends them).
+
+        Raises ValueError without a chat template, and where a template changes what came before as a conversation grows.
+        """
+        turns = [dict(m) for m in messages]
+
+        def text(count: int, prompt: bool) -> str:
+            if not self.hf.chat_template:
+                raise ValueError("this tokenizer has no chat template: conversations cannot be learned")
+            return str(self.hf.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=prompt))
+
+        whole, spans = text(len(turns), False), []
+        for i, turn in enumerate(turns):
+            if turn.get("role") == "assistant":
+                before, after = text(i, True), text(i + 1, False)
+                if not (after.startswith(before) and whole.startswith(after)):
+                    raise ValueError(
+                        "the chat template changes earlier turns as a conversation grows; its answers have no place"
+                    )
+                spans.append((len(before), len(after)))
+        found = self.hf(whole, add_special_tokens=False, return_offsets_mapping=True)
+        learn = [any(first <= start < last for first, last in spans) for start, _ in found["offset_mapping"]]
+        return list(found["input_ids"]), learn
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document."""
+        return self.hf.eos_token_id
 
 
 class GrowingText:

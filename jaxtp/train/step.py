@@ -68,7 +68,6 @@ class Trainer:
     remat: str = "none"
     clip_norm: float = 1.0
     z_loss: float = 0.0
-    schedule: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
@@ -145,10 +144,10 @@ class Trainer:
         return State(params, opt, state.step + 1, skipped), metrics
 
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(nats, tokens): the sums over a batch [B, T] of -log p(label) and of the weights, in float32."""
+        """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
         ready = params if self.zero == 3 else self._ready(params)
-        _, nats = self._loss(ready, batch)
-        return nats, batch.weights.sum()
+        nats = jax.lax.map(lambda micro: self._loss(ready, micro)[1], batch)
+        return nats.sum(), batch.weights.sum()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,160 @@
+"""Checkpoints of a run, by orbax: asynchronous, atomic, the last k and the best; restored onto any mesh and ZeRO stage.
+
+They hold the parameters as a single device would (KV heads once, the vocabulary unpadded), stacked over layers, so nothing
+in them depends on how the run was spread.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from jaxtp.log import logger
+from jaxtp.model.stacked import BLOCK
+from jaxtp.train.step import State, Trainer, by_param
+
+
+class Checkpoints:
+    """The checkpoints in a folder."""
+
+    def __init__(self, folder: str | Path, trainer: Trainer, *, keep: int = 2, best: int = 1) -> None:
+        """keep: the last so many. best: and those with the lowest validation loss."""
+        policies = [keep_policy.LatestN(max(keep, 1))]
+        if best:
+            policies.append(keep_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=best))  # type: ignore[arg-type]
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep_policy.AnyPreservationPolicy(policies))
+        self.folder, self._trainer = Path(folder).absolute(), trainer
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a complete checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, meta: dict[str, Any], *, loss: float | None) -> None:
+        """Starts to write; returns when the arrays are copied, so that the state may be donated. `meta` is JSON.
+
+        Raises OSError where the last one could not be written, as on a full disk; nothing that was complete is lost.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_plain(self._convert(state, held=False))), meta=ocp.args.JsonSave(meta)
+        )
+        self._manager.save(step, args=args, metrics={"loss": float("inf") if loss is None else loss}, force=True)
+
+    def restore(self) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, and its meta; None where there is none.
+
+        One that cannot is reported and the one before it taken. Raises ValueError where a checkpoint is of another model.
+        """
+        for step in reversed(self.steps()):
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                self._check(meta, step)
+                wanted = ocp.args.StandardRestore(_plain(self._abstract()))
+                found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
+            except _Mismatch as error:
+                raise ValueError(str(error)) from None
+            except Exception as error:  # whatever a damaged file leads to
+                logger.warning("the checkpoint of step %d cannot be read (%s); trying the one before", step, _line(error))
+                continue
+            return self._convert(State(**found), held=True), meta
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
+
+    # -- as a single device would hold it ------------------------------------------------------------------------------
+
+    def _check(self, meta: dict[str, Any], step: int) -> None:
+        mine, other = self._trainer.stacked.config.to_hf(), meta.get("model", {})
+        differ = [k for k in sorted({*mine, *other}) if mine.get(k) != other.get(k) and k != "torch_dtype"]
+        if differ:
+            shown = ", ".join(f"{k} {other.get(k)} (here {mine.get(k)})" for k in differ)
+            raise _Mismatch(f"the checkpoint of step {step} in {self.folder} is of another model: {shown}")
+
+    @functools.cached_property
+    def _differs(self) -> bool:
+        """Whether the state as held is another than the state as saved."""
+        return any(self._shape(path, spec.shape) != spec.shape for path, spec in self._trainer.specs.items())
+
+    def _shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        config = self._trainer.stacked.config
+        if path in ("embed", "head"):
+            return (config.vocab_size, *shape[1:])
+        if path.startswith(BLOCK + "attention.qkv"):
+            return (shape[0], config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, *shape[3:])
+        return shape
+
+    def _abstract(self) -> State:
+        """What is saved: shapes and layouts."""
+
+        def one(path: str | None, leaf: Any) -> Any:
+            held = None if path is None else self._trainer.specs.get(path)
+            if held is None or leaf.shape != held.shape:
+                return leaf
+            shape, mesh = self._shape(path or "", leaf.shape), leaf.sharding.mesh
+            axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(leaf.sharding.spec, shape, strict=True)]
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+        state = self._trainer.abstract_state()
+        return by_param(one, state, state.params)
+
+    def _convert(self, state: State, *, held: bool) -> State:
+        """The state as the mesh holds it, or as it is saved."""
+        if not self._differs:
+            return state
+        target = self._trainer.abstract_state() if held else self._abstract()
+        heads, change = self._trainer.stacked.config.num_kv_heads, _widen if held else _narrow
+
+        def one(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+            if leaf.shape == wanted.shape:
+                return leaf
+            inside = functools.partial(change, shape=wanted.shape, kv_heads=heads)
+            return jax.sharding.auto_axes(inside, out_sharding=wanted.sharding)(leaf)
+
+        with jax.set_mesh(self._trainer.stacked.layout.mesh):
+            layouts = jax.tree.map(lambda a: a.sharding, target)
+            return jax.jit(lambda state: jax.tree.map(one, state, target), out_shardings=layouts)(state)
+
+
+class _Mismatch(ValueError):
+    pass
+
+
+def _narrow(a: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
+    """Padding cut off; of the copies of a KV head the first."""
+    if len(shape) == 2:
+        return a[: shape[0]]
+    copies = a.shape[1] // kv_heads
+    q = a[:, :, :-2].reshape(shape[0], kv_heads, shape[2] - 2, *shape[3:])
+    return jnp.concatenate([q, a[:, ::copies, -2:]], axis=2)
+
+
+def _widen(a: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
+    """The reverse."""
+    if len(shape) == 2:
+        return jnp.pad(a, ((0, shape[0] - a.shape[0]), (0, 0)))
+    q = a[:, :, :-2].reshape(shape[0], shape[1], shape[2] - 2, *shape[3:])
+    return jnp.concatenate([q, jnp.repeat(a[:, :, -2:], shape[1] // kv_heads, axis=1)], axis=2)
+
+
+def _plain(state: State) -> dict[str, Any]:
+    return {"params": state.params, "opt": state.opt, "step": state.step, "skipped": state.skipped}
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,240 @@
+"""The settings of a training run: one typed tree, from a YAML file and then the command line.
+
+A key that no setting has is an error, as is a value of another type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tyro
+import yaml
+
+from jaxtp.config import ModelConfig, Rope
+from jaxtp.presets import preset
+from jaxtp.train.data import Format
+from jaxtp.train.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A new model of the Llama family; vocab_size None is the tokenizer's."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def config(self, *, vocab_size: int, eos: int | None) -> ModelConfig:
+        """The ModelConfig; the family follows from the options (QK-norm: Qwen3, q/k/v bias: Qwen2, else Llama)."""
+        family = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+        return ModelConfig(
+            model_type=family,
+            vocab_size=self.vocab_size or vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            rms_norm_eps=self.rms_norm_eps,
+            rope=Rope(self.rope_theta),
+            tie_word_embeddings=self.tie_word_embeddings,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            bos_token_id=eos,
+            eos_token_ids=() if eos is None else (eos,),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is trained: the weights of a checkpoint (`start`, a folder or hub id), or new ones of a preset or a shape."""
+
+    start: str | None = None
+    preset: str | None = None
+    shape: Shape = field(default_factory=Shape)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the computation; parameters, gradients and optimiser states are float32."""
+    kernel: Literal["reference", "xla", "cudnn"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from."""
+
+    train: tuple[str, ...] = ()
+    """Files: text, JSONL, or .npy arrays of token ids."""
+    validation: tuple[str, ...] = ()
+    """Files; empty: the last `validation_share` of the training data."""
+    validation_share: float = 0.0
+    kind: Format = "auto"
+    text_key: str = "text"
+    """The key of a JSONL line's text."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; default the model's own. A missing folder is made by training one, see `train_tokenizer`."""
+    train_tokenizer: int = 0
+    """Vocabulary of a byte-level BPE learned from the training text where `tokenizer` does not exist yet."""
+    sequence_length: int = 256
+    batch_size: int = 32
+    """Rows of each update, over all devices and microbatches."""
+    pack: bool = False
+    """Whole documents side by side in a row; else running text cut into rows. Conversations are always packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the work is spread."""
+
+    dp: int = -1
+    """Data-parallel groups; -1: all that tp leaves."""
+    tp: int = 1
+    zero: Literal[0, 1, 2, 3] = 1
+    sequence_parallel: bool = False
+    accumulate: int = 1
+    """Microbatches of an update."""
+    remat: Literal["none", "full", "save-dots", "save-attention"] = "none"
+    """What the backward pass computes again instead of keeping."""
+    virtual_devices: int = 0
+    """Run on this many virtual CPU devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (arXiv:2106.09685) instead of full training; rank 0: none."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """What is kept of a run, in `TrainConfig.folder`."""
+
+    every: int = 500
+    """Steps; 0: only at the end."""
+    keep: int = 2
+    """The last so many."""
+    best: int = 1
+    """And those with the lowest validation loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is told of a run."""
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Project on Weights & Biases (its package must be installed)."""
+    sample_every: int = 0
+    """Steps between samples of text; 0: none."""
+    sample_prompt: str = ""
+    sample_tokens: int = 100
+    profile_steps: str | None = None
+    """FIRST:LAST, steps whose profile is written (for TensorBoard and Perfetto)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. `folder` holds its checkpoints and logs; a run whose folder has checkpoints goes on from the last."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # holds for everything below as well
+
+    folder: str
+    steps: int = 1000
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    parallel: Parallel = field(default_factory=Parallel)
+    lora: Lora = field(default_factory=Lora)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    log: Log = field(default_factory=Log)
+    z_loss: float = 0.0
+    validate_every: int = 100
+    max_nonfinite: int = 5
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("max_nonfinite", self.max_nonfinite), ("log.every", self.log.every)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        rows, parts = self.data.batch_size, self.parallel.accumulate
+        if rows < 1 or parts < 1 or rows % parts:
+            raise ValueError(f"parallel.accumulate={parts} must divide data.batch_size={rows}")
+        if self.data.sequence_length < 2:
+            raise ValueError(f"data.sequence_length={self.data.sequence_length} must be at least 2")
+        if not 0 <= self.data.validation_share < 1:
+            raise ValueError(f"data.validation_share={self.data.validation_share} must be in [0, 1)")
+        if self.model.start and self.model.preset:
+            raise ValueError("model.start and model.preset exclude one another: weights of a checkpoint, or new ones")
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "train") -> TrainConfig:
+    """A config from a YAML file (None: the defaults), then command-line flags such as `--optimizer.learning-rate 1e-3`.
+
+    Raises FileNotFoundError, or ValueError that names each key which is unknown or of another type.
+    """
+    if path is None:
+        return tyro.cli(TrainConfig, args=list(overrides), prog=prog)
+    return tyro.cli(TrainConfig, args=list(overrides), default=parse(_yaml(Path(path)), where=str(path)), prog=prog)
+
+
+def parse(raw: Any, *, where: str = "the config") -> TrainConfig:
+    """A config from plain dicts, as YAML gives them."""
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_python(raw)
+    except pydantic.ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "unexpected_keyword_argument":
+                lines.append(f"{key} is no setting; settings there: {', '.join(_keys(problem['loc'][:-1]))}")
+            else:
+                lines.append(f"{key}: {problem['msg']}" if key else problem["msg"])
+        raise ValueError(f"{where}\n  " + "\n  ".join(lines)) from None
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain dicts and lists, to be written."""
+    return pydantic.TypeAdapter(TrainConfig).dump_python(config, mode="json")
+
+
+def model_config(config: TrainConfig, *, vocab_size: int, eos: int | None) -> ModelConfig:
+    """The shape of a new model."""
+    if config.model.preset:
+        return preset(config.model.preset)
+    return config.model.shape.config(vocab_size=vocab_size, eos=eos)
+
+
+def _yaml(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def _keys(where: Sequence[Any]) -> list[str]:
+    kind: Any = TrainConfig
+    for key in where:
+        kind = {f.name: f.default_factory for f in dataclasses.fields(kind)}[key]
+    return [f.name for f in dataclasses.fields(kind)]

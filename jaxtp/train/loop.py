@@ -1,0 +1,390 @@
+"""The training loop: batches in, checkpoints and numbers out; what stops it, and how it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtp.checkpoint import hf
+from jaxtp.config import ModelConfig
+from jaxtp.generate import LLM, SamplingParams
+from jaxtp.generate.text import Tokenizer
+from jaxtp.log import logger, show
+from jaxtp.mesh import make_mesh
+from jaxtp.model import Llama
+from jaxtp.model.stacked import Stacked
+from jaxtp.sharding import Rules, check_layout
+from jaxtp.train.checkpoints import Checkpoints
+from jaxtp.train.config import TrainConfig, model_config, plain
+from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
+from jaxtp.train.loss import Batch
+from jaxtp.train.optim import schedule, transformation
+from jaxtp.train.report import Report
+from jaxtp.train.step import Metrics, State, Trainer
+from jaxtp.train.tokenizer import train_tokenizer
+
+PREEMPTED = 75  # the exit code after SIGTERM: saved, start me again (EX_TEMPFAIL)
+NON_FINITE = 76  # the exit code of a run that diverged
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Preempted(RuntimeError):
+    """SIGTERM came; the state is saved."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. losses: (step, nats per token) of training, validation: the same of validation."""
+
+    folder: Path
+    steps: int
+    losses: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    skipped: int
+    goodput: float
+
+
+class Run:
+    """A training run, set up: everything is checked and loaded, nothing trained yet."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Raises FileNotFoundError or ValueError for whatever cannot be, before any weight is made."""
+        show()
+        self.began = time.perf_counter()
+        self.config, self.folder = config, Path(config.folder)
+        parallel, data = config.parallel, config.data
+        self.mesh = make_mesh(dp=parallel.dp, tp=parallel.tp)
+        dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
+        if rows % dp:
+            legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+            raise ValueError(
+                f"dp={dp} does not divide the {rows} rows of a microbatch (data.batch_size={data.batch_size}, "
+                f"parallel.accumulate={parallel.accumulate}); legal dp: {legal}"
+            )
+        start = hf.resolve(config.model.start) if config.model.start else None
+        self.tokenizer = self._tokenizer(start)
+        eos = self.tokenizer.eos_id if self.tokenizer else None
+        corpus = read(data.train, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos)
+        self.corpora = self._split(corpus, eos)
+        size = self.tokenizer.size if self.tokenizer else int(corpus.tokens.max()) + 1
+        self.model_config = ModelConfig.from_hf(start) if start else model_config(config, vocab_size=size, eos=eos)
+        self._check_lengths()
+        for part in self.corpora.values():
+            check_vocabulary(part, self.model_config.vocab_size)
+        rules = Rules().sequence_parallel() if parallel.sequence_parallel else Rules()
+        check_layout(self.model_config, parallel.tp, rules)
+        self.stacked = Stacked(self._model(rules, config.model.dtype))
+        specs = self.stacked.specs()
+        self.trainer = Trainer(
+            self.stacked,
+            transformation(config.optimizer, config.steps, specs),
+            zero=parallel.zero,
+            remat=parallel.remat,
+            clip_norm=config.optimizer.clip_norm,
+            z_loss=config.z_loss,
+        )
+        self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
+        self._rules, self._start = rules, start
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self, start: Path | None) -> Tokenizer | None:
+        data = self.config.data
+        if not data.train:
+            raise ValueError("data.train names no file to train on")
+        folder = Path(data.tokenizer) if data.tokenizer else start
+        if data.tokenizer and data.train_tokenizer and not Path(data.tokenizer, "tokenizer.json").exists():
+            train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
+            logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
+        return Tokenizer(hf.resolve(folder)) if folder else None
+
+    def _split(self, corpus: Corpus, eos: int | None) -> dict[str, Corpus]:
+        data = self.config.data
+        if data.validation:
+            other = read(data.validation, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos)
+            return {"train": corpus, "validation": other}
+        if data.validation_share:
+            first, last = corpus.split(data.validation_share)
+            return {"train": first, "validation": last}
+        return {"train": corpus}
+
+    def _check_lengths(self) -> None:
+        length, most = self.config.data.sequence_length, self.model_config.max_position_embeddings
+        if length > most:
+            raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={most}")
+
+    def _model(self, rules: Rules, dtype: str) -> Llama:
+        return Llama(self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel)
+
+    def _batches(self, corpus: Corpus, name: str) -> Batches:
+        data, parallel = self.config.data, self.config.parallel
+        pack = data.pack or corpus.learn is not None
+        return Batches(
+            Windows(corpus, data.sequence_length, pack=pack),
+            data.batch_size,
+            parallel.accumulate,
+            self.config.seed,
+            self.stacked.layout.sharding(None, "batch", "tokens"),
+            segments=pack or len(corpus.bounds) > 2,
+        )
+
+    def first_state(self) -> State:
+        """The state before the first step: weights of the checkpoint it starts from, or new ones."""
+        if self._start:
+            model = Llama.load(
+                self._start, self.model_config, mesh=self.mesh, rules=self._rules, dtype="float32", kernel=None, progress=True
+            )
+        else:
+            model = Llama.random(self.model_config, mesh=self.mesh, rules=self._rules, seed=self.config.seed)
+        layouts = jax.tree.map(lambda a: a.sharding, self.trainer.abstract_state())
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.trainer.init, out_shardings=layouts, donate_argnums=0)(self.stacked.stack(model))
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Result:
+        """Trains to the last step, from the last checkpoint where there is one.
+
+        Raises Preempted after SIGTERM (the state is saved), and Diverged.
+        """
+        config = self.config
+        saved = Checkpoints(
+            self.folder / "checkpoints", self.trainer, keep=config.checkpoints.keep, best=config.checkpoints.best
+        )
+        found = saved.restore()
+        state, meta = found if found else (self.first_state(), {})
+        first = int(state.step)
+        if meta and (meta["seed"], meta["rows"]) != (config.seed, config.data.batch_size):
+            logger.warning(
+                "the run began with seed %s and %s rows a step: its data goes on otherwise", meta["seed"], meta["rows"]
+            )
+        if first:
+            logger.info("going on from step %d", first)
+        with jax.set_mesh(self.mesh):
+            step = jax.jit(self.trainer.step, donate_argnums=0)
+            evaluate = jax.jit(self.trainer.evaluate)
+            with self._report(first) as report, _terminated() as stop, contextlib.closing(saved):
+                return self._loop(state, step, evaluate, saved, report, stop)
+
+    def _loop(
+        self,
+        state: State,
+        step: Callable[[State, Batch], tuple[State, Metrics]],
+        evaluate: Callable[..., tuple[jax.Array, jax.Array]],
+        saved: Checkpoints,
+        report: Report,
+        stop: list[int],
+    ) -> Result:
+        config, first = self.config, int(state.step)
+        losses: list[tuple[int, float]] = []
+        validation: list[tuple[int, float]] = []
+        rate = schedule(config.optimizer, config.steps)
+        meter, bad, productive = _Meter(self), 0, 0.0
+        best: float | None = None
+        profile = _Profile(config.log.profile_steps, self.folder)
+        batches = self.batches["train"].from_step(first)
+        kept = first
+        for number in range(first, config.steps):
+            profile.before(number)
+            start = time.perf_counter()
+            state, metrics = step(state, next(batches))
+            told = (number + 1) % config.log.every == 0 or number + 1 == config.steps
+            loss = float(metrics.nats)  # waits for the step
+            took = time.perf_counter() - start
+            profile.after(number)
+            if number > first:  # the first one compiles
+                productive += took
+                meter.add(took)
+            bad = 0 if bool(metrics.finite) else bad + 1
+            if bad:
+                logger.warning("step %d: the loss or gradient is not finite; left out (%d in a row)", number + 1, bad)
+            if bad >= config.max_nonfinite:
+                raise Diverged(
+                    f"{bad} steps in a row up to step {number + 1} had a loss or gradient that is not finite; the last "
+                    f"checkpoint is of step {max(saved.steps(), default=0)}. A lower learning rate or a longer warm-up helps"
+                )
+            losses.append((number + 1, loss))
+            if told:
+                values = {
+                    "loss": float(metrics.loss), "nats": loss, "grad_norm": float(metrics.norm),
+                    "learning_rate": float(rate(number)), **meter.take(),
+                }  # fmt: skip
+                report.numbers(number + 1, values, note=_note(values))
+            else:
+                report.step(number + 1)
+            last = number + 1 == config.steps
+            if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
+                best = self._validate(state, evaluate, number + 1, report)
+                validation.append((number + 1, best))
+            if config.log.sample_every and (number + 1) % config.log.sample_every == 0:
+                self._sample(state, number + 1, report)
+            every = config.checkpoints.every
+            if last or stop or (every and (number + 1) % every == 0):
+                saved.save(state, self._meta(), loss=best)
+                kept = number + 1
+            if stop:
+                saved.wait()
+                raise Preempted(f"SIGTERM: saved at step {kept} in {saved.folder}; the same command goes on from there")
+        saved.wait()
+        goodput = productive / max(time.perf_counter() - self.began, 1e-9)
+        logger.info("done: %d steps, %d left out; goodput %.0f%%", config.steps, int(state.skipped), 100 * goodput)
+        return Result(self.folder, config.steps, losses, validation, int(state.skipped), goodput)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint tells beside its arrays."""
+        return {
+            "model": self.model_config.to_hf(),
+            "seed": self.config.seed,
+            "rows": self.config.data.batch_size,
+            "config": plain(self.config),
+        }
+
+    def _report(self, first: int) -> Report:
+        log = self.config.log
+        return Report(
+            self.folder,
+            steps=self.config.steps,
+            start=first,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            settings=plain(self.config),
+        )
+
+    def _validate(self, state: State, evaluate: Any, number: int, report: Report) -> float:
+        """Nats per token over the whole validation set, and per character where it is text."""
+        sums = [evaluate(state.params, batch) for batch in self.batches["validation"].once()]
+        nats, tokens = (float(sum(np.float64(s[i]) for s in sums)) for i in range(2))
+        values = {"validation_nats": nats / max(tokens, 1.0)}
+        corpus = self.corpora["validation"]
+        if corpus.characters:
+            # rows leave out the few tokens that fill no sample: the characters of those that they hold
+            values["validation_nats_per_character"] = nats / (corpus.characters * tokens / len(corpus))
+        note = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        report.numbers(number, values, note=note)
+        return values["validation_nats"]
+
+    def _sample(self, state: State, number: int, report: Report) -> None:
+        log = self.config.log
+        model = self.stacked.unstack(state.params, dtype=self.stacked.layout.dtype)
+        llm = LLM(model, tokenizer=self.tokenizer, progress=False)
+        prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
+        made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]
+        report.text(number, (made.prompt or "") + (made.outputs[0].text or str(made.outputs[0].token_ids)))
+
+
+class _Meter:
+    """Tokens a second, MFU and memory since the last time it was asked."""
+
+    def __init__(self, run: Run) -> None:
+        data, config = run.config.data, run.model_config
+        self._tokens, self._devices = data.batch_size * data.sequence_length, run.mesh.size
+        self._flops = train_flops(config, data.sequence_length)
+        self._device = run.mesh.local_devices[0]
+        self._seconds = self._steps = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A step took so long."""
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+
+    def take(self) -> dict[str, float]:
+        """The rates, and starts anew. MFU is of the device kinds in `PEAK` only."""
+        if not self._steps:
+            return {}
+        rate = self._tokens * self._steps / self._seconds
+        values = {"tokens_per_second": rate}
+        peak = next((flops for name, flops in PEAK.items() if name in self._device.device_kind), None)
+        if peak:
+            values["mfu"], values["mfu_6n"] = (rate * flops / self._devices / peak for flops in self._flops)
+        stats = self._device.memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        self._seconds = self._steps = 0.0
+        return values
+
+
+# bf16 operations a second without sparsity, from NVIDIA's data sheets
+PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
+
+
+def train_flops(config: ModelConfig, length: int) -> tuple[float, float]:
+    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone.
+
+    The embedding is looked up, not multiplied; the head is.
+    """
+    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
+    return 6.0 * weights + attention, 6.0 * weights
+
+
+class _Profile:
+    """Writes a profile of the steps FIRST to LAST."""
+
+    def __init__(self, steps: str | None, folder: Path) -> None:
+        try:
+            self._first, self._last = map(int, steps.split(":")) if steps else (-1, -1)
+        except ValueError:
+            raise ValueError(f"log.profile_steps={steps!r} must be FIRST:LAST, e.g. 10:13") from None
+        self._folder = folder / "profile"
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+
+    def after(self, step: int) -> None:
+        if step == self._last:
+            jax.profiler.stop_trace()
+            logger.info("profile of steps %d to %d: %s", self._first, self._last, self._folder)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[list[int]]:
+    """A list that is filled when SIGTERM comes."""
+    came: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    except ValueError:  # not in the main thread: nobody can tell us
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _note(values: dict[str, float]) -> str:
+    shown = [f"loss {values['nats']:.4f}", f"lr {values['learning_rate']:.2e}", f"norm {values['grad_norm']:.2f}"]
+    if "tokens_per_second" in values:
+        shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        shown.append(f"MFU {values['mfu']:.1%}")
+    return ", ".join(shown)
+
+
+def train(config: TrainConfig) -> Result:
+    """Trains as the config says."""
+    return Run(config).train()
+
+
+def export(run_folder: str | Path, folder: str | Path, config: TrainConfig, *, dtype: str = "bfloat16") -> None:
+    """Writes the last checkpoint of a run as a Hugging Face folder, with its tokenizer. Raises ValueError without one."""
+    run = Run(replace(config, folder=str(run_folder)))
+    saved = Checkpoints(Path(run_folder) / "checkpoints", run.trainer)
+    found = saved.restore()
+    saved.close()
+    if found is None:
+        raise ValueError(f"{run_folder} holds no checkpoint that can be read")
+    model = run.stacked.unstack(found[0].params, dtype=jnp.dtype(dtype))
+    model.source = str(run.tokenizer.folder) if run.tokenizer else None
+    model.save_pretrained(folder)
