@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -63,13 +64,13 @@ class Engine:
 
         from jaxtp import LLM, use_virtual_devices
 
-        if self.virtual_devices:
+        if self.virtual_devices is not None:
             use_virtual_devices(self.virtual_devices)
         if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
             jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}
-        arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else json.loads(Path(self.tp_plan).read_text())
-        arguments["hf_overrides"] = json.loads(self.hf_overrides) if self.hf_overrides else None
+        arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else _object(Path(self.tp_plan).read_text(), "--tp-plan")
+        arguments["hf_overrides"] = _object(self.hf_overrides, "--hf-overrides") if self.hf_overrides else None
         return LLM(model, **arguments)
 
 
@@ -125,7 +126,7 @@ class Generate:
     prompt: Annotated[tuple[str, ...], Alias(metavar="TEXT [TEXT ...]")] = ()
     """Prompts, given here; the completions are printed."""
     prompts_file: Path | None = None
-    """Prompts from a file: one a line, or JSONL with a "prompt" in each; "-" is standard input."""
+    """Prompts from a file: one a line, or JSONL with "prompt" or "prompt_token_ids"; "-" is standard input, of either kind."""
     output: Path | None = None
     """Where to write JSONL; default standard output."""
     stream: Flag = False
@@ -135,13 +136,18 @@ class Generate:
 
     def run(self) -> None:
         """Generates and prints."""
-        if not self.prompt and self.prompts_file is None:
-            raise ValueError("give --prompt TEXT or --prompts-file FILE")
+        if bool(self.prompt) == (self.prompts_file is not None):
+            raise ValueError("give either --prompt TEXT or --prompts-file FILE")
+        if self.stream and (self.output or self.sampling.n > 1):
+            raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
+        if self.output and not self.output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--output: there is no folder {self.output.absolute().parent}")
         prompts: list[str | list[int]] = [*self.prompt] or [*_read_prompts(self.prompts_file)]
         params = self.sampling.params()
         llm = self.engine.llm(self.model)
         if self.stream:
-            _print_stream(llm.stream(prompts, params))
+            for prompt in prompts:  # one after another: they would interleave
+                _print_stream(llm.stream(prompt, params))
             return
         requests = llm.generate(prompts, params)
         if self.prompts_file is None and self.output is None:
@@ -177,15 +183,69 @@ class Chat:
             messages.append({"role": "assistant", "content": answer})
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train or fine-tune as a YAML file says; flags after it change single settings (--optimizer.learning-rate 1e-3)."""
+
+    config: tyro.conf.Positional[Path]
+    """YAML file, such as configs/train/demo.yaml."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> None:
+        """Trains; exit code 75 after SIGTERM (saved, start again), 76 where the run diverged."""
+        from jaxtp import train, use_virtual_devices
+
+        config = train.load(self.config, self.overrides, prog=f"jaxtp train {self.config}")
+        if config.parallel.virtual_devices:
+            use_virtual_devices(config.parallel.virtual_devices)
+        try:
+            train.train(config)
+        except train.Preempted as stopped:
+            print(f"jaxtp: {stopped}", file=sys.stderr)
+            raise SystemExit(train.PREEMPTED) from None
+        except train.Diverged as stopped:
+            print(f"jaxtp: {stopped}", file=sys.stderr)
+            raise SystemExit(train.NON_FINITE) from None
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's last checkpoint as a Hugging Face folder, with its tokenizer."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """The folder of the run."""
+    folder: tyro.conf.Positional[Path]
+    """Where to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    step: int | None = None
+    """The checkpoint of this step; default the last one."""
+
+    def run(self) -> None:
+        """Exports."""
+        from jaxtp import train
+
+        train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step)
+
+
+VERBS: dict[str, Callable[..., Any]] = {"generate": Generate, "chat": Chat, "train": Train, "export": Export}
+
+
 def main() -> None:
-    """The command line. Mistakes of the user end with one line and exit code 2."""
+    """The command line. Mistakes end with one line and exit code 2; with JAXTP_DEBUG=1, with the traceback."""
     warnings.simplefilter("default")
+    arguments, rest = sys.argv[1:], []
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments, rest = arguments[:2], arguments[2:]  # what follows the file are settings of the run
     command = tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "chat": Chat}, prog="jaxtp", description="A Llama on more than one GPU, in JAX."
+        VERBS, args=arguments, prog="jaxtp", description="A Llama on more than one GPU, in JAX."
     )
     try:
-        command.run()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        (dataclasses.replace(command, overrides=tuple(rest)) if rest else command).run()
+    except BrokenPipeError:  # whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("JAXTP_DEBUG"):
+            raise
         print(f"jaxtp: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
@@ -196,17 +256,30 @@ def _read_prompts(path: Path | None) -> Iterator[str | list[int]]:
     """Prompts of a file: a line is a text, or a JSON object with "prompt" (text) or "prompt_token_ids"."""
     assert path is not None
     text = sys.stdin.read() if str(path) == "-" else path.read_text()
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    jsonl = path.suffix == ".jsonl" or (str(path) == "-" and all(line.startswith('{"') for _, line in lines))
+    for number, line in lines:
+        if not jsonl:
             yield line
             continue
         try:
             record = json.loads(line)
-            yield record["prompt"] if "prompt" in record else record["prompt_token_ids"]
+            prompt = record["prompt"] if "prompt" in record else record["prompt_token_ids"]
+            if not isinstance(prompt, str | list):
+                raise TypeError
+            yield prompt
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number} is not a JSON object with "prompt" or "prompt_token_ids"') from error
+
+
+def _object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} must be a JSON object, not {text}")
+    return found
 
 
 def _record(request: RequestOutput) -> dict:
@@ -218,18 +291,16 @@ def _record(request: RequestOutput) -> dict:
 
 
 def _print_stream(stream: Iterator[RequestOutput]) -> str:
-    """Prints the first completion of each prompt as it grows; several prompts follow one another."""
-    done = ""
-    texts: dict[int, str] = {}
+    """Prints the completion of one prompt as it grows, and returns it."""
+    shown, text = 0, ""
     for request in stream:
-        output = request.outputs[0]
-        if request.request_id not in texts and isinstance(request.prompt, str):
-            sys.stdout.write(request.prompt)
-        sys.stdout.write(output.text[len(texts.get(request.request_id, "")) :])
+        text = request.outputs[0].text
+        whole = f"{request.prompt or ''}{text}"
+        sys.stdout.write(whole[shown:])
         sys.stdout.flush()
-        texts[request.request_id] = done = output.text
+        shown = len(whole)
     sys.stdout.write("\n")
-    return done
+    return text
 
 
 def _ask() -> str:

@@ -127,7 +127,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "rope_interleaved": (False,),
 }
-_DTYPES = ("float32", "bfloat16", "float16")
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    "max_position_embeddings",
+)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an int of at least 1")
+        if not self.rope.theta > 0:
+            raise ValueError(f"rope_theta={self.rope.theta} must be above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_kv_heads} does not divide num_attention_heads={self.num_heads}; "
@@ -199,6 +206,8 @@ class ModelConfig:
 
     def tp_problems(self, tp: int) -> tuple[str, ...]:
         """Why this model cannot be split into `tp` parts; empty where it can."""
+        if tp < 1:
+            raise ValueError(f"tp={tp} must be at least 1")
         problems = []
         if self.num_heads % tp:
             problems.append(f"{self.num_heads} query heads")
@@ -275,9 +284,12 @@ def _read_json(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds config.json and *.safetensors")
     try:
-        return json.loads(path.read_text()), str(path)
+        found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found, str(path)
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
@@ -313,13 +325,19 @@ class _Reader:
             raise ValueError(f"{self.where} lacks {key}")
         return self.raw.pop(key)
 
+    def count(self, key: str) -> int:
+        value = self.need(key)
+        if not isinstance(value, int):
+            raise ValueError(f"{self.where}: {key}={value!r} must be an int")
+        return value
+
     def config(self, family: Family) -> ModelConfig:
         raw = self.raw
         eos = raw.get("eos_token_id")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"{self.where}: dtype {dtype!r} is not supported; supported: {_DTYPES}")
-        heads, hidden, layers = self.need("num_attention_heads"), self.need("hidden_size"), self.need("num_hidden_layers")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"{self.where}: dtype {dtype!r} is not supported; supported: {DTYPES}")
+        heads, hidden, layers = (self.count(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
         bias = bool(self.take("attention_bias", False)) if family.qkv_bias is None else False
         max_position = self.take("max_position_embeddings", 2048)
         config = ModelConfig(
@@ -330,7 +348,7 @@ class _Reader:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=self.take("num_key_value_heads", heads),
-            head_dim=self.take("head_dim", hidden // heads),
+            head_dim=self.take("head_dim", hidden // max(heads, 1)),
             max_position_embeddings=max_position,
             rms_norm_eps=self.take("rms_norm_eps", 1e-6),
             rope=self.rope(max_position),
@@ -352,9 +370,11 @@ class _Reader:
         params = dict(self.take("rope_parameters", {}))
         params.update(self.take("rope_scaling", {}))
         theta = params.pop("rope_theta", None)
-        theta = self.take("rope_theta", theta) or 10000.0
+        theta = self.take("rope_theta", 10000.0 if theta is None else theta)
         legacy = params.pop("type", None)
         kind = params.pop("rope_type", legacy) or "default"
+        if legacy not in (None, kind):
+            raise ValueError(f"{self.where}: rope_scaling has rope_type {kind!r} and type {legacy!r}: which?")
         if kind not in ROPE_TYPES:
             raise ValueError(f"{self.where}: rope type {kind!r} is not supported; supported: {ROPE_TYPES}")
         if params.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -368,6 +388,13 @@ class _Reader:
         used = _ROPE_REQUIRED[kind] + _ROPE_OPTIONAL.get(kind, ())
         if kind == "yarn" and values["original_max_position"] is None:
             values["original_max_position"] = max_position
+        wrong = [k for k, v in {"theta": theta, **values}.items() if isinstance(v, str)]
+        wrong += [name for name, value in values.items() if value is not None and name not in used]
+        # the pre-training context may stand beside any kind; only those that name it use it
+        wrong = [name for name in wrong if name != "original_max_position" or isinstance(values[name], str)]
+        if wrong:
+            shown = ", ".join(_ROPE_KEYS.get(name, "rope_theta") for name in wrong)
+            raise ValueError(f"{self.where}: rope type {kind!r} has no use for {shown}, or not as text")
         return Rope(theta=float(theta), kind=kind, **{name: values[name] for name in used})
 
     def windows(self, family: Family, layers: int) -> tuple[int | None, ...]:

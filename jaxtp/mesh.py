@@ -34,6 +34,8 @@ def make_mesh(
 
 def use_virtual_devices(count: int) -> None:
     """Makes this process see `count` CPU devices. Call it before anything touches a device; raises RuntimeError after."""
+    if count < 1:
+        raise ValueError(f"{count} virtual devices: at least one is needed")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     if len(jax.devices()) != count:

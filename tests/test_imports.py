@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOMS = ["log", "tables", "config", "presets", "mesh", "sharding", "tp_plan", "draw", "ops", "checkpoint", "model", "generate",
-         "audit", "cli", "__main__"]  # fmt: skip
+         "train", "audit", "cli", "__main__"]  # fmt: skip
 PACKAGE = Path(__file__).parents[1] / "jaxtp"
 
 

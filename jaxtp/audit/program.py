@@ -77,7 +77,7 @@ class Report(Shown):
     writes: tuple[Write, ...]
 
     def count(self, kind: str, *, axis: str | None = None, dtype: str | None = None, loops: int | None = None) -> int:
-        """How many collectives are of this kind (over exactly this axis, of this dtype, in that many loops)."""
+        """How many collectives are of this kind (over this axis among others, of this dtype, in that many loops)."""
         return sum(
             c.kind == kind and axis in (None, *c.axes) and dtype in (None, c.dtype) and loops in (None, c.loops)
             for c in self.collectives

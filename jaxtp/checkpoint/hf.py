@@ -29,6 +29,7 @@ from jaxtp.sharding import variables
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+_FLOATS = ("F64", "F32", "BF16", "F16")
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -85,6 +86,10 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; only the header is read."""
         return tuple(self._file[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The tensor's dtype as the file says it, e.g. "BF16"."""
+        return str(self._file[name].get_slice(name).get_dtype())
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A block of the tensor, in the dtype of the file."""
@@ -168,7 +173,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
 
 def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: int) -> None:
     """Gives the files their final names once their number is known, and writes the index where there are several."""
-    for stale in _weight_files(folder):
+    for stale in [*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)]:
         stale.unlink()
     count = len(written)
     final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -200,17 +205,14 @@ def _whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(p for p in [*folder.glob("*.safetensors"), folder / INDEX] if p.exists())
-
-
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         try:
             return sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
         except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{folder / INDEX} is not a safetensors index: {error}") from error
-    files = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"  # others may lie beside it, such as the original's own format
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files and list(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} holds only pickled weights (*.bin), which are never loaded; convert it to safetensors"
@@ -233,9 +235,15 @@ def _check(
         for name, shape in shapes.items()
         if name in tensors and tensors.shape(name) != shape
     ]
+    coded = [f"{name} is {tensors.dtype(name)}" for name in shapes if name in tensors and tensors.dtype(name) not in _FLOATS]
     problems = [
         f"{title}: {', '.join(found[:20])}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
-        for title, found in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+        for title, found in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", wrong),
+            ("of no dtype that is read", coded),
+        )
         if found
     ]
     if problems:

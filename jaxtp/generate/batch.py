@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,18 +18,6 @@ from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows
 
 STOP_STRING_STEPS = 8  # the host looks for stop strings this often
-
-
-@dataclass
-class Timing:
-    """Where the time of a batch went (seconds, compilation left out), tokens, and bytes each device read to decode them."""
-
-    prefill: float = 0.0
-    decode: float = 0.0
-    prompt_tokens: int = 0
-    decoded_tokens: int = 0
-    steps: int = 0
-    bytes_read: int = 0
 
 
 class Batch:
@@ -75,7 +63,8 @@ class Batch:
 
     def grow(self, state: State) -> State:
         """The state with the next larger cache."""
-        return replace(state, cache=state.cache.grown(buckets.slots(state.cache.slots, self.total)))
+        self.slots = buckets.slots(state.cache.slots, self.total)
+        return replace(state, cache=state.cache.grown(self.slots))
 
     def begin(self) -> tuple[State, Made]:
         """Prefills the prompts and samples the first tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
 from jaxtp.tp_plan import rules_from_plan
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class LLM:
@@ -73,6 +74,11 @@ class LLM:
             raise ValueError(f'load_format={load_format!r} must be "auto", "safetensors" or "dummy"')
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if max_model_len is not None and not isinstance(max_model_len, int):
+            raise TypeError(f"max_model_len={max_model_len!r} must be an int")
         memory.reserve(gpu_memory_utilization)
         start = time.perf_counter()
         self.model = (
@@ -94,8 +100,8 @@ class LLM:
         )
         self.config = self.model.config
         source = tokenizer or self.model.source
-        self.tokenizer = source if isinstance(source, Tokenizer) else _tokenizer(source)
-        self.eos = _eos(self.config, self.model.source)
+        self.tokenizer = source if isinstance(source, Tokenizer) else _tokenizer(source, asked=tokenizer is not None)
+        self.eos = _eos(self.config, self.model.source, hf_overrides or {})
         self.programs = Programs(self.model)
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
@@ -107,14 +113,14 @@ class LLM:
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Completes every prompt (text, or a list of token ids); outputs are in the order of the prompts.
 
-        params: one for all, or one for each. Raises ValueError for an empty batch, an empty prompt, one that leaves no
+        sampling_params: one for all, or one for each. Raises ValueError for an empty batch, an empty prompt, one that leaves no
         room in `max_model_len`, and text without a tokenizer.
         """
-        requests, rows = self._requests_of(prompts, params)
+        requests, rows = self._requests_of(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         timer = _Timer(self)
         with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
@@ -128,10 +134,10 @@ class LLM:
         return requests
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
         """The same token by token: yields a request whenever it has grown. Its outputs are updated in place."""
-        requests, rows = self._requests_of(prompts, params)
+        requests, rows = self._requests_of(prompts, sampling_params)
         owner = {id(output): request for request in requests for output in request.outputs}
         for batch in self._batches(rows):
             grown = [0] * len(batch.rows)
@@ -146,10 +152,10 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation ([{"role": "user", "content": "…"}, …]) or several, by the model's own chat template."""
-        return self.generate(self.chat_prompts(messages), params)
+        return self.generate(self.chat_prompts(messages), sampling_params)
 
     def chat_prompts(self, messages: Sequence[Any]) -> list[list[int]]:
         """The token ids that `chat` completes. Raises ValueError where the model has no chat template."""
@@ -159,13 +165,17 @@ class LLM:
         texts = [self.tokenizer.chat(conversation) for conversation in (messages if several else [messages])]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
-    def compile(self, *, batch: int, prompt_tokens: int, max_tokens: int, params: SamplingParams | None = None) -> float:
-        """Compiles ahead of time what `generate` needs for up to `batch` prompts of up to `prompt_tokens` tokens.
+    def compile(
+        self, *, batch: int, prompt_tokens: int, max_tokens: int, sampling_params: SamplingParams | None = None
+    ) -> float:
+        """Compiles ahead of time what `generate` needs for `batch` prompts, the longest of `prompt_tokens` tokens.
 
-        `params` says which parts of sampling to compile in. Returns the seconds that it took.
+        Shapes come in buckets (see `buckets`): other numbers that fall into the same ones need nothing more.
+
+        `sampling_params` says which parts of sampling to compile in. Returns the seconds that it took.
         """
         before = self.programs.compile_seconds
-        params = dataclasses.replace(params or SamplingParams(), max_tokens=max_tokens, n=1)
+        params = dataclasses.replace(sampling_params or SamplingParams(), max_tokens=max_tokens, n=1, seed=0)
         prompt = [0] * min(prompt_tokens, self.max_model_len - 1)
         _, rows = self._requests_of([prompt] * batch, params)
         for group in self._batches(rows):
@@ -185,6 +195,8 @@ class LLM:
         requests, rows = [], []
         for prompt, wanted in zip(each, params, strict=True):
             ids = self._ids(prompt)
+            if wanted.stop and self.tokenizer is None:
+                raise ValueError("stop strings need a tokenizer, which this checkpoint has not: LLM(..., tokenizer=folder)")
             self._check_ids("logit_bias", list(wanted.logit_bias))
             self._check_ids("stop_token_ids", wanted.stop_token_ids)
             seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
@@ -203,7 +215,7 @@ class LLM:
                 raise ValueError("this checkpoint has no tokenizer: give token ids, or LLM(..., tokenizer=folder)")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(token) for token in prompt]
+            ids = [_int(token) for token in prompt]
         if not ids:
             raise ValueError("a prompt has no tokens; an empty text needs a tokenizer that adds a beginning-of-sequence token")
         if len(ids) >= self.max_model_len:
@@ -308,39 +320,70 @@ def _load(
 ) -> Llama:
     """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
     named = load_format == "dummy" and str(model) in PRESETS
+    if not named and not Path(model).exists() and "/" not in str(model):
+        known = f"; presets: {', '.join(PRESETS)}" if load_format == "dummy" else ""
+        known = known or (' (a preset: it needs load_format="dummy")' if str(model) in PRESETS else "")
+        raise FileNotFoundError(f"there is no checkpoint folder {model}, and a hub id has the form org/name{known}")
     folder = None if named else hf.resolve(model, revision=revision)
-    config = preset(str(model)) if folder is None else ModelConfig.from_hf(folder, overrides=hf_overrides)
+    source = preset(str(model)).to_hf() if folder is None else folder
+    config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     check_layout(config, tp, rules)
     mesh, dtype = make_mesh(dp=dp, tp=tp), dtype or config.dtype or "float32"
     if load_format == "dummy":
-        return Llama.random(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+        made = Llama.random(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+        made.source = str(folder) if folder else None
+        return made
     assert folder is not None
     return Llama.load(folder, config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, progress=progress)
 
 
-def _tokenizer(source: str | Path | None) -> Tokenizer | None:
+def _tokenizer(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
     if source is None:
         return None
     folder = hf.resolve(source)
-    return Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
+    if any(folder.glob("tokenizer*")):
+        return Tokenizer(folder)
+    if asked:
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model)")
+    return None
 
 
-def _eos(config: ModelConfig, source: str | None) -> tuple[int, ...]:
-    """The ids that end a text: those of generation_config.json where it has any, else the config's."""
-    path = Path(source, "generation_config.json") if source else None
-    found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
+def _eos(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
+    path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
+    try:
+        found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if found is None:
         return config.eos_token_ids
     return tuple(found) if isinstance(found, list) else (found,)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list: a list of ints is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
+    """One prompt or several, as a list of texts and lists of ids: a list of ints is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [_bare(prompts)]
     if len(prompts) == 0:
         raise ValueError("the batch is empty: give at least one prompt")
-    if isinstance(prompts[0], int | np.integer):
+    if not isinstance(prompts[0], str | Mapping) and np.ndim(prompts[0]) == 0:  # type: ignore[arg-type,index]
         return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    return [_bare(prompt) for prompt in prompts]  # type: ignore[arg-type]
+
+
+def _bare(prompt: Prompt) -> str | Sequence[int]:
+    """A prompt as vLLM's dicts hold it: {"prompt": text} or {"prompt_token_ids": ids}."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for key, kind in (("prompt", str), ("prompt_token_ids", Sequence)):
+        if isinstance(prompt.get(key), kind):
+            return prompt[key]
+    raise TypeError(f'a prompt is a text, token ids, or a dict with "prompt" or "prompt_token_ids"; given: {prompt!r}')
+
+
+def _int(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(f"token ids are ints; given: {token!r}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,19 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        object.__setattr__(self, "stop_token_ids", [*(self.stop_token_ids or ())])
+        _check_types(self)
         _check("n", self.n, self.n >= 1, "at least 1")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0 (0 is greedy) and finite")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("top_k", self.top_k, self.top_k >= -1, "at least 1, or 0 or -1 for all tokens")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is off)")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0 < self.repetition_penalty < math.inf,
+            "above 0 (1 is off) and finite",
+        )
         _check("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "in [-2, 2]")
         _check("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1 or None")
@@ -57,7 +65,7 @@ class SamplingParams:
         _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 64, "in [0, 64] or None")
         for token, bias in self.logit_bias.items():
             _check(f"logit_bias[{token}]", bias, -100 <= bias <= 100, "in [-100, 100]")
-        if not all(isinstance(token, int) for token in self.stop_token_ids):
+        if not all(isinstance(token, Integral) for token in self.stop_token_ids):
             raise TypeError(f"stop_token_ids={self.stop_token_ids!r} must be a list of ints")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2^32)")
@@ -70,6 +78,22 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if "" in given:
         raise ValueError("stop holds an empty string, which every text contains")
     return tuple(given)
+
+
+_INTS, _OPTIONAL_INTS = ("n", "top_k", "min_tokens"), ("seed", "max_tokens", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _check_types(params: SamplingParams) -> None:
+    for names, kind, said in (
+        (_INTS, Integral, "an int"),
+        (_OPTIONAL_INTS, Integral, "an int or None"),
+        (_NUMBERS, Real, "a number"),
+    ):
+        for name in names:
+            value = getattr(params, name)
+            if not isinstance(value, kind) and not (value is None and names is _OPTIONAL_INTS):
+                raise TypeError(f"{name}={value!r} must be {said}")
 
 
 def _check(name: str, value: object, legal: bool, rule: str) -> None:

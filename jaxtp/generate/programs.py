@@ -25,9 +25,6 @@ class Programs:
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
-    def __len__(self) -> int:
-        return len(self._compiled)
-
     def run(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
         """function(model, *args, **static), compiled on first sight of these shapes. `donate` numbers args, from 0."""
         return self.compile(function, *args, donate=donate, **static)(self._leaves, *args)

@@ -34,7 +34,11 @@ class Row:
         self.output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
         self._tokenizer = tokenizer
         self._text = GrowingText(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+        self._whole = ""  # the text so far; what is shown of it may end earlier
         self._searched = 0
+        # while a text grows, its end may be the beginning of a stop string, and is not shown yet
+        longest = max(map(len, params.stop), default=1)
+        self._held = 0 if params.include_stop_str_in_output else longest - 1
         self._unspelled: list[int] = []  # tokens that are not in the text yet
 
     @property
@@ -79,17 +83,21 @@ class Row:
     def _spell(self) -> None:
         if self._text is not None and (self._unspelled or self.finished) and self.output.stop_reason not in self.params.stop:
             self._text.add(self._unspelled, last=self.finished)
-            self._unspelled, self.output.text = [], self._text.text
+            self._unspelled, self._whole = [], self._text.text
+            self.output.text = self._whole if self.finished else self._whole[: max(len(self._whole) - self._held, 0)]
 
     def _find_stop(self) -> None:
         output, params = self.output, self.params
-        if len(output.token_ids) < params.min_tokens or output.finish_reason == "stop":
+        if output.finish_reason == "stop":
             return
-        found = find_stop(output.text, params.stop, searched=self._searched)
-        self._searched = len(output.text)
+        if len(output.token_ids) < params.min_tokens:
+            self._searched = len(self._whole)  # a stop string that lies before does not count later either
+            return
+        found = find_stop(self._whole, params.stop, searched=self._searched)
+        self._searched = len(self._whole)
         if found:
             at, stop = found
-            output.text = output.text[: at + len(stop) * params.include_stop_str_in_output]
+            output.text = self._whole[: at + len(stop) * params.include_stop_str_in_output]
             output.finish_reason, output.stop_reason = "stop", stop
 
     def _logprobs(self, token: int, found: Logprobs) -> dict[int, Logprob]:

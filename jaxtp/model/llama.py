@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Part, parts
-from jaxtp.config import ModelConfig
+from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.mesh import make_mesh, platform
 from jaxtp.model.cache import Cache, LayerCache
 from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
@@ -41,6 +41,17 @@ class Llama(nnx.Module):
     ) -> None:
         """Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules."""
         check_layout(config, mesh.shape["tp"], rules)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+        if kernel not in (None, *get_args(Kernel)):
+            raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
+        if kernel == "cudnn" and platform(mesh) != "gpu":
+            raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
+        unused = [axis for axis in ("pp", "cp", "ep") if mesh.shape[axis] > 1]
+        if unused:
+            raise ValueError(
+                f"the mesh has {unused[0]}={mesh.shape[unused[0]]}, over which nothing is split yet; use dp and tp"
+            )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
@@ -68,15 +79,15 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Loads a Hugging Face checkpoint (a folder or a hub id) onto a mesh (default: one device).
 
-        dtype: "float32", "bfloat16" or "float16"; default the checkpoint's own. tp_plan: "auto", or globs of module names
-        to transformers' styles (see `tp_plan.rules_from_plan`).
+        dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. tp_plan: "auto", or globs of
+        module names to transformers' styles (see `tp_plan.rules_from_plan`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
         config = ModelConfig.from_hf(folder, overrides=hf_overrides)
         rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
         check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
-        dtype = dtype or config.dtype or "float32"
+        dtype = (None if dtype == "auto" else dtype) or config.dtype or "float32"
         return cls.load(folder, config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel, progress=progress)
 
     @classmethod
@@ -128,6 +139,10 @@ class Llama(nnx.Module):
         Outside of `jax.jit` this compiles once per shape, and a given cache is donated.
         """
         if not isinstance(self.embed.get_value(), jax.core.Tracer):
+            tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
+            groups = self.layout.parts("batch")
+            if tokens.ndim != 2 or tokens.shape[0] % groups:
+                raise ValueError(f"tokens of shape {tokens.shape} must be [B, T], and B a multiple of dp={groups}")
             return _compiled(self, tokens, positions, segment_ids, cache)
         x, cache = self.hidden(tokens, positions, segment_ids, cache)
         logits = self.logits(x)

@@ -3,7 +3,7 @@
 B batch, T query tokens, S cached tokens, K KV heads, G query heads per KV head, H head_dim.
 Queries are [B, T, K, G, H]; fresh keys and values [B, T, K, H]; the cache of a layer [B, K, S, H].
 
-No function here communicates: attention splits by rows (dp) and by KV heads (tp), and `parallel/` owns what does not.
+No function here communicates: attention splits by rows (dp) and by KV heads (tp).
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ all-reduce, or a reduce-scatter where `out` is sharded over tokens.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -41,22 +43,58 @@ def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dt
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
-    """The one place that knows how each backend likes its products: x [B, T, I], weight [O, I] -> [B, T, O].
-
-    XLA:CPU multiplies bfloat16 ten times faster when asked for a float32 result, and not a single row of it; and in a loop
-    it copies the weights of any product of more than two dims.
+    """x [B, T, I] times weight [O, I]: [B, T, O] in `dtype`, laid out as `out`. A single row of bfloat16 is what XLA:CPU
+    multiplies ten times slower than two.
     """
     mesh = jax.typeof(weight).sharding.mesh
     batch, tokens, columns = out.partitions[:3]
-    accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
     assert tokens is None, "rows of sharded tokens do not flatten"
     rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
     lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
     rows = jnp.concatenate([rows, rows]) if lone else rows
-    wanted = NamedSharding(mesh, P(batch, columns, unreduced=out.unreduced))
-    y = jnp.einsum("RI,OI->RO", rows, weight, preferred_element_type=accumulate, out_sharding=wanted).astype(dtype)
+    y = _product(rows, weight, P(batch, columns, unreduced=out.unreduced), dtype)
     y = y[:1] if lone else y
     return y.reshape(*x.shape[:2], -1, out_sharding=NamedSharding(mesh, P(batch, None, columns, unreduced=out.unreduced)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(rows: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
+    """rows [R, I], weight [O, I] -> [R, O]. Backward the products are of the weight's dtype too, also below float32 logits."""
+    return _einsum("RI,OI->RO", rows, weight, out, dtype)
+
+
+def _product_forward(
+    rows: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(rows, weight, out, dtype), (rows, weight)
+
+
+def _product_backward(
+    out: P, dtype: jnp.dtype, kept: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, weight = kept
+    grad = grad.astype(weight.dtype)
+    to_rows = _einsum("RO,OI->RI", grad, weight, _dual(rows), rows.dtype)
+    return to_rows, _einsum("RO,RI->OI", grad, rows, _dual(weight), weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _einsum(formula: str, a: jax.Array, b: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
+    """The one place that knows how each backend likes its products: XLA:CPU multiplies bfloat16 ten times faster when it is
+    asked for a float32 result, and in a loop it copies the weights of any product of more than two dims.
+    """
+    mesh = jax.typeof(b).sharding.mesh
+    accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
+    y = jnp.einsum(formula, a, b, preferred_element_type=accumulate, out_sharding=NamedSharding(mesh, out))
+    return y.astype(dtype)
+
+
+def _dual(x: jax.Array) -> P:
+    """The layout of x's gradient: shares of a sum where x says that it is `reduced`, and the other way round."""
+    spec = jax.typeof(x).sharding.spec
+    return P(*spec.partitions, unreduced=spec.reduced, reduced=spec.unreduced)
 
 
 def _flat(sharding: NamedSharding) -> NamedSharding:

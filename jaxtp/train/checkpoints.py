@@ -50,21 +50,21 @@ class Checkpoints:
         )
         self._manager.save(step, args=args, metrics={"loss": float("inf") if loss is None else loss}, force=True)
 
-    def restore(self) -> tuple[State, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, and its meta; None where there is none.
+    def restore(self, step: int | None = None) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that can be read (or that of `step`), and its meta; None where there is none.
 
         One that cannot is reported and the one before it taken. Raises ValueError where a checkpoint is of another model.
         """
-        for step in reversed(self.steps()):
+        for number in reversed(self.steps()) if step is None else [step]:
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-                self._check(meta, step)
+                meta = self._manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                self._check(meta, number)
                 wanted = ocp.args.StandardRestore(_plain(self._abstract()))
-                found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
+                found = self._manager.restore(number, args=ocp.args.Composite(state=wanted))["state"]
             except _Mismatch as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # whatever a damaged file leads to
-                logger.warning("the checkpoint of step %d cannot be read (%s); trying the one before", step, _line(error))
+                logger.warning("the checkpoint of step %d cannot be read (%s); trying the one before", number, _line(error))
                 continue
             return self._convert(State(**found), held=True), meta
         return None
@@ -129,6 +129,18 @@ class Checkpoints:
         with jax.set_mesh(self._trainer.stacked.layout.mesh):
             layouts = jax.tree.map(lambda a: a.sharding, target)
             return jax.jit(lambda state: jax.tree.map(one, state, target), out_shardings=layouts)(state)
+
+
+def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What the last checkpoint in a folder (or that of `step`) tells beside its arrays. Raises ValueError without one."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of checkpoints")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or step not in (None, *steps):
+            raise ValueError(f"{folder} has no checkpoint{f' of step {step}; steps: {steps}' if steps else ''}")
+        return manager.restore(step or steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 class _Mismatch(ValueError):

@@ -115,15 +115,6 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters (arXiv:2106.09685) instead of full training; rank 0: none."""
-
-    rank: int = 0
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """What is kept of a run, in `TrainConfig.folder`."""
 
@@ -164,7 +155,6 @@ class TrainConfig:
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     parallel: Parallel = field(default_factory=Parallel)
-    lora: Lora = field(default_factory=Lora)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
     z_loss: float = 0.0

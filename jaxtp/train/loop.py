@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
 from jaxtp.sharding import Rules, check_layout
-from jaxtp.train.checkpoints import Checkpoints
-from jaxtp.train.config import TrainConfig, model_config, plain
+from jaxtp.train.checkpoints import Checkpoints, last_meta
+from jaxtp.train.config import TrainConfig, model_config, parse, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import schedule, transformation
@@ -65,6 +65,7 @@ class Run:
         self.began = time.perf_counter()
         self.config, self.folder = config, Path(config.folder)
         parallel, data = config.parallel, config.data
+        self._profile = _Profile(config.log.profile_steps, self.folder)
         self.mesh = make_mesh(dp=parallel.dp, tp=parallel.tp)
         dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
         if rows % dp:
@@ -148,9 +149,7 @@ class Run:
             )
         else:
             model = Llama.random(self.model_config, mesh=self.mesh, rules=self._rules, seed=self.config.seed)
-        layouts = jax.tree.map(lambda a: a.sharding, self.trainer.abstract_state())
-        with jax.set_mesh(self.mesh):
-            return jax.jit(self.trainer.init, out_shardings=layouts, donate_argnums=0)(self.stacked.stack(model))
+        return self.trainer.begin(self.stacked.stack(model))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -192,8 +191,7 @@ class Run:
         validation: list[tuple[int, float]] = []
         rate = schedule(config.optimizer, config.steps)
         meter, bad, productive = _Meter(self), 0, 0.0
-        best: float | None = None
-        profile = _Profile(config.log.profile_steps, self.folder)
+        profile = self._profile
         batches = self.batches["train"].from_step(first)
         kept = first
         for number in range(first, config.steps):
@@ -203,7 +201,7 @@ class Run:
             told = (number + 1) % config.log.every == 0 or number + 1 == config.steps
             loss = float(metrics.nats)  # waits for the step
             took = time.perf_counter() - start
-            profile.after(number)
+            profile.after(number, last=number + 1 == config.steps or bool(stop))
             if number > first:  # the first one compiles
                 productive += took
                 meter.add(took)
@@ -225,6 +223,7 @@ class Run:
             else:
                 report.step(number + 1)
             last = number + 1 == config.steps
+            best = None
             if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
                 best = self._validate(state, evaluate, number + 1, report)
                 validation.append((number + 1, best))
@@ -336,16 +335,20 @@ class _Profile:
             self._first, self._last = map(int, steps.split(":")) if steps else (-1, -1)
         except ValueError:
             raise ValueError(f"log.profile_steps={steps!r} must be FIRST:LAST, e.g. 10:13") from None
-        self._folder = folder / "profile"
+        self._folder, self._running = folder / "profile", False
 
     def before(self, step: int) -> None:
+        """Starts at FIRST."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._running = True
 
-    def after(self, step: int) -> None:
-        if step == self._last:
+    def after(self, step: int, *, last: bool) -> None:
+        """Ends after LAST, or with the run."""
+        if self._running and (step == self._last or last):
             jax.profiler.stop_trace()
-            logger.info("profile of steps %d to %d: %s", self._first, self._last, self._folder)
+            self._running = False
+            logger.info("profile of steps %d to %d: %s", self._first, step, self._folder)
 
 
 @contextlib.contextmanager
@@ -377,14 +380,22 @@ def train(config: TrainConfig) -> Result:
     return Run(config).train()
 
 
-def export(run_folder: str | Path, folder: str | Path, config: TrainConfig, *, dtype: str = "bfloat16") -> None:
-    """Writes the last checkpoint of a run as a Hugging Face folder, with its tokenizer. Raises ValueError without one."""
-    run = Run(replace(config, folder=str(run_folder)))
-    saved = Checkpoints(Path(run_folder) / "checkpoints", run.trainer)
-    found = saved.restore()
+def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "bfloat16", step: int | None = None) -> None:
+    """Writes a checkpoint of a run (default the last) as a Hugging Face folder, with its tokenizer.
+
+    Raises ValueError where there is none that can be read.
+    """
+    run_folder = Path(run_folder)
+    meta = last_meta(run_folder / "checkpoints", step)
+    config = parse(meta["config"], where=f"the config kept in {run_folder}")
+    model_config = ModelConfig.from_hf(meta["model"])
+    stacked = Stacked(Llama(model_config, mesh=make_mesh()))
+    trainer = Trainer(stacked, transformation(config.optimizer, config.steps, stacked.specs()))
+    saved = Checkpoints(run_folder / "checkpoints", trainer)
+    found = saved.restore(step)
     saved.close()
     if found is None:
-        raise ValueError(f"{run_folder} holds no checkpoint that can be read")
-    model = run.stacked.unstack(found[0].params, dtype=jnp.dtype(dtype))
-    model.source = str(run.tokenizer.folder) if run.tokenizer else None
+        raise ValueError(f"{run_folder} has no checkpoint that can be read")
+    model = stacked.unstack(found[0].params, dtype=jnp.dtype(dtype))
+    model.source = config.data.tokenizer or config.model.start
     model.save_pretrained(folder)

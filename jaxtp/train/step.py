@@ -58,8 +58,8 @@ class Metrics:
 class Trainer:
     """A model's training step on a mesh: pure functions to compile.
 
-    zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. trained: paths of the parameters that change (None: all);
-    the others are held as they are. adapt: makes a layer's or table's weight from the parameters (LoRA).
+    zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global norm of a gradient, 0 for
+    none. z_loss: see `loss.cross_entropy`.
     """
 
     stacked: Stacked
@@ -117,12 +117,21 @@ class Trainer:
 
     # -- programs ------------------------------------------------------------------------------------------------------
 
-    def init(self, params: Params) -> State:
-        """The first state, from parameters of any dtype; compile with `abstract_state()`'s layouts as out_shardings."""
-        kept = {path: value.astype(jnp.float32) for path, value in params.items()}
-        zero = jnp.zeros((), jnp.int32)
-        with jax.numpy_dtype_promotion("standard"):
-            return State(kept, self.optimizer.init(kept), zero, zero)
+    def begin(self, params: Params) -> State:
+        """The first state, from parameters of any layout and dtype, which are taken over one by one."""
+        layouts = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        kept = {}
+        for path in list(params):
+            kept[path] = jax.device_put(params[path].astype(jnp.float32), layouts.params[path])
+            del params[path]
+
+        def init(kept: Params) -> State:
+            number = jnp.zeros((), jnp.int32)
+            with jax.numpy_dtype_promotion("standard"):
+                return State(kept, self.optimizer.init(kept), number, number)
+
+        with jax.set_mesh(self.stacked.layout.mesh):
+            return jax.jit(init, out_shardings=layouts, donate_argnums=0)(kept)
 
     def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""

@@ -1,0 +1,87 @@
+"""A tiny trainer and its batches, for the tests of training."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import tiny
+from jax.sharding import NamedSharding
+
+from jaxtp import Llama, ModelConfig, Rules, make_mesh
+from jaxtp.model.stacked import Stacked
+from jaxtp.train.loss import Batch
+from jaxtp.train.optim import Optimizer, transformation
+from jaxtp.train.step import State, Trainer
+
+SETTINGS = Optimizer(learning_rate=1e-2, warmup_steps=3)
+
+
+@dataclass
+class Run:
+    """A trainer with its state, and its step compiled."""
+
+    trainer: Trainer
+    state: State
+
+    def step(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
+        with jax.set_mesh(self.trainer.stacked.layout.mesh):
+            if not hasattr(self, "_step"):
+                self._step = jax.jit(self.trainer.step, donate_argnums=0)
+            self.state, metrics = self._step(self.state, self.batch(arrays, accumulate=accumulate))
+        return metrics
+
+    def batch(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1) -> Batch:
+        """[B, T] arrays as [A, B/A, T] on the mesh."""
+        place = self.trainer.stacked.layout.sharding(None, "batch", "tokens")
+        return Batch(**{k: jax.device_put(a.reshape(accumulate, -1, a.shape[-1]), place) for k, a in arrays.items()})
+
+
+def run(
+    config: ModelConfig | None = None,
+    *,
+    mesh: dict[str, int] | None = None,
+    sequence_parallel: bool = False,
+    settings: Optimizer = SETTINGS,
+    model: Llama | None = None,
+    dtype: str = "float32",
+    steps: int = 20,
+    **trainer,
+) -> Run:
+    """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
+    config = config or tiny.config()
+    over = make_mesh(**(mesh or {}))
+    rules = Rules().sequence_parallel() if sequence_parallel else Rules()
+    stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype))
+    made = Trainer(stacked, transformation(settings, steps, stacked.specs()), clip_norm=settings.clip_norm, **trainer)
+    params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, seed=1))
+    return Run(made, made.begin(params))
+
+
+def rows(seed: int, *, batch: int = 8, length: int = 32, vocab: int = 128) -> dict[str, np.ndarray]:
+    """A batch of random tokens, all of which count but the padding at the end of some rows."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab, (batch, length + 1)).astype(np.int32)
+    ends = rng.integers(length // 2, length + 1, batch)
+    return {
+        "tokens": ids[:, :-1],
+        "labels": ids[:, 1:],
+        "weights": (np.arange(length) < ends[:, None]).astype(np.float32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+    }
+
+
+def packed(seed: int, *, batch: int = 8, length: int = 32, vocab: int = 128) -> dict[str, np.ndarray]:
+    """The same with two documents in each row: positions and attention start again in the second."""
+    found = rows(seed, batch=batch, length=length, vocab=vocab)
+    cuts = np.random.default_rng(seed + 1).integers(4, length - 4, batch)
+    place = np.arange(length)
+    second = place >= cuts[:, None]
+    found["segment_ids"] = (second + 1).astype(np.int32)
+    found["positions"] = np.where(second, place - cuts[:, None], place).astype(np.int32)
+    found["weights"] = found["weights"] * (place != cuts[:, None] - 1)
+    return found
+
+
+def spec_of(array: jax.Array):
+    assert isinstance(array.sharding, NamedSharding)
+    return array.sharding.spec

@@ -1,0 +1,276 @@
+"""A run: what it keeps, what it says, how it goes on after being stopped, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp.train import Diverged, Run, export, load, train
+from jaxtp.train.config import parse
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from the bear. " * 60
+BASE = {
+    "steps": 12,
+    "model": {"dtype": "float32", "shape": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_kv_heads": 2}},
+    "data": {"sequence_length": 32, "batch_size": 8, "validation_share": 0.1},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "checkpoints": {"every": 4},
+    "log": {"every": 4, "tensorboard": False},
+    "validate_every": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(TEXT)
+    tiny.byte_tokenizer(folder, 128)
+    return folder
+
+
+def config(text, folder, **changes):
+    raw = json.loads(json.dumps(BASE))
+    raw["data"] |= {"train": [str(text / "text.txt")], "tokenizer": str(text)}
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+    return parse({**raw, "folder": str(folder)})
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["nats"] for line in lines(folder) if "nats" in line}
+
+
+def test_a_run_learns_keeps_and_tells(text, tmp_path):
+    result = train(config(text, tmp_path, steps=40, checkpoints={"every": 10, "keep": 2, "best": 1}))
+    assert result.losses[-1][1] < 0.7 * result.losses[0][1]
+    assert [step for step, _ in result.validation] == [6, 12, 18, 24, 30, 36, 40]
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert {30, 40} <= kept
+    assert len(kept) <= 3
+    found = lines(tmp_path)
+    assert {"loss", "nats", "grad_norm", "learning_rate", "tokens_per_second"} <= set(found[0])
+    assert any("validation_nats_per_character" in line for line in found)
+    assert 0 < result.goodput < 1
+
+
+def test_export_is_what_transformers_loads(text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    train(config(text, tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "hf", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    ids = np.arange(3, 19)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    ours = Llama.from_pretrained(tmp_path / "hf", mesh=make_mesh(tp=2), progress=False)
+    np.testing.assert_allclose(ours(ids.astype(np.int32)), expected, atol=1e-5, rtol=0)
+    assert LLM(tmp_path / "hf", progress=False).generate("the quick", SamplingParams(max_tokens=4))[0].outputs[0].text
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 5; steps: \[8, 12\]"):
+        export(tmp_path / "run", tmp_path / "no", step=5)
+
+
+MESHES = [{"dp": 8, "zero": 3}, {"dp": 2, "tp": 4, "zero": 1}, {"tp": 8, "dp": 1, "zero": 0}]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_anywhere(text, tmp_path):
+    shape = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_heads": 8}}
+    alone = {"parallel": {"dp": 1}, "model": shape}
+    whole = train(config(text, tmp_path / "whole", **alone)).losses
+    stopped(text, tmp_path / "first", shape)
+    for i, parallel in enumerate(MESHES):
+        shutil.copytree(tmp_path / "first", tmp_path / f"on-{i}")
+        rest = train(config(text, tmp_path / f"on-{i}", parallel=parallel, model=shape)).losses
+        assert [step for step, _ in rest] == list(range(9, 13))
+        np.testing.assert_allclose([v for _, v in rest], [v for _, v in whole[8:]], atol=1e-5, rtol=0)
+    shutil.copytree(tmp_path / "first", tmp_path / "same")
+    same = train(config(text, tmp_path / "same", **alone)).losses
+    assert [v for _, v in same] == [v for _, v in whole[8:]]  # to the last bit
+
+
+def stopped(text, folder, model):
+    """A run on one device, of which nothing after step 8 is left."""
+    train(config(text, folder, model=model, parallel={"dp": 1}))
+    shutil.rmtree(folder / "checkpoints" / "12")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(text, tmp_path, caplog):
+    train(config(text, tmp_path))
+    expected = losses(tmp_path)[12]
+    newest = tmp_path / "checkpoints" / "12" / "state"
+    for path in sorted(p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"):
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+    result = train(config(text, tmp_path))
+    assert "the checkpoint of step 12 cannot be read" in caplog.text
+    assert result.losses[0][0] == 9
+    assert result.losses[-1][1] == expected
+
+
+def test_a_checkpoint_of_another_model_is_refused(text, tmp_path):
+    train(config(text, tmp_path))
+    other = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 3}}
+    with pytest.raises(ValueError, match=r"is of another model: num_hidden_layers 2 \(here 3\)"):
+        train(config(text, tmp_path, model=other))
+
+
+def test_a_full_disk_is_said_and_loses_nothing(text, tmp_path, monkeypatch):
+    from jaxtp.train import checkpoints
+
+    train(config(text, tmp_path, steps=4))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config(text, tmp_path))
+    monkeypatch.undo()
+    assert train(config(text, tmp_path)).losses[0][0] == 5
+
+
+def test_a_run_that_diverges_stops(text, tmp_path):
+    with pytest.raises(Diverged, match="3 steps in a row up to step 3 had a loss or gradient that is not finite"):
+        train(config(text, tmp_path, max_nonfinite=3, optimizer={"learning_rate": 1e-2, "eps": 1e-8}, z_loss=float("inf")))
+
+
+def test_fine_tuning_starts_from_a_checkpoint(text, tmp_path):
+    tiny.checkpoint(tmp_path / "model")
+    changes = {"model": {"start": str(tmp_path / "model"), "dtype": "float32"}, "steps": 1}
+    made = Run(config(text, tmp_path / "run", **changes))
+    model = Llama.from_pretrained(tmp_path / "model", progress=False)
+    expected = np.asarray(model.embed.get_value())
+    np.testing.assert_array_equal(made.first_state().params["embed"], expected)
+    assert made.train().losses[0][1] > 1
+
+
+def test_conversations_samples_and_profiles(text, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(text, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    pairs = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(40)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    data = {"train": [str(folder / "chat.jsonl")], "tokenizer": str(folder), "validation_share": 0.2, "batch_size": 8}
+    log = {"every": 2, "tensorboard": True, "sample_every": 4, "sample_prompt": "user: 1?", "profile_steps": "2:3"}
+    result = train(config(text, tmp_path / "run", data=data, log=log, steps=4))
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert any(line.get("sample", "").startswith("user: 1?") for line in lines(tmp_path / "run"))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert list((tmp_path / "run" / "profile").rglob("*.json.gz"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": {"dp": 3}}, "dp=3 does not divide the 8 rows of a microbatch"),
+        ({"parallel": {"dp": 1, "tp": 3}}, "tp=3 does not divide 4 query heads"),
+        ({"data": {"batch_size": 6, "accumulate": 4}}, "data.accumulate is no setting"),
+        ({"parallel": {"accumulate": 3}}, "parallel.accumulate=3 must divide data.batch_size=8"),
+        ({"data": {"sequence_length": 4096}}, "data.sequence_length=4096 exceeds the model's max_position_embeddings=1024"),
+        ({"data": {"train": []}}, "data.train names no file"),
+        ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0.0 must be above 0"),
+        ({"model": {"shape": {"vocab_size": 50}}}, "the data holds token .*, but the model's vocabulary has 50"),
+        ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
+        ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(text, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Run(config(text, tmp_path, **changes))
+
+
+def test_flags_come_after_the_file(text, tmp_path):
+    import yaml
+
+    from jaxtp.train.config import plain
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(config(text, tmp_path / "run"))))
+    found = load(tmp_path / "run.yaml", ["--optimizer.learning-rate", "0.5", "--data.batch-size", "16"])
+    assert (found.optimizer.learning_rate, found.data.batch_size, found.steps) == (0.5, 16, 12)
+    (tmp_path / "bad.yaml").write_text("folder: x\noptimiser: {}\n")
+    with pytest.raises(ValueError, match="optimiser is no setting; settings there: folder, steps"):
+        load(tmp_path / "bad.yaml")
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
+        load(tmp_path / "none.yaml")
+
+
+def command(text, folder, *flags):
+    import yaml
+
+    from jaxtp.train.config import plain
+
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(plain(config(text, folder, steps=60, log={"every": 1, "tensorboard": False}))))
+    cache = str(Path(__file__).parents[2] / ".jax_cache")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    return [sys.executable, "-m", "jaxtp", "train", str(path), *flags], environment
+
+
+def reached(folder):
+    return max(losses(folder), default=0) if (folder / "log.jsonl").exists() else 0
+
+
+@pytest.mark.slow
+def test_killed_ten_times_the_curve_is_the_same_to_the_last_bit(text, tmp_path):
+    arguments, environment = command(text, tmp_path / "whole")
+    subprocess.run(arguments, env=environment, check=True, capture_output=True)
+    arguments, environment = command(text, tmp_path / "killed")
+    rng, kills, lost = np.random.default_rng(0), 0, []
+    while True:
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = reached(tmp_path / "killed") + int(rng.integers(1, 8))
+        while kills < 10 and process.poll() is None and reached(tmp_path / "killed") < target:
+            time.sleep(0.02)
+        if kills == 10 or process.poll() is not None:
+            assert process.wait(timeout=300) == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        complete = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit()]
+        lost.append(reached(tmp_path / "killed") - max(complete, default=0))
+    assert kills >= 5
+    assert max(lost) <= 2 * 4  # a save begun but not complete, and the steps since
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_so(text, tmp_path):
+    arguments, environment = command(text, tmp_path / "run", "--steps", "100000")
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and reached(tmp_path / "run") < 3:
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "SIGTERM: saved at step" in said
+    saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved >= 3
+
+
+def test_the_state_is_donated(text, tmp_path):
+    made = Run(config(text, tmp_path))
+    state = made.first_state()
+    with jax.set_mesh(made.mesh):
+        compiled = jax.jit(made.trainer.step, donate_argnums=0).lower(state, next(made.batches["train"].from_step(0))).compile()
+    memory = compiled.memory_analysis()
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= held
