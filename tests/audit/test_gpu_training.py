@@ -1,0 +1,151 @@
+"""The training step compiled for H200s: what ZeRO holds and communicates, at the width of Llama-3.1-8B."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import shared
+
+from jaxtp import Llama, Rules, preset
+from jaxtp.audit import audit, gpu_mesh
+from jaxtp.model.stacked import Stacked
+from jaxtp.train.loss import Batch
+from jaxtp.train.optim import Optimizer, transformation
+from jaxtp.train.step import Trainer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+        reason="the compiler's plugin is not installed: .[gpu-compiler]",
+    ),
+]
+DP, TP, LAYERS, ROWS, TOKENS = 4, 2, 3, 8, 1024
+LOOPED = "layers.*."
+
+
+@functools.cache
+def compiled(zero: int, *, remat: str = "full", accumulate: int = 1, sequence_parallel: bool = False):
+    mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=DP, tp=TP)
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=LAYERS, windows=())
+    rules = Rules().sequence_parallel() if sequence_parallel else Rules()
+    stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype="bfloat16"))
+    trainer = Trainer(stacked, transformation(Optimizer(), 100, stacked.specs()), zero=zero, remat=remat)
+    place = stacked.layout.sharding(None, "batch", "tokens")
+    ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, TOKENS), d, sharding=place) for d in (jnp.int32, jnp.float32))
+    threshold = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))  # it could not be loaded again
+    try:
+        with jax.set_mesh(mesh):
+            step = jax.jit(trainer.step, donate_argnums=0)
+            program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints)).compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", threshold)
+    return audit(program, mesh), trainer
+
+
+def params(trainer, *, looped=None):
+    """Parameters on each tp share (norms are whole on it), of the blocks, of the rest, or of both."""
+    total = 0
+    for path, spec in trainer.specs.items():
+        if looped in (None, path.startswith(LOOPED)):
+            total += math.prod(spec.shape) // (TP if "tp" in spec.spec else 1)
+    return total
+
+
+def moved(report, kind, axis, dtype, *, loops=None):
+    """Bytes of all collectives of a kind over one axis."""
+    return sum(
+        c.bytes * (LAYERS if c.loops else 1)
+        for c in report.collectives
+        if (c.kind, c.axes, c.dtype) == (kind, (axis,), dtype) and loops in (None, c.loops) and c.bytes > 64
+    )
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_what_each_device_holds(zero):
+    report, trainer = compiled(zero)
+    held = 3 * 4 * params(trainer) / (DP if zero else 1)  # parameters and two moments, in float32
+    batch = 4 * ROWS // DP * TOKENS * 4
+    assert report.argument_bytes == pytest.approx(held + batch, rel=1e-3)
+    assert report.aliased_bytes == pytest.approx(held, rel=1e-3)
+
+
+def test_zero_0_all_reduces_the_gradients():
+    report, trainer = compiled(0)
+    assert moved(report, "all-reduce", "dp", "f32") == pytest.approx(4 * params(trainer), rel=1e-6)
+    assert report.count("reduce-scatter", axis="dp") == report.count("all-gather", axis="dp") == 0
+
+
+def test_zero_1_scatters_gradients_and_gathers_weights_once():
+    report, trainer = compiled(1)
+    assert moved(report, "reduce-scatter", "dp", "f32", loops=0) == pytest.approx(4 * params(trainer), rel=1e-6)
+    assert moved(report, "all-gather", "dp", "bf16", loops=0) == pytest.approx(2 * params(trainer), rel=1e-6)
+    assert report.count("reduce-scatter", axis="dp", loops=1) == report.count("all-gather", axis="dp", loops=1) == 0
+    assert moved(report, "all-reduce", "dp", "f32") == 0
+
+
+def test_zero_1_communicates_once_for_all_microbatches():
+    report, trainer = compiled(1, accumulate=2)
+    assert moved(report, "reduce-scatter", "dp", "f32", loops=0) == pytest.approx(4 * params(trainer), rel=1e-6)
+    assert not any("dp" in c.axes and c.loops and c.bytes > 64 for c in report.collectives)
+
+
+def test_zero_2_scatters_the_gradients_of_each_microbatch():
+    report, trainer = compiled(2, accumulate=2)
+    scattered = [c for c in report.collectives if c.kind == "reduce-scatter" and c.axes == ("dp",)]
+    assert {c.loops for c in scattered} == {1}  # in the loop over microbatches
+    assert sum(c.bytes for c in scattered) == pytest.approx(4 * params(trainer), rel=1e-6)
+    assert moved(report, "all-gather", "dp", "bf16", loops=0) == pytest.approx(2 * params(trainer), rel=1e-6)
+
+
+def test_zero_3_gathers_and_scatters_layer_by_layer():
+    report, trainer = compiled(3)
+    blocks, tables = params(trainer, looped=True), params(trainer, looped=False)
+    # forward and again backward; the tables once
+    assert moved(report, "all-gather", "dp", "bf16", loops=1) == pytest.approx(2 * 2 * blocks, rel=1e-3)
+    assert moved(report, "reduce-scatter", "dp", "bf16", loops=1) == pytest.approx(2 * blocks, rel=1e-3)
+    assert moved(report, "all-gather", "dp", "bf16", loops=0) == pytest.approx(2 * tables, rel=1e-3)
+    assert moved(report, "all-reduce", "dp", "f32") == 0
+
+
+def test_tensor_parallelism_all_reduces_twice_a_layer_each_way():
+    report, _ = compiled(1, remat="none")
+    stream = ROWS // DP * TOKENS * 4096 * 2
+    inside = [c for c in report.collectives if c.axes == ("tp",) and c.loops == 1 and c.bytes >= stream]
+    assert [(c.kind, c.dtype, c.bytes) for c in inside] == [("all-reduce", "bf16", stream)] * 4
+
+
+def test_sequence_parallelism_scatters_and_gathers_instead():
+    report, _ = compiled(3, sequence_parallel=True)
+    stream = ROWS // DP * TOKENS * 4096 * 2
+    assert not any(c.kind == "all-reduce" and c.axes == ("tp",) and c.bytes >= stream for c in report.collectives)
+    assert report.count("reduce-scatter", axis="tp", loops=1) >= 4
+    assert report.count("all-gather", axis="tp", loops=1) >= 4
+
+
+def test_memory_falls_with_rematerialisation():
+    temp = {remat: compiled(1, remat=remat)[0].temp_bytes for remat in ("none", "save-dots", "save-attention", "full")}
+    assert temp["none"] > temp["save-dots"] > temp["save-attention"] > temp["full"] - 1
+    # what is kept of a layer for each token: everything, against its input alone
+    stream = ROWS // DP * TOKENS * 4096 * 2 * LAYERS
+    assert temp["none"] - temp["full"] > 3 * stream
+
+
+def test_attention_goes_through_cudnn_both_ways():
+    report, _ = compiled(1, remat="none")
+    assert report.calls["__cudnn$fmhaSoftmax"] == 1
+    assert report.calls["__cudnn$fmhaSoftmaxBackward"] == 1
+
+
+def test_full_logits_never_exist():
+    report, trainer = compiled(1)
+    logits = ROWS // DP * TOKENS * trainer.stacked.config.vocab_size // TP * 4
+    assert max(write.bytes for write in report.writes if write.opcode != "while") < max(
+        logits, 4 * params(trainer, looped=False)
+    )
+    assert not any(c.bytes >= logits and c.axes == ("tp",) for c in report.collectives)
