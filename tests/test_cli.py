@@ -79,7 +79,7 @@ def test_a_chat(folder, tmp_path):
     ("arguments", "message"),
     [
         (("generate", "./nowhere", "--prompt", "x"), "jaxtp: there is no checkpoint folder nowhere"),
-        (("generate", "FOLDER"), "jaxtp: give --prompt TEXT or --prompts-file FILE"),
+        (("generate", "FOLDER"), "jaxtp: give either --prompt TEXT or --prompts-file FILE"),
         (("generate", "FOLDER", "--prompt", "x", "-tp", "3"), "jaxtp: tp=3 does not divide 8 query heads"),
         (("generate", "FOLDER", "--prompt", "x", "--temperature", "-1"), "jaxtp: temperature=-1.0 must be at least 0"),
         (("generate", "FOLDER", "--prompt", "x", "-tp", "2", "--virtual-devices", "1"), "needs 2 devices, 1 are there"),

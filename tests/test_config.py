@@ -117,3 +117,23 @@ def test_legal_tensor_parallel_sizes():
 def test_an_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match=r"no preset named 'llama-9'; known: .*llama-3.1-8b"):
         preset("llama-9")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "rope type 'default' has no use for factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "no use for low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "rope_type 'linear' and type 'yarn': which"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "has no use for factor, or not as text"),
+        ({"rope_theta": 0}, "rope_theta=0.0 must be above 0"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings='512' must be an int of at least 1"),
+        ({"num_attention_heads": 0}, "num_heads=0 must be an int of at least 1"),
+        ({"vocab_size": "512"}, "vocab_size='512' must be an int"),
+    ],
+)
+def test_settings_that_mean_nothing(settings, message):
+    raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 8, **settings}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(raw)

@@ -202,3 +202,18 @@ def test_hosts_never_hold_more_than_one_weight(folder):
     for _, weight in variables(model):
         assert isinstance(weight.get_value(), jax.Array)
         assert weight.get_value().committed
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_text("another's")
+    folder = tiny.checkpoint(tmp_path, tokenizer=False)
+    tiny.checkpoint(tmp_path, tokenizer=False)  # and once more over its own
+    assert (folder / "adapter_model.safetensors").read_text() == "another's"
+    load(folder)
+
+
+def test_tensors_that_are_no_floats(tmp_path):
+    folder = tiny.checkpoint(tmp_path, tokenizer=False)
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(64, np.int8)}))
+    with pytest.raises(ValueError, match=r"of no dtype that is read: model\.norm\.weight is I8"):
+        load(folder)

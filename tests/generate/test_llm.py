@@ -139,7 +139,7 @@ def test_a_second_call_with_the_same_buckets_compiles_nothing(folder, compilatio
 
 def test_compiled_ahead_of_time(folder, compilations):
     llm = LLM(folder, progress=False)
-    llm.compile(batch=2, prompt_tokens=20, max_tokens=20, params=SamplingParams(temperature=0))
+    llm.compile(batch=2, prompt_tokens=20, max_tokens=20, sampling_params=SamplingParams(temperature=0))
     before = len(compilations)
     llm.generate([[5, 6, 7], [8] * 20], SamplingParams(temperature=0, max_tokens=20))
     assert len(compilations) == before
@@ -446,3 +446,102 @@ def test_segments_do_not_see_one_another(llm):
         found = np.asarray(model(packed, positions, segments))
         np.testing.assert_allclose(found[:, :3], np.asarray(model(packed[:, :3])), atol=1e-5)
         np.testing.assert_allclose(found[:, 3:], np.asarray(model(packed[:, 3:])), atol=1e-5)
+
+
+def test_a_growing_text_never_shows_part_of_a_stop_string(llm):
+    whole = one(llm, [5, 6, 7], max_tokens=40).text
+    stop = whole[10:14]
+    params = SamplingParams(temperature=0, max_tokens=40, stop=[stop])
+    final = llm.generate([[5, 6, 7]], params)[0].outputs[0].text
+    assert final == whole[: whole.index(stop)]
+    seen = [request.outputs[0].text for request in llm.stream([[5, 6, 7]], params)]
+    assert seen[-1] == final
+    assert all(final.startswith(text) for text in seen)
+
+
+def test_a_stop_string_before_min_tokens_does_not_count(llm):
+    whole = one(llm, [5, 6, 7], max_tokens=40)
+    early = whole.text[3:5]
+    found = one(llm, [5, 6, 7], max_tokens=40, min_tokens=20, stop=[early])
+    again = whole.text.find(early, 20 - len(early) + 1)
+    assert len(found.token_ids) >= 20
+    assert found.text == (whole.text[:again] if again >= 0 else whole.text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be an int or None"),
+        ({"top_k": 2.5}, "top_k=2.5 must be an int"),
+        ({"seed": 1.5}, "seed=1.5 must be an int or None"),
+        ({"temperature": "0.5"}, "temperature='0.5' must be a number"),
+        ({"stop_token_ids": ["a"]}, "must be a list of ints"),
+    ],
+)
+def test_settings_of_the_wrong_type(settings, message):
+    with pytest.raises(TypeError, match=message):
+        SamplingParams(**settings)
+
+
+def test_prompts_as_vllm_takes_them(llm):
+    expected = one(llm, [5, 6, 7], max_tokens=4).token_ids
+    params = SamplingParams(temperature=0, max_tokens=4)
+    for prompts in (
+        {"prompt_token_ids": [5, 6, 7]},
+        [{"prompt_token_ids": [5, 6, 7]}],
+        np.array([5, 6, 7]),
+        [np.array([5, 6, 7])],
+    ):
+        assert llm.generate(prompts, sampling_params=params)[0].outputs[0].token_ids == expected
+    with pytest.raises(TypeError, match=r"token ids are ints; given: 1\.7"):
+        llm.generate([[1.7, 2.2]], params)
+    with pytest.raises(TypeError, match='a dict with "prompt" or "prompt_token_ids"'):
+        llm.generate({"text": "x"}, params)
+
+
+def test_a_model_that_is_loaded(folder, llm):
+    model = Llama.from_pretrained(folder, mesh=make_mesh(tp=2), progress=False)
+    other = LLM(model, progress=False)
+    assert one(other, [5, 6, 7], max_tokens=8).text == one(llm, [5, 6, 7], max_tokens=8).text
+
+
+def test_overrides_hold_for_presets_and_for_the_end_of_a_text(folder, llm):
+    first = one(llm, [5, 6, 7], max_tokens=8).token_ids
+    ended = LLM(folder, hf_overrides={"eos_token_id": first[3]}, progress=False)
+    made = ended.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0]
+    assert (made.token_ids, made.finish_reason) == (first[: first.index(first[3]) + 1], "stop")
+    small = {"num_hidden_layers": 1, "vocab_size": 256, "intermediate_size": 64, "hidden_size": 64, "head_dim": 2}
+    made = LLM("llama-3.2-1b", load_format="dummy", hf_overrides=small, progress=False, max_model_len=128)
+    assert made.config.num_layers == 1
+    with pytest.raises(ValueError, match="settings that jaxtp does not know: bogus=1"):
+        LLM("llama-3.2-1b", load_format="dummy", hf_overrides={**small, "bogus": 1}, progress=False)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint folder llama-9.*presets: llama-2-7b"):
+        LLM("llama-9", load_format="dummy", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float64"}, "dtype='float64' is not supported; supported: float32, bfloat16, float16"),
+        ({"kernel": "flash"}, "kernel='flash' is none of reference, xla, cudnn"),
+        ({"kernel": "cudnn"}, "kernel='cudnn' needs GPUs"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"tensor_parallel_size": 0}, "tp=0 must be at least 1"),
+    ],
+)
+def test_more_arguments_that_cannot_be(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, progress=False, **arguments)
+
+
+def test_axes_over_which_nothing_is_split():
+    with pytest.raises(ValueError, match="the mesh has pp=2, over which nothing is split yet"):
+        Llama(tiny.config(), mesh=make_mesh(pp=2, tp=4))
+
+
+def test_tokens_of_another_shape(folder):
+    model = Llama.from_pretrained(folder, mesh=make_mesh(dp=2), progress=False)
+    for tokens in ([1, 2], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"must be \[B, T\], and B a multiple of dp=2"):
+            model(tokens)
+    assert model([[1, 2], [3, 4]]).shape == (2, 2, 128)
