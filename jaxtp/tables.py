@@ -17,7 +17,7 @@ class Shown(abc.ABC):
         """The table."""
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140)
+        console = Console(file=io.StringIO(), width=140, color_system=None, force_jupyter=False)
         console.print(self.table())
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

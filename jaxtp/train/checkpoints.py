@@ -136,7 +136,7 @@ def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of checkpoints")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(folder) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"{folder} has no checkpoint{f' of step {step}; steps: {steps}' if steps else ''}")
