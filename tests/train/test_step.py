@@ -24,6 +24,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_five_steps_of_adamw_are_those_of_torch(case, tmp_path):
+    pytest.importorskip("torch")
     changes, make = CASES[case]
     folder = tiny.checkpoint(tmp_path, tokenizer=False, **changes)
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-3)
