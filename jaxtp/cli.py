@@ -121,8 +121,8 @@ class Sampling:
 class Generate:
     """Complete prompts."""
 
-    model: tyro.conf.Positional[str]
-    """Checkpoint folder or hub id."""
+    model: tyro.conf.Positional[str] = "demo"
+    """Checkpoint folder, hub id, or "demo": a small model that ships with jaxtp and writes like Shakespeare."""
     prompt: Annotated[tuple[str, ...], Alias(metavar="TEXT [TEXT ...]")] = ()
     """Prompts, given here; the completions are printed."""
     prompts_file: Path | None = None

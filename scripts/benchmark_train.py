@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.6")
     import jax
 
-    from jaxtp.train.loop import PEAK, train_flops
+    from jaxtp.train.meter import PEAK, train_flops
 
     table = Table(title="training beside transformers (ratio above 1: jaxtp is faster)")
     for column in ("dtype", "jaxtp tok/s", "transformers tok/s", "ratio", "TFLOP/s", "MFU", "compile s"):

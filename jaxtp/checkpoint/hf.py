@@ -29,12 +29,14 @@ from jaxtp.sharding import variables
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def resolve(model: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id ("org/name") downloaded (HF_TOKEN is honoured).
+    """The local folder of a checkpoint: a folder as it is, "demo" the one that ships with the package, a hub id ("org/name")
+    downloaded (HF_TOKEN is honoured).
 
     Raises FileNotFoundError where there is no such folder and no such repository can be had.
     """
@@ -42,8 +44,12 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     name = str(model)
+    if name == "demo":
+        return DEMO
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"there is no checkpoint folder {path} (a hub id has the form org/name)")
+        raise FileNotFoundError(
+            f"there is no checkpoint folder {path} (nor is it a hub id, which has the form org/name, or demo)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -178,6 +184,7 @@ def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: 
     count = len(written)
     final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for path, name in zip(written, final, strict=True):
+        path.chmod(0o644)  # safetensors makes files for the owner's eyes alone
         path.rename(folder / name)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: final[int(v)] for k, v in names.items()}}

@@ -38,8 +38,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 class LLM:
     """A model on a mesh that generates text.
 
-    model: a checkpoint folder, a hub id, with load_format="dummy" also the name of a preset, or a `Llama` that is loaded
-    (on the mesh, and with the dtype and plan, that it has).
+    model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
+    name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
     tensor_parallel_size × data_parallel_size devices are used. dtype: "auto" is the checkpoint's. max_model_len: tokens of
     prompt and completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory
     that weights and KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
@@ -320,11 +320,14 @@ def _load(
 ) -> Llama:
     """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
     named = load_format == "dummy" and str(model) in PRESETS
-    if not named and not Path(model).exists() and "/" not in str(model):
-        known = f"; presets: {', '.join(PRESETS)}" if load_format == "dummy" else ""
-        known = known or (' (a preset: it needs load_format="dummy")' if str(model) in PRESETS else "")
-        raise FileNotFoundError(f"there is no checkpoint folder {model}, and a hub id has the form org/name{known}")
-    folder = None if named else hf.resolve(model, revision=revision)
+    try:
+        folder = None if named else hf.resolve(model, revision=revision)
+    except FileNotFoundError as error:
+        if str(model) in PRESETS:
+            raise FileNotFoundError(f'{error}; as a preset it needs load_format="dummy"') from None
+        if load_format == "dummy":
+            raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
+        raise
     source = preset(str(model)).to_hf() if folder is None else folder
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)

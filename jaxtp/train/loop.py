@@ -27,6 +27,7 @@ from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
 from jaxtp.train.loss import Batch
+from jaxtp.train.meter import Meter, Profile
 from jaxtp.train.optim import schedule, transformation
 from jaxtp.train.report import Report
 from jaxtp.train.step import Metrics, State, Trainer
@@ -65,7 +66,7 @@ class Run:
         self.began = time.perf_counter()
         self.config, self.folder = config, Path(config.folder)
         parallel, data = config.parallel, config.data
-        self._profile = _Profile(config.log.profile_steps, self.folder)
+        self._profile = Profile(config.log.profile_steps, self.folder)
         self.mesh = make_mesh(dp=parallel.dp, tp=parallel.tp)
         dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
         if rows % dp:
@@ -190,7 +191,9 @@ class Run:
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
         rate = schedule(config.optimizer, config.steps)
-        meter, bad, productive = _Meter(self), 0, 0.0
+        data = config.data
+        meter = Meter(self.model_config, self.mesh, rows=data.batch_size, length=data.sequence_length)
+        bad, productive = 0, 0.0
         profile = self._profile
         batches = self.batches["train"].from_step(first)
         kept = first
@@ -281,74 +284,6 @@ class Run:
         prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
         made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]
         report.text(number, (made.prompt or "") + (made.outputs[0].text or str(made.outputs[0].token_ids)))
-
-
-class _Meter:
-    """Tokens a second, MFU and memory since the last time it was asked."""
-
-    def __init__(self, run: Run) -> None:
-        data, config = run.config.data, run.model_config
-        self._tokens, self._devices = data.batch_size * data.sequence_length, run.mesh.size
-        self._flops = train_flops(config, data.sequence_length)
-        self._device = run.mesh.local_devices[0]
-        self._seconds = self._steps = 0.0
-
-    def add(self, seconds: float) -> None:
-        """A step took so long."""
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
-
-    def take(self) -> dict[str, float]:
-        """The rates, and starts anew. MFU is of the device kinds in `PEAK` only."""
-        if not self._steps:
-            return {}
-        rate = self._tokens * self._steps / self._seconds
-        values = {"tokens_per_second": rate}
-        peak = next((flops for name, flops in PEAK.items() if name in self._device.device_kind), None)
-        if peak:
-            values["mfu"], values["mfu_6n"] = (rate * flops / self._devices / peak for flops in self._flops)
-        stats = self._device.memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            values["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
-        self._seconds = self._steps = 0.0
-        return values
-
-
-# bf16 operations a second without sparsity, from NVIDIA's data sheets
-PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
-
-
-def train_flops(config: ModelConfig, length: int) -> tuple[float, float]:
-    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone.
-
-    The embedding is looked up, not multiplied; the head is.
-    """
-    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
-    return 6.0 * weights + attention, 6.0 * weights
-
-
-class _Profile:
-    """Writes a profile of the steps FIRST to LAST."""
-
-    def __init__(self, steps: str | None, folder: Path) -> None:
-        try:
-            self._first, self._last = map(int, steps.split(":")) if steps else (-1, -1)
-        except ValueError:
-            raise ValueError(f"log.profile_steps={steps!r} must be FIRST:LAST, e.g. 10:13") from None
-        self._folder, self._running = folder / "profile", False
-
-    def before(self, step: int) -> None:
-        """Starts at FIRST."""
-        if step == self._first:
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._running = True
-
-    def after(self, step: int, *, last: bool) -> None:
-        """Ends after LAST, or with the run."""
-        if self._running and (step == self._last or last):
-            jax.profiler.stop_trace()
-            self._running = False
-            logger.info("profile of steps %d to %d: %s", self._first, step, self._folder)
 
 
 @contextlib.contextmanager

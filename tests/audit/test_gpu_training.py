@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 
 import jax
@@ -17,13 +16,9 @@ from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-        reason="the compiler's plugin is not installed: .[gpu-compiler]",
-    ),
-]
+pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
+
+pytestmark = pytest.mark.slow
 DP, TP, LAYERS, ROWS, TOKENS = 4, 2, 3, 8, 1024
 LOOPED = "layers.*."
 

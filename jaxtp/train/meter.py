@@ -1,0 +1,80 @@
+"""How fast a run is: tokens a second, model FLOPs utilisation, memory, and profiles of chosen steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtp.config import ModelConfig
+from jaxtp.log import logger
+
+
+class Meter:
+    """Tokens a second, MFU and memory since the last time it was asked."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> None:
+        """A step takes `rows` rows of `length` tokens."""
+        self._tokens, self._devices = rows * length, mesh.size
+        self._flops = train_flops(config, length)
+        self._device = mesh.local_devices[0]
+        self._seconds = self._steps = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A step took so long."""
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+
+    def take(self) -> dict[str, float]:
+        """The rates, and starts anew. MFU is of the device kinds in `PEAK` only."""
+        if not self._steps:
+            return {}
+        rate = self._tokens * self._steps / self._seconds
+        values = {"tokens_per_second": rate}
+        peak = next((flops for name, flops in PEAK.items() if name in self._device.device_kind), None)
+        if peak:
+            values["mfu"], values["mfu_6n"] = (rate * flops / self._devices / peak for flops in self._flops)
+        stats = self._device.memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        self._seconds = self._steps = 0.0
+        return values
+
+
+# bf16 operations a second without sparsity, from NVIDIA's data sheets
+PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
+
+
+def train_flops(config: ModelConfig, length: int) -> tuple[float, float]:
+    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone.
+
+    The embedding is looked up, not multiplied; the head is.
+    """
+    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
+    return 6.0 * weights + attention, 6.0 * weights
+
+
+class Profile:
+    """Writes a profile of the steps FIRST to LAST."""
+
+    def __init__(self, steps: str | None, folder: Path) -> None:
+        """`steps`: "FIRST:LAST", or None for none. Raises ValueError for anything else."""
+        try:
+            self._first, self._last = map(int, steps.split(":")) if steps else (-1, -1)
+        except ValueError:
+            raise ValueError(f"log.profile_steps={steps!r} must be FIRST:LAST, e.g. 10:13") from None
+        self._folder, self._running = folder / "profile", False
+
+    def before(self, step: int) -> None:
+        """Starts at FIRST."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._running = True
+
+    def after(self, step: int, *, last: bool) -> None:
+        """Ends after LAST, or with the run."""
+        if self._running and (step == self._last or last):
+            jax.profiler.stop_trace()
+            self._running = False
+            logger.info("profile of steps %d to %d: %s", self._first, step, self._folder)
