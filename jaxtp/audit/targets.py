@@ -44,7 +44,7 @@ def compile_decode(model: Llama, *, batch: int, slots: int, features: Features =
     state = abstract_state(model, batch=batch, slots=slots, features=features)
     stop = jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=model.layout.sharding("batch"))
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    with _not_cached():
+    with not_cached():
         return Programs(model).compile(decode, state, stop, steps, donate=(0,), features=features)
 
 
@@ -55,12 +55,12 @@ def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None 
     cache = cache if fresh else type(cache)(cache.layers, cache.lengths)
     last = jax.ShapeDtypeStruct((batch, model.config.hidden_size), layout.dtype, sharding=layout.sharding("batch", None))
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
-    with _not_cached():
+    with not_cached():
         return Programs(model).compile(prefill, cache, last, ids, jax.ShapeDtypeStruct((), jnp.int32), donate=(0, 1))
 
 
 @contextlib.contextmanager
-def _not_cached() -> Iterator[None]:
+def not_cached() -> Iterator[None]:
     """Keeps programs for devices that are not there out of JAX's persistent cache, which could not load them again."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]

@@ -187,14 +187,11 @@ class Trainer:
         return self._tie(self._settle(grads)), sums
 
     def _loss(self, weights: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        stacked = self.stacked
-        if self.zero == 3:  # the tables here, the blocks' weights inside the loop
-            whole = self._ready({path: w for path, w in weights.items() if not path.startswith(BLOCK)})
-            weights, bring = {**weights, **whole}, self._bring
-        else:
-            bring = _as_it_is
-        x = stacked.hidden(weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=bring)
-        loss, nats = cross_entropy(stacked, weights, x, batch, z_loss=self.z_loss)
+        # the tables here, the blocks' weights inside the loop; nothing happens to those that are ready (ZeRO 0 to 2)
+        tables = self._ready({path: w for path, w in weights.items() if not path.startswith(BLOCK)})
+        weights = {**weights, **tables}
+        x = self.stacked.hidden(weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=self._bring)
+        loss, nats = cross_entropy(self.stacked, weights, x, batch, z_loss=self.z_loss)
         return loss.sum(), nats.sum()
 
     def _ready(self, params: Params) -> Params:
@@ -258,7 +255,3 @@ def by_param(function: Callable[[str | None, Any], Any], tree: Any, params: Para
         return function(path, leaf)
 
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _as_it_is(path: str, weight: jax.Array) -> jax.Array:
-    return weight

@@ -11,6 +11,7 @@ from conftest import shared
 
 from jaxtp import Llama, Rules, preset
 from jaxtp.audit import audit, gpu_mesh
+from jaxtp.audit.targets import not_cached
 from jaxtp.model.stacked import Stacked
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
@@ -32,14 +33,9 @@ def compiled(zero: int, *, remat: str = "full", accumulate: int = 1, sequence_pa
     trainer = Trainer(stacked, transformation(Optimizer(), 100, stacked.specs()), zero=zero, remat=remat)
     place = stacked.layout.sharding(None, "batch", "tokens")
     ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, TOKENS), d, sharding=place) for d in (jnp.int32, jnp.float32))
-    threshold = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))  # it could not be loaded again
-    try:
-        with jax.set_mesh(mesh):
-            step = jax.jit(trainer.step, donate_argnums=0)
-            program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints)).compile()
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", threshold)
+    with jax.set_mesh(mesh), not_cached():
+        step = jax.jit(trainer.step, donate_argnums=0)
+        program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints)).compile()
     return audit(program, mesh), trainer
 
 

@@ -374,6 +374,11 @@ def test_text_without_a_tokenizer(tmp_path):
         ({"load_format": "pickle"}, "load_format='pickle' must be"),
         ({"tensor_parallel_size": 16}, "tp=16 does not divide 8 query heads"),
         ({"data_parallel_size": 16}, "dp=16 needs 16 devices, 8 are there"),
+        ({"dtype": "float64"}, "dtype='float64' is not supported; supported: float32, bfloat16, float16"),
+        ({"kernel": "flash"}, "kernel='flash' is none of reference, xla, cudnn"),
+        ({"kernel": "cudnn"}, "kernel='cudnn' needs GPUs"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"tensor_parallel_size": 0}, "tp=0 must be at least 1"),
     ],
 )
 def test_arguments_that_cannot_be(folder, arguments, message):
@@ -517,21 +522,6 @@ def test_overrides_hold_for_presets_and_for_the_end_of_a_text(folder, llm):
         LLM("llama-3.2-1b", load_format="dummy", hf_overrides={**small, "bogus": 1}, progress=False)
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint folder llama-9.*presets: llama-2-7b"):
         LLM("llama-9", load_format="dummy", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": "float64"}, "dtype='float64' is not supported; supported: float32, bfloat16, float16"),
-        ({"kernel": "flash"}, "kernel='flash' is none of reference, xla, cudnn"),
-        ({"kernel": "cudnn"}, "kernel='cudnn' needs GPUs"),
-        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
-        ({"tensor_parallel_size": 0}, "tp=0 must be at least 1"),
-    ],
-)
-def test_more_arguments_that_cannot_be(folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LLM(folder, progress=False, **arguments)
 
 
 def test_axes_over_which_nothing_is_split():

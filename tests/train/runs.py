@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import tiny
-from jax.sharding import NamedSharding
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
@@ -80,8 +79,3 @@ def packed(seed: int, *, batch: int = 8, length: int = 32, vocab: int = 128) -> 
     found["positions"] = np.where(second, place - cuts[:, None], place).astype(np.int32)
     found["weights"] = found["weights"] * (place != cuts[:, None] - 1)
     return found
-
-
-def spec_of(array: jax.Array):
-    assert isinstance(array.sharding, NamedSharding)
-    return array.sharding.spec
