@@ -8,7 +8,7 @@ L layers; else as in `llama`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,15 @@ REMAT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One stacked parameter: its shape, the names of its dims ("layers" first where it is a stack) and its layout."""
+    """One stacked parameter: its shape, the names of its dims ("layers" first where it is a stack) and its layout.
+
+    kv: how many of its `fused` rows, the last, are keys and values, which stand several times where tp exceeds the KV heads.
+    """
 
     shape: tuple[int, ...]
     dims: tuple[str, ...]
     spec: PartitionSpec
+    kv: int = 0
 
 
 class Stacked:
@@ -77,7 +81,7 @@ class Stacked:
             if layer is not None:
                 shape, dims = (len(self.model.layers), *shape), ("layers", *dims)
                 spec = PartitionSpec(None, *spec)
-            found[name] = Spec(shape, dims, spec)
+            found[name] = Spec(shape, dims, spec, kv=2 if "fused" in dims else 0)
         return found
 
     def hidden(
@@ -88,16 +92,17 @@ class Stacked:
         segment_ids: jax.Array | None = None,
         *,
         remat: str = "none",
-        bring: Callable[[str, jax.Array], jax.Array] = lambda path, weight: weight,
+        bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
     ) -> jax.Array:
         """tokens [B, T] -> [B, T, D] after the last norm, as `Llama.hidden`.
 
-        remat: a key of `REMAT`. bring: makes a layer's weight (path, array without the L dim) ready for use, inside the loop.
+        remat: a key of `REMAT`. bring: makes a layer's weights (by path, arrays without the L dim) ready for use, inside the
+        loop. `params` may hold more of a layer than its weights, for `bring`.
         """
 
         def through(graph: Any, x: jax.Array, weights: Params, step: Step) -> jax.Array:
-            leaves = [bring(BLOCK + name, weights[BLOCK + name]) for name in self._weights]
-            block = nnx.merge(graph, jax.tree.unflatten(self._tree, leaves))
+            ready = bring(weights)
+            block = nnx.merge(graph, jax.tree.unflatten(self._tree, [ready[BLOCK + name] for name in self._weights]))
             return block(x, step, None, fresh=False)[0]
 
         def run(x: jax.Array, step: Step) -> jax.Array:
@@ -135,6 +140,11 @@ class Stacked:
             else:
                 params[name] = arrays[0]
         return params
+
+    @property
+    def kv_copies(self) -> int:
+        """How often each KV head stands in the weights: more than once where tp exceeds them."""
+        return self.specs()[BLOCK + "attention.qkv"].shape[1] // self.config.num_kv_heads
 
     def unstack(self, params: Params, *, dtype: jnp.dtype) -> Llama:
         """A Llama with these parameters in `dtype` (copies)."""

@@ -8,6 +8,7 @@ all-reduce, or a reduce-scatter where `out` is sharded over tokens.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,86 @@ from jaxtp.mesh import platform
 from jaxtp.sharding import reshard
 
 
-def linear(x: jax.Array, weight: jax.Array, *, out: NamedSharding, dtype: jnp.dtype | None = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank product beside a kernel [*O, I]: a [r, I], b [*O', r].
+
+    beside: of the second dim of O, how many lie before and behind those of O'; None: O' is O.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    beside: tuple[int, int] | None = field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A kernel with adapters, to multiply with in its place: kernel + scale · b a (LoRA, arXiv:2106.09685)."""
+
+    kernel: jax.Array
+    adapters: tuple[Adapter, ...]
+    scale: float = field(metadata={"static": True})
+
+    def __getitem__(self, index: object) -> Adapted:
+        assert index is ..., "a weight with adapters has no parts"
+        return self
+
+
+def linear(x: jax.Array, weight: jax.Array | Adapted, *, out: NamedSharding, dtype: jnp.dtype | None = None) -> jax.Array:
     """x [B, T, I] times weight [*O, I], over I: [B, T, *O] in `dtype` (default x's), laid out as `out`.
 
     Of the dims O only the first may be sharded, so that they flatten to a plain matrix on every device: XLA:CPU copies the
     weights of any other product at every call. Row-parallel products are reduced in the result's dtype, which on GPUs
     halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
+    if isinstance(weight, Adapted):
+        y = _linear(x, weight.kernel, out, dtype) + weight.scale * _low_rank(x, weight.adapters, out, dtype)
+    else:
+        y = _linear(x, weight, out, dtype)
+    return checkpoint_name(y, "product")  # training may keep it, summed, for the backward pass
+
+
+def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
+    """The sum of the adapters' products. What crosses devices is of rank r: the r channels between a and b are whole on
+    every device, and spread over the tokens where the residual stream is.
+    """
+    mesh, given = out.mesh.abstract_mesh, jax.typeof(x).sharding.spec
+    batch, _, summed = given.partitions
+    spread = next(iter(given.reduced), out.spec.partitions[1])
+    spread = spread if spread and x.shape[1] % mesh.shape[spread] == 0 else None
+    x = x if summed else reshard(x, P(batch, spread, None), mesh)
+    between = NamedSharding(mesh, P(batch, spread, None))
+    products = []
+    for adapter in adapters:
+        y = _linear(_linear(x, adapter.a, between, dtype), adapter.b, out, dtype)
+        widths = [(0, 0)] * y.ndim
+        if adapter.beside:
+            widths[3] = adapter.beside
+        products.append(jnp.pad(y, widths))
+    return functools.reduce(jnp.add, products)
+
+
+def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
     mesh = out.mesh.abstract_mesh
     spec, given = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
     *outer, summed = spec.partitions
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
     batch, tokens, _ = given.partitions
-    # an axis cannot shard two dims of the product: tokens that lie on it are gathered first
+    # an axis cannot shard two dims of the product: tokens that lie on it are gathered first, and scattered on the way back
+    gathered = {tokens} if tokens and tokens == outer[0] else set()
     tokens = None if tokens in (outer[0], summed) else tokens
-    x = reshard(x, P(batch, tokens, summed, reduced=given.reduced), mesh)
-    flat = NamedSharding(mesh, P(outer[0], summed, reduced=spec.reduced))
+    x = reshard(x, P(batch, tokens, summed, reduced=given.reduced | gathered), mesh)
+    # a whole weight that meets tokens of which every device has some gets its gradient from all of them
+    met = {tokens} if tokens else set()
+    weight = reshard(weight, P(*spec.partitions, reduced=spec.reduced | met), mesh) if spec.reduced else weight
+    flat = NamedSharding(mesh, P(outer[0], summed, reduced=jax.typeof(weight).sharding.spec.reduced))
     # each device's share of a sum over a sharded dim; what brings it to `out` is the all-reduce or the reduce-scatter
     shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
     y = _matmul(x, weight.reshape(-1, weight.shape[-1], out_sharding=flat), shares, jnp.dtype(dtype or x.dtype))
     y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
-    return checkpoint_name(reshard(y, out.spec, mesh), "product")  # training may keep it, summed, for the backward pass
+    return reshard(y, out.spec, mesh)
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
@@ -48,7 +108,8 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
     """
     mesh = jax.typeof(weight).sharding.mesh
     batch, tokens, columns = out.partitions[:3]
-    assert tokens is None, "rows of sharded tokens do not flatten"
+    if tokens:  # such rows do not flatten
+        return _product(x, weight, out, dtype)
     rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
     lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
     rows = jnp.concatenate([rows, rows]) if lone else rows
@@ -59,8 +120,9 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(rows: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
-    """rows [R, I], weight [O, I] -> [R, O]. Backward the products are of the weight's dtype too, also below float32 logits."""
-    return _einsum("RI,OI->RO", rows, weight, out, dtype)
+    """rows [*R, I], weight [O, I] -> [*R, O]. Backward the products are of the weight's dtype, below float32 logits too."""
+    R = "BT"[: rows.ndim - 1]
+    return _einsum(f"{R}I,OI->{R}O", rows, weight, out, dtype)
 
 
 def _product_forward(
@@ -74,8 +136,9 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array]:
     rows, weight = kept
     grad = grad.astype(weight.dtype)
-    to_rows = _einsum("RO,OI->RI", grad, weight, _dual(rows), rows.dtype)
-    return to_rows, _einsum("RO,RI->OI", grad, rows, _dual(weight), weight.dtype)
+    R = "BT"[: rows.ndim - 1]
+    to_rows = _einsum(f"{R}O,OI->{R}I", grad, weight, _dual(rows), rows.dtype)
+    return to_rows, _einsum(f"{R}O,{R}I->OI", grad, rows, _dual(weight), weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

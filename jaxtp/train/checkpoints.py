@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from jaxtp.log import logger
-from jaxtp.model.stacked import BLOCK
+from jaxtp.model.stacked import Spec
 from jaxtp.train.step import State, Trainer, by_param
 
 
@@ -80,7 +80,9 @@ class Checkpoints:
     # -- as a single device would hold it ------------------------------------------------------------------------------
 
     def _check(self, meta: dict[str, Any], step: int) -> None:
-        mine, other = self._trainer.stacked.config.to_hf(), meta.get("model", {})
+        adapters = self._trainer.adapters
+        mine = {**self._trainer.stacked.config.to_hf(), **(adapters.lora.told() if adapters else {})}
+        other = {**meta.get("model", {}), **meta.get("lora", {})}
         differ = [k for k in sorted({*mine, *other}) if mine.get(k) != other.get(k) and k != "torch_dtype"]
         if differ:
             shown = ", ".join(f"{k} {other.get(k)} (here {mine.get(k)})" for k in differ)
@@ -89,14 +91,16 @@ class Checkpoints:
     @functools.cached_property
     def _differs(self) -> bool:
         """Whether the state as held is another than the state as saved."""
-        return any(self._shape(path, spec.shape) != spec.shape for path, spec in self._trainer.specs.items())
+        return any(self._shape(path, spec) != spec.shape for path, spec in self._trainer.specs.items())
 
-    def _shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        config = self._trainer.stacked.config
+    def _shape(self, path: str, spec: Spec) -> tuple[int, ...]:
+        """As saved."""
+        stacked, shape = self._trainer.stacked, spec.shape
         if path in ("embed", "head"):
-            return (config.vocab_size, *shape[1:])
-        if path.startswith(BLOCK + "attention.qkv"):
-            return (shape[0], config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, *shape[3:])
+            return (stacked.config.vocab_size, *shape[1:])
+        if "kv_heads" in spec.dims and "fused" in spec.dims:
+            copies = stacked.kv_copies
+            return (shape[0], shape[1] // copies, (shape[2] - spec.kv) * copies + spec.kv, *shape[3:])
         return shape
 
     def _abstract(self) -> State:
@@ -106,7 +110,7 @@ class Checkpoints:
             held = None if path is None else self._trainer.specs.get(path)
             if held is None or leaf.shape != held.shape:
                 return leaf
-            shape, mesh = self._shape(path or "", leaf.shape), leaf.sharding.mesh
+            shape, mesh = self._shape(path or "", held), leaf.sharding.mesh
             axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(leaf.sharding.spec, shape, strict=True)]
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -118,17 +122,18 @@ class Checkpoints:
         if not self._differs:
             return state
         target = self._trainer.abstract_state() if held else self._abstract()
-        heads, change = self._trainer.stacked.config.num_kv_heads, _widen if held else _narrow
+        specs, change = self._trainer.specs, _widen if held else _narrow
+        kv = by_param(lambda path, leaf: specs[path].kv if path else 0, state, state.params)
 
-        def one(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        def one(leaf: jax.Array, wanted: jax.ShapeDtypeStruct, kv: int) -> jax.Array:
             if leaf.shape == wanted.shape:
                 return leaf
-            inside = functools.partial(change, shape=wanted.shape, kv_heads=heads)
+            inside = functools.partial(change, shape=wanted.shape, kv=kv)
             return jax.sharding.auto_axes(inside, out_sharding=wanted.sharding)(leaf)
 
         with jax.set_mesh(self._trainer.stacked.layout.mesh):
             layouts = jax.tree.map(lambda a: a.sharding, target)
-            return jax.jit(lambda state: jax.tree.map(one, state, target), out_shardings=layouts)(state)
+            return jax.jit(lambda state: jax.tree.map(one, state, target, kv), out_shardings=layouts)(state)
 
 
 def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
@@ -147,21 +152,22 @@ class _Mismatch(ValueError):
     pass
 
 
-def _narrow(a: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
-    """Padding cut off; of the copies of a KV head the first."""
+def _narrow(a: jax.Array, shape: tuple[int, ...], kv: int) -> jax.Array:
+    """Padding cut off; of the copies of a KV head (the last `kv` rows of dim 2) the first."""
     if len(shape) == 2:
         return a[: shape[0]]
-    copies = a.shape[1] // kv_heads
-    q = a[:, :, :-2].reshape(shape[0], kv_heads, shape[2] - 2, *shape[3:])
-    return jnp.concatenate([q, a[:, ::copies, -2:]], axis=2)
+    queries, copies = a.shape[2] - kv, a.shape[1] // shape[1]
+    q = a[:, :, :queries].reshape(*shape[:2], shape[2] - kv, *shape[3:])
+    return jnp.concatenate([q, a[:, ::copies, queries:]], axis=2)
 
 
-def _widen(a: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
+def _widen(a: jax.Array, shape: tuple[int, ...], kv: int) -> jax.Array:
     """The reverse."""
     if len(shape) == 2:
         return jnp.pad(a, ((0, shape[0] - a.shape[0]), (0, 0)))
-    q = a[:, :, :-2].reshape(shape[0], shape[1], shape[2] - 2, *shape[3:])
-    return jnp.concatenate([q, jnp.repeat(a[:, :, -2:], shape[1] // kv_heads, axis=1)], axis=2)
+    queries, copies = a.shape[2] - kv, shape[1] // a.shape[1]
+    q = a[:, :, :queries].reshape(*shape[:2], shape[2] - kv, *shape[3:])
+    return jnp.concatenate([q, jnp.repeat(a[:, :, queries:], copies, axis=1)], axis=2)
 
 
 def _plain(state: State) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import yaml
 from jaxtp.config import ModelConfig, Rope
 from jaxtp.presets import preset
 from jaxtp.train.data import Format
+from jaxtp.train.lora import Lora
 from jaxtp.train.optim import Optimizer
 
 
@@ -152,6 +153,7 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     parallel: Parallel = field(default_factory=Parallel)
@@ -175,6 +177,8 @@ class TrainConfig:
             raise ValueError(f"data.validation_share={self.data.validation_share} must be in [0, 1)")
         if self.model.start and self.model.preset:
             raise ValueError("model.start and model.preset exclude one another: weights of a checkpoint, or new ones")
+        if self.lora.rank and not self.model.start:
+            raise ValueError(f"lora.rank={self.lora.rank} needs model.start, the checkpoint that the adapters are for")
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "train") -> TrainConfig:

@@ -21,11 +21,12 @@ from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
-from jaxtp.model.stacked import Stacked
+from jaxtp.model.stacked import Params, Stacked
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
+from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch
 from jaxtp.train.meter import Meter, Profile
 from jaxtp.train.optim import schedule, transformation
@@ -88,15 +89,7 @@ class Run:
         rules = Rules().sequence_parallel() if parallel.sequence_parallel else Rules()
         check_layout(self.model_config, parallel.tp, rules)
         self.stacked = Stacked(self._model(rules, config.model.dtype))
-        specs = self.stacked.specs()
-        self.trainer = Trainer(
-            self.stacked,
-            transformation(config.optimizer, config.steps, specs),
-            zero=parallel.zero,
-            remat=parallel.remat,
-            clip_norm=config.optimizer.clip_norm,
-            z_loss=config.z_loss,
-        )
+        self.trainer = _trainer(config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
         self._rules, self._start = rules, start
 
@@ -143,14 +136,19 @@ class Run:
         )
 
     def first_state(self) -> State:
-        """The state before the first step: weights of the checkpoint it starts from, or new ones."""
+        """The state before the first step: new adapters, weights of the checkpoint it starts from, or new ones."""
+        adapters = self.trainer.adapters
+        return self.trainer.begin(adapters.begin(self.config.seed) if adapters else self._weights("float32"))
+
+    def frozen(self) -> Params | None:
+        """The weights beside adapters."""
+        return self.trainer.freeze(self._weights(self.config.model.dtype)) if self.trainer.adapters else None
+
+    def _weights(self, dtype: str) -> Params:
+        place: dict[str, Any] = {"mesh": self.mesh, "rules": self._rules, "dtype": dtype}
         if self._start:
-            model = Llama.load(
-                self._start, self.model_config, mesh=self.mesh, rules=self._rules, dtype="float32", kernel=None, progress=True
-            )
-        else:
-            model = Llama.random(self.model_config, mesh=self.mesh, rules=self._rules, seed=self.config.seed)
-        return self.trainer.begin(self.stacked.stack(model))
+            return self.stacked.stack(Llama.load(self._start, self.model_config, **place, kernel=None, progress=True))
+        return self.stacked.stack(Llama.random(self.model_config, **place, seed=self.config.seed))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -165,6 +163,7 @@ class Run:
         )
         found = saved.restore()
         state, meta = found if found else (self.first_state(), {})
+        frozen = self.frozen()
         first = int(state.step)
         if meta and (meta["seed"], meta["rows"]) != (config.seed, config.data.batch_size):
             logger.warning(
@@ -176,12 +175,13 @@ class Run:
             step = jax.jit(self.trainer.step, donate_argnums=0)
             evaluate = jax.jit(self.trainer.evaluate)
             with self._report(first) as report, _terminated() as stop, contextlib.closing(saved):
-                return self._loop(state, step, evaluate, saved, report, stop)
+                return self._loop(state, frozen, step, evaluate, saved, report, stop)
 
     def _loop(
         self,
         state: State,
-        step: Callable[[State, Batch], tuple[State, Metrics]],
+        frozen: Params | None,
+        step: Callable[[State, Batch, Params | None], tuple[State, Metrics]],
         evaluate: Callable[..., tuple[jax.Array, jax.Array]],
         saved: Checkpoints,
         report: Report,
@@ -192,7 +192,9 @@ class Run:
         validation: list[tuple[int, float]] = []
         rate = schedule(config.optimizer, config.steps)
         data = config.data
-        meter = Meter(self.model_config, self.mesh, rows=data.batch_size, length=data.sequence_length)
+        meter = Meter(
+            self.model_config, self.mesh, rows=data.batch_size, length=data.sequence_length, frozen=frozen is not None
+        )
         bad, productive = 0, 0.0
         profile = self._profile
         batches = self.batches["train"].from_step(first)
@@ -200,7 +202,7 @@ class Run:
         for number in range(first, config.steps):
             profile.before(number)
             start = time.perf_counter()
-            state, metrics = step(state, next(batches))
+            state, metrics = step(state, next(batches), frozen)
             told = (number + 1) % config.log.every == 0 or number + 1 == config.steps
             loss = float(metrics.nats)  # waits for the step
             took = time.perf_counter() - start
@@ -228,10 +230,10 @@ class Run:
             last = number + 1 == config.steps
             best = None
             if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
-                best = self._validate(state, evaluate, number + 1, report)
+                best = self._validate(state, frozen, evaluate, number + 1, report)
                 validation.append((number + 1, best))
             if config.log.sample_every and (number + 1) % config.log.sample_every == 0:
-                self._sample(state, number + 1, report)
+                self._sample(state, frozen, number + 1, report)
             every = config.checkpoints.every
             if last or stop or (every and (number + 1) % every == 0):
                 saved.save(state, self._meta(), loss=best)
@@ -248,6 +250,7 @@ class Run:
         """What a checkpoint tells beside its arrays."""
         return {
             "model": self.model_config.to_hf(),
+            "lora": self.trainer.adapters.lora.told() if self.trainer.adapters else {},
             "seed": self.config.seed,
             "rows": self.config.data.batch_size,
             "config": plain(self.config),
@@ -264,9 +267,9 @@ class Run:
             settings=plain(self.config),
         )
 
-    def _validate(self, state: State, evaluate: Any, number: int, report: Report) -> float:
+    def _validate(self, state: State, frozen: Params | None, evaluate: Any, number: int, report: Report) -> float:
         """Nats per token over the whole validation set, and per character where it is text."""
-        sums = [evaluate(state.params, batch) for batch in self.batches["validation"].once()]
+        sums = [evaluate(state.params, batch, frozen) for batch in self.batches["validation"].once()]
         nats, tokens = (float(sum(np.float64(s[i]) for s in sums)) for i in range(2))
         values = {"validation_nats": nats / max(tokens, 1.0)}
         corpus = self.corpora["validation"]
@@ -277,9 +280,9 @@ class Run:
         report.numbers(number, values, note=note)
         return values["validation_nats"]
 
-    def _sample(self, state: State, number: int, report: Report) -> None:
+    def _sample(self, state: State, frozen: Params | None, number: int, report: Report) -> None:
         log = self.config.log
-        model = self.stacked.unstack(state.params, dtype=self.stacked.layout.dtype)
+        model = self.trainer.model(state, frozen, dtype=self.stacked.layout.dtype)
         llm = LLM(model, tokenizer=self.tokenizer, progress=False)
         prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
         made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]
@@ -310,6 +313,19 @@ def _note(values: dict[str, float]) -> str:
     return ", ".join(shown)
 
 
+def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
+    adapters = Adapters(stacked, config.lora) if config.lora.rank else None
+    return Trainer(
+        stacked,
+        transformation(config.optimizer, config.steps, adapters.specs() if adapters else stacked.specs()),
+        adapters,
+        zero=config.parallel.zero,
+        remat=config.parallel.remat,
+        clip_norm=config.optimizer.clip_norm,
+        z_loss=config.z_loss,
+    )
+
+
 def train(config: TrainConfig) -> Result:
     """Trains as the config says."""
     return Run(config).train()
@@ -325,12 +341,16 @@ def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "bfloat16
     config = parse(meta["config"], where=f"the config kept in {run_folder}")
     model_config = ModelConfig.from_hf(meta["model"])
     stacked = Stacked(Llama(model_config, mesh=make_mesh()))
-    trainer = Trainer(stacked, transformation(config.optimizer, config.steps, stacked.specs()))
+    trainer = _trainer(config, stacked)
     saved = Checkpoints(run_folder / "checkpoints", trainer)
     found = saved.restore(step)
     saved.close()
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
-    model = stacked.unstack(found[0].params, dtype=jnp.dtype(dtype))
+    frozen = None
+    if trainer.adapters:
+        start = Llama.from_pretrained(config.model.start or "", dtype="float32")
+        frozen = stacked.stack(start)
+    model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
     model.source = config.data.tokenizer or config.model.start
     model.save_pretrained(folder)

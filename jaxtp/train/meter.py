@@ -14,10 +14,10 @@ from jaxtp.log import logger
 class Meter:
     """Tokens a second, MFU and memory since the last time it was asked."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, rows: int, length: int) -> None:
-        """A step takes `rows` rows of `length` tokens."""
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, rows: int, length: int, frozen: bool = False) -> None:
+        """A step takes `rows` rows of `length` tokens. frozen: weights get no gradient of their own (LoRA)."""
         self._tokens, self._devices = rows * length, mesh.size
-        self._flops = train_flops(config, length)
+        self._flops = train_flops(config, length, frozen=frozen)
         self._device = mesh.local_devices[0]
         self._seconds = self._steps = 0.0
 
@@ -45,14 +45,16 @@ class Meter:
 PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
 
 
-def train_flops(config: ModelConfig, length: int) -> tuple[float, float]:
-    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone.
+def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:
+    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone
+    (4 where weights are frozen; adapters' own are not counted).
 
     The embedding is looked up, not multiplied; the head is.
     """
     weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
-    return 6.0 * weights + attention, 6.0 * weights
+    each = 4.0 if frozen else 6.0
+    return each * weights + attention, each * weights
 
 
 class Profile:

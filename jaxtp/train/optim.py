@@ -97,7 +97,7 @@ def transformation(o: Optimizer, steps: int, specs: dict[str, Spec]) -> optax.Gr
 def kernel(spec: Spec) -> bool:
     """Whether a parameter is a matrix or a table, not a norm or a bias."""
     dims = [dim for dim in spec.dims if dim != "layers"]
-    return "embed" in dims and len(dims) > 1
+    return len(dims) > 1 and not {"embed", "rank"}.isdisjoint(dims)
 
 
 def _matrix(spec: Spec) -> MuonDimensionNumbers:

@@ -13,7 +13,7 @@ an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.sharding import reshard
+from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
 
 
@@ -32,8 +34,8 @@ from jaxtp.train.loss import Batch, cross_entropy
 class State:
     """What training changes.
 
-    params: in float32, laid out as the ZeRO stage says. opt: optax's state, laid out likewise. step [] int32: updates
-    tried. skipped [] int32: those of them that a non-finite loss or gradient left out.
+    params: what is trained, all weights or LoRA's adapters, in float32, laid out as the ZeRO stage says. opt: optax's state,
+    laid out likewise. step [] int32: updates tried. skipped [] int32: those that a non-finite loss or gradient left out.
     """
 
     params: Params
@@ -58,12 +60,14 @@ class Metrics:
 class Trainer:
     """A model's training step on a mesh: pure functions to compile.
 
-    zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global norm of a gradient, 0 for
-    none. z_loss: see `loss.cross_entropy`.
+    optimizer: of what is trained, `specs`. adapters: train these, beside frozen weights, which are then an argument of the
+    functions (see `freeze`). zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global
+    norm of a gradient, 0 for none. z_loss: see `loss.cross_entropy`.
     """
 
     stacked: Stacked
     optimizer: optax.GradientTransformation
+    adapters: Adapters | None = None
     zero: int = 0
     remat: str = "none"
     clip_norm: float = 1.0
@@ -81,13 +85,18 @@ class Trainer:
 
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:
-        """Every parameter in use: whole over dp."""
-        return self.stacked.specs()
+        """Every parameter that is trained, as in use: whole over dp."""
+        return self.adapters.specs() if self.adapters else self.stacked.specs()
 
     @functools.cached_property
     def rest(self) -> dict[str, PartitionSpec]:
         """Where parameters, gradients and optimiser states lie between steps."""
         return {path: self._share(spec) if self.zero else spec.spec for path, spec in self.specs.items()}
+
+    @functools.cached_property
+    def _used(self) -> dict[str, Spec]:
+        """Everything that the forward pass uses, trained or frozen."""
+        return {**self.stacked.specs(), **self.specs}
 
     def _share(self, spec: Spec) -> PartitionSpec:
         """The layout over dp as well: ZeRO is the rule embed -> dp."""
@@ -133,10 +142,21 @@ class Trainer:
         with jax.set_mesh(self.stacked.layout.mesh):
             return jax.jit(init, out_shardings=layouts, donate_argnums=0)(kept)
 
-    def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def freeze(self, weights: Params) -> Params:
+        """The frozen weights beside adapters: in the model's dtype, in shares over dp at stage 3, else whole there. Those given
+        are taken over one by one.
+        """
+        dtype, mesh = self.stacked.layout.dtype, self.stacked.layout.mesh
+        frozen = {}
+        for path, spec in self.stacked.specs().items():
+            at_rest = NamedSharding(mesh, self._share(spec) if self.zero == 3 else spec.spec)
+            frozen[path] = jax.device_put(weights.pop(path).astype(dtype), at_rest)
+        return frozen
+
+    def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
         counted = batch.weights.sum()
-        grads, (loss, nats) = self._gradients(state.params, batch, jnp.maximum(counted, 1.0))
+        grads, (loss, nats) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         norm = jnp.sqrt(sum(self._square(path, g) for path, g in grads.items()))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if self.clip_norm:
@@ -152,21 +172,29 @@ class Trainer:
         metrics = Metrics(loss, nats, norm, counted, finite)
         return State(params, opt, state.step + 1, skipped), metrics
 
-    def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
-        ready = params if self.zero == 3 else self._ready(params)
+        weights = {**(frozen or {}), **params}
+        ready = weights if self.zero == 3 else self._ready(weights)
         nats = jax.lax.map(lambda micro: self._loss(ready, micro)[1], batch)
         return nats.sum(), batch.weights.sum()
 
+    def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype) -> Llama:
+        """The model as trained so far (a copy), adapters merged."""
+        params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
+        return self.stacked.unstack(params, dtype=dtype)
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _gradients(self, params: Params, batch: Batch, counted: jax.Array) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+    def _gradients(
+        self, params: Params, frozen: Params, batch: Batch, counted: jax.Array
+    ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
         """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
         weights = params if self.zero == 3 else self._ready(params)
 
         def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
             def mean(weights: Params) -> tuple[jax.Array, jax.Array]:
-                loss, nats = self._loss(weights, micro)
+                loss, nats = self._loss({**frozen, **weights}, micro)
                 return loss / counted, nats / counted
 
             (loss, nats), grads = jax.value_and_grad(mean, has_aux=True)(weights)
@@ -196,11 +224,12 @@ class Trainer:
 
     def _ready(self, params: Params) -> Params:
         """Weights to compute with: in the model's dtype, whole over dp, their gradients left unsummed."""
-        return {path: self._use(w, self.specs[path].spec) for path, w in params.items()}
+        return {path: self._use(w, self._used[path].spec) for path, w in params.items()}
 
-    def _bring(self, path: str, weight: jax.Array) -> jax.Array:
-        """The same for one layer's share of a stack, inside the loop."""
-        return self._use(weight, PartitionSpec(*self.specs[path].spec[1:]))
+    def _bring(self, layer: Params) -> Mapping[str, Any]:
+        """The same for one layer's share of the stacks, inside the loop, where adapters are put to their kernels."""
+        ready = {path: self._use(w, PartitionSpec(*self._used[path].spec[1:])) for path, w in layer.items()}
+        return self.adapters.beside(ready) if self.adapters else ready
 
     def _use(self, weight: jax.Array, spec: PartitionSpec) -> jax.Array:
         layout = self.stacked.layout
@@ -223,28 +252,29 @@ class Trainer:
 
     # -- KV heads that stand several times, where tp exceeds them ------------------------------------------------------
 
-    @property
-    def _copies(self) -> int:
-        return self.specs[BLOCK + "attention.qkv"].shape[1] // self.stacked.config.num_kv_heads
-
     def _tie(self, grads: Params) -> Params:
         """Copies of a KV head get the sum of their gradients, and so stay equal."""
-        if self._copies == 1:
+        copies = self.stacked.kv_copies
+        if copies == 1:
             return grads
 
-        def tied(g: jax.Array) -> jax.Array:  # [L, K, G+2, ...]
-            groups = g.reshape(g.shape[0], -1, self._copies, *g.shape[2:])
+        def tied(g: jax.Array, kv: int) -> jax.Array:  # [L, K, G+2, ...]
+            groups = g.reshape(g.shape[0], -1, copies, *g.shape[2:])
             total = jnp.broadcast_to(groups.sum(axis=2, keepdims=True), groups.shape).reshape(g.shape)
-            return jnp.concatenate([g[:, :, :-2], total[:, :, -2:]], axis=2)
+            return jnp.concatenate([g[:, :, :-kv], total[:, :, -kv:]], axis=2)
 
-        found = {path: g for path, g in grads.items() if path.startswith(BLOCK + "attention.qkv")}
-        return {**grads, **{p: jax.sharding.auto_axes(tied, out_sharding=jax.typeof(g).sharding)(g) for p, g in found.items()}}
+        def one(g: jax.Array, kv: int) -> jax.Array:
+            inside = functools.partial(tied, kv=kv)
+            return jax.sharding.auto_axes(inside, out_sharding=jax.typeof(g).sharding)(g) if kv else g
+
+        return {path: one(g, self.specs[path].kv) for path, g in grads.items()}
 
     def _square(self, path: str, g: jax.Array) -> jax.Array:
         """The sum of squares of a gradient, copies counted once."""
-        if self._copies == 1 or not path.startswith(BLOCK + "attention.qkv"):
+        kv, copies = self.specs[path].kv, self.stacked.kv_copies
+        if copies == 1 or not kv:
             return jnp.sum(g * g)
-        return jnp.sum(g[:, :, :-2] ** 2) + jnp.sum(g[:, :, -2:] ** 2) / self._copies
+        return jnp.sum(g[:, :, :-kv] ** 2) + jnp.sum(g[:, :, -kv:] ** 2) / copies
 
 
 def by_param(function: Callable[[str | None, Any], Any], tree: Any, params: Params) -> Any:

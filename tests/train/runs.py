@@ -8,6 +8,7 @@ import tiny
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
+from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import State, Trainer
@@ -21,13 +22,21 @@ class Run:
 
     trainer: Trainer
     state: State
+    frozen: dict[str, jax.Array] | None = None
 
     def step(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
         with jax.set_mesh(self.trainer.stacked.layout.mesh):
             if not hasattr(self, "_step"):
                 self._step = jax.jit(self.trainer.step, donate_argnums=0)
-            self.state, metrics = self._step(self.state, self.batch(arrays, accumulate=accumulate))
+            self.state, metrics = self._step(self.state, self.batch(arrays, accumulate=accumulate), self.frozen)
         return metrics
+
+    def gradients(self, arrays: dict[str, np.ndarray]):
+        """Of the mean loss of a batch, at the parameters of now."""
+        with jax.set_mesh(self.trainer.stacked.layout.mesh):
+            batch = self.batch(arrays)
+            inside = jax.jit(lambda *args: self.trainer._gradients(*args)[0])
+            return inside(self.state.params, self.frozen or {}, batch, batch.weights.sum())
 
     def batch(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1) -> Batch:
         """[B, T] arrays as [A, B/A, T] on the mesh."""
@@ -44,6 +53,7 @@ def run(
     model: Llama | None = None,
     dtype: str = "float32",
     steps: int = 20,
+    lora: Lora | None = None,
     **trainer,
 ) -> Run:
     """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
@@ -51,9 +61,13 @@ def run(
     over = make_mesh(**(mesh or {}))
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
     stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype))
-    made = Trainer(stacked, transformation(settings, steps, stacked.specs()), clip_norm=settings.clip_norm, **trainer)
+    adapters = Adapters(stacked, lora) if lora else None
+    optimizer = transformation(settings, steps, adapters.specs() if adapters else stacked.specs())
+    made = Trainer(stacked, optimizer, adapters, clip_norm=settings.clip_norm, **trainer)
     params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, seed=1))
-    return Run(made, made.begin(params))
+    if not adapters:
+        return Run(made, made.begin(params))
+    return Run(made, made.begin(adapters.begin(seed=2)), made.freeze(params))
 
 
 def rows(seed: int, *, batch: int = 8, length: int = 32, vocab: int = 128) -> dict[str, np.ndarray]:

@@ -24,19 +24,16 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_five_steps_of_adamw_are_those_of_torch(case, tmp_path):
-    pytest.importorskip("torch")
+    torch_loop = pytest.importorskip("torch_loop")
     changes, make = CASES[case]
     folder = tiny.checkpoint(tmp_path, tokenizer=False, **changes)
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-3)
     ours = run(tiny.config(**changes), model=Llama.from_pretrained(folder, progress=False), settings=settings)
-    theirs = Torch(folder, settings)
+    theirs = torch_loop.Loop(folder, settings)
     for seed in range(5):
         batch = make(seed)
         before = {k: np.asarray(v) for k, v in ours.state.params.items()}
-        with jax.set_mesh(ours.trainer.stacked.layout.mesh):
-            sharded = ours.batch(batch)
-            counted = sharded.weights.sum()
-            grads = jax.jit(lambda p, b, c: ours.trainer._gradients(p, b, c)[0])(ours.state.params, sharded, counted)
+        grads = ours.gradients(batch)
         metrics = ours.step(batch)
         loss, their_grads, their_params = theirs.step(batch)
         assert abs(float(metrics.nats) - loss) < 1e-5
@@ -55,52 +52,6 @@ def in_hf_form(ours, params):
         for name, array in layers:
             found |= {part.name: part.write(array) for part in parts(ours.trainer.stacked.config, name, array.shape)}
     return found
-
-
-class Torch:
-    """A plain loop: transformers' model, AdamW without decay on norms and biases, clipping, the same schedule."""
-
-    def __init__(self, folder, settings):
-        import torch
-        import transformers
-
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        plain = [p for n, p in self.model.named_parameters() if "norm" in n or "bias" in n]
-        kernels = [p for n, p in self.model.named_parameters() if not ("norm" in n or "bias" in n)]
-        groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps)
-        self.settings, self.count = settings, 0
-
-    def step(self, batch):
-        import torch
-
-        count, settings = self.count, self.settings
-        warm, total = settings.warmup_steps, 20
-        share = (count - warm) / (total - warm)
-        cosine = settings.final_learning_rate + (1 - settings.final_learning_rate) * 0.5 * (1 + np.cos(np.pi * share))
-        rate = settings.learning_rate * ((count + 1) / warm if count < warm else cosine)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        tensors = {k: torch.tensor(v) for k, v in batch.items()}
-        T = tensors["tokens"].shape[1]
-        seen = torch.ones(T, T).tril().bool()[None]
-        if "segment_ids" in tensors:
-            seen = seen & (tensors["segment_ids"][:, :, None] == tensors["segment_ids"][:, None, :])
-        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None].expand(len(tensors["tokens"]), 1, T, T)
-        out = self.model(
-            input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False
-        )
-        nats = torch.nn.functional.cross_entropy(
-            out.logits.flatten(0, 1), tensors["labels"].long().flatten(), reduction="none"
-        ).reshape(tensors["labels"].shape)
-        loss = (nats * tensors["weights"]).sum() / tensors["weights"].sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        grads = {n: p.grad.numpy().copy() for n, p in self.model.named_parameters()}
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.count += 1
-        return float(loss.detach()), grads, {n: p.detach().numpy() for n, p in self.model.named_parameters()}
 
 
 # each ZeRO stage on each mesh; the other options in turns, so that each meets each stage and each mesh

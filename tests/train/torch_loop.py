@@ -1,0 +1,61 @@
+"""The reference: a plain training loop of transformers and torch."""
+
+import numpy as np
+import torch
+import transformers
+
+
+class Loop:
+    """transformers' model, AdamW without decay on norms and biases, clipping, the same schedule.
+
+    lora: adapters (their first values in `start`) are added to the outputs of linear layers, and they alone are trained.
+    """
+
+    def __init__(self, folder, settings, *, lora=None, start=None):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.trained = dict(self.model.named_parameters())
+        if lora:
+            self.model.requires_grad_(False)
+            self.trained = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+            for name, layer in self.model.named_modules():
+                if name.split(".")[-1] in lora.targets:
+                    layer.register_forward_hook(self._adapt(name, lora.alpha / lora.rank))
+        plain = [p for n, p in self.trained.items() if "norm" in n or "bias" in n]
+        kernels = [p for n, p in self.trained.items() if not ("norm" in n or "bias" in n)]
+        groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps)
+        self.settings, self.count = settings, 0
+
+    def _adapt(self, name, scale):
+        a, b = self.trained[f"{name}.lora_A"], self.trained[f"{name}.lora_B"]
+        return lambda layer, args, out: out + scale * (args[0] @ a.T) @ b.T
+
+    def step(self, batch):
+        """(nats, gradients, parameters after the step), the latter by the names of transformers."""
+        count, settings = self.count, self.settings
+        warm, total = settings.warmup_steps, 20
+        share = (count - warm) / (total - warm)
+        cosine = settings.final_learning_rate + (1 - settings.final_learning_rate) * 0.5 * (1 + np.cos(np.pi * share))
+        rate = settings.learning_rate * ((count + 1) / warm if count < warm else cosine)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tensors = {k: torch.tensor(v) for k, v in batch.items()}
+        T = tensors["tokens"].shape[1]
+        seen = torch.ones(T, T).tril().bool()[None]
+        if "segment_ids" in tensors:
+            seen = seen & (tensors["segment_ids"][:, :, None] == tensors["segment_ids"][:, None, :])
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None].expand(len(tensors["tokens"]), 1, T, T)
+        out = self.model(
+            input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False
+        )
+        nats = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), tensors["labels"].long().flatten(), reduction="none"
+        ).reshape(tensors["labels"].shape)
+        loss = (nats * tensors["weights"]).sum() / tensors["weights"].sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        grads = {n: p.grad.numpy().copy() for n, p in self.trained.items()}
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), settings.clip_norm)
+        self.optimizer.step()
+        self.count += 1
+        return float(loss.detach()), grads, {n: p.detach().numpy() for n, p in self.trained.items()}
