@@ -66,11 +66,8 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     every device, and spread over the tokens where the residual stream is.
     """
     mesh, given = out.mesh.abstract_mesh, jax.typeof(x).sharding.spec
-    batch, _, summed = given.partitions
-    spread = next(iter(given.reduced), out.spec.partitions[1])
-    spread = spread if spread and x.shape[1] % mesh.shape[spread] == 0 else None
-    x = x if summed else reshard(x, P(batch, spread, None), mesh)
-    between = NamedSharding(mesh, P(batch, spread, None))
+    batch, tokens, _ = given.partitions
+    between = NamedSharding(mesh, P(batch, tokens or out.spec.partitions[1], None))
     products = []
     for adapter in adapters:
         y = _linear(_linear(x, adapter.a, between, dtype), adapter.b, out, dtype)

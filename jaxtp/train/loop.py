@@ -317,7 +317,7 @@ def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
     adapters = Adapters(stacked, config.lora) if config.lora.rank else None
     return Trainer(
         stacked,
-        transformation(config.optimizer, config.steps, adapters.specs() if adapters else stacked.specs()),
+        transformation(config.optimizer, config.steps, (adapters or stacked).specs()),
         adapters,
         zero=config.parallel.zero,
         remat=config.parallel.remat,

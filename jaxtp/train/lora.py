@@ -61,7 +61,7 @@ class Adapters:
             kv = 0
             if rows:
                 outer[1] = rows.stop - rows.start
-                kv = max(0, rows.stop - (spec.shape[2] - spec.kv)) if spec.kv else 0
+                kv = max(0, rows.stop - max(rows.start, spec.shape[2] - spec.kv))
             found[f"{name}.a"] = Spec((L, r, inner), ("layers", "rank", spec.dims[-1]), PartitionSpec(None, None, last))
             found[f"{name}.b"] = Spec((L, *outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(None, *cut, None), kv)
         return found

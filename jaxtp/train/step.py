@@ -113,6 +113,17 @@ class Trainer:
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return State(params, self._opt_layout(params, whole), number, number)  # type: ignore[arg-type]
 
+    def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct] | None:
+        """Shapes, dtypes and layouts of the frozen weights beside adapters."""
+        if not self.adapters:
+            return None
+        dtype, mesh = self.stacked.layout.dtype, self.stacked.layout.mesh
+        lain = {path: self._share(spec) if self.zero == 3 else spec.spec for path, spec in self.stacked.specs().items()}
+        return {
+            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(mesh, lain[path]))
+            for path, spec in self.stacked.specs().items()
+        }
+
     def _opt_layout(self, params: Any, whole: NamedSharding) -> Any:
         """The optimiser's state: what has a parameter's shape lies where the parameter lies, the rest is whole."""
 
@@ -146,12 +157,8 @@ class Trainer:
         """The frozen weights beside adapters: in the model's dtype, in shares over dp at stage 3, else whole there. Those given
         are taken over one by one.
         """
-        dtype, mesh = self.stacked.layout.dtype, self.stacked.layout.mesh
-        frozen = {}
-        for path, spec in self.stacked.specs().items():
-            at_rest = NamedSharding(mesh, self._share(spec) if self.zero == 3 else spec.spec)
-            frozen[path] = jax.device_put(weights.pop(path).astype(dtype), at_rest)
-        return frozen
+        wanted = self.abstract_frozen() or {}
+        return {path: jax.device_put(weights.pop(path).astype(w.dtype), w.sharding) for path, w in wanted.items()}
 
     def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtp import Llama, Rules, preset
 from jaxtp.audit import audit, gpu_mesh
 from jaxtp.audit.targets import not_cached
 from jaxtp.model.stacked import Stacked
+from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
@@ -25,17 +27,19 @@ LOOPED = "layers.*."
 
 
 @functools.cache
-def compiled(zero: int, *, remat: str = "full", accumulate: int = 1, sequence_parallel: bool = False):
+def compiled(zero: int, *, remat: str = "full", accumulate: int = 1, sequence_parallel: bool = False, lora: Lora | None = None):
     mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=DP, tp=TP)
     config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=LAYERS, windows=())
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
     stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype="bfloat16"))
-    trainer = Trainer(stacked, transformation(Optimizer(), 100, stacked.specs()), zero=zero, remat=remat)
+    adapters = Adapters(stacked, lora) if lora else None
+    optimizer = transformation(Optimizer(), 100, (adapters or stacked).specs())
+    trainer = Trainer(stacked, optimizer, adapters, zero=zero, remat=remat)
     place = stacked.layout.sharding(None, "batch", "tokens")
     ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, TOKENS), d, sharding=place) for d in (jnp.int32, jnp.float32))
     with jax.set_mesh(mesh), not_cached():
         step = jax.jit(trainer.step, donate_argnums=0)
-        program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints)).compile()
+        program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
     return audit(program, mesh), trainer
 
 
@@ -117,6 +121,24 @@ def test_sequence_parallelism_scatters_and_gathers_instead():
     assert not any(c.kind == "all-reduce" and c.axes == ("tp",) and c.bytes >= stream for c in report.collectives)
     assert report.count("reduce-scatter", axis="tp", loops=1) >= 4
     assert report.count("all-gather", axis="tp", loops=1) >= 4
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "kinds"), [(False, {"all-reduce": 4}), (True, {"all-gather": 4, "reduce-scatter": 4})]
+)
+def test_lora_adds_no_collective_of_the_stream(sequence_parallel, kinds):
+    report, trainer = compiled(1, remat="none", sequence_parallel=sequence_parallel, lora=Lora(rank=16))
+    inside = [c for c in report.collectives if c.loops and "dp" not in c.axes and c.dtype == "bf16"]
+    stream, between = (ROWS // DP * TOKENS * width * 2 for width in (4096, 16))
+    assert Counter(c.kind for c in inside if c.bytes >= stream) == kinds
+    # what is of rank r travels along: of o and down forward, of q, k, v, gate and up backward; scattered and gathered, both
+    low = sum(c.bytes % stream for c in inside if c.bytes >= stream)
+    assert low == (14 if sequence_parallel else 7) * between
+    matrices = sum(math.prod(s.shape[1:]) for s in trainer.specs.values())
+    assert sum(c.bytes for c in inside if c.bytes < stream) <= 2 * matrices
+    # and over dp the adapters alone
+    assert moved(report, "all-gather", "dp", "bf16") < 2 * params(trainer)
+    assert moved(report, "reduce-scatter", "dp", "f32") + moved(report, "all-reduce", "dp", "f32") <= 4.1 * params(trainer)
 
 
 def test_memory_falls_with_rematerialisation():

@@ -62,7 +62,7 @@ def run(
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
     stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype))
     adapters = Adapters(stacked, lora) if lora else None
-    optimizer = transformation(settings, steps, adapters.specs() if adapters else stacked.specs())
+    optimizer = transformation(settings, steps, (adapters or stacked).specs())
     made = Trainer(stacked, optimizer, adapters, clip_norm=settings.clip_norm, **trainer)
     params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, seed=1))
     if not adapters:

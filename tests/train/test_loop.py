@@ -158,6 +158,37 @@ def test_fine_tuning_starts_from_a_checkpoint(text, tmp_path):
     assert made.train().losses[0][1] > 1
 
 
+def test_lora_goes_on_anywhere_and_is_exported_merged(text, tmp_path):
+    tiny.checkpoint(tmp_path / "model")
+    changes = {"model": {"start": str(tmp_path / "model"), "dtype": "float32"}, "lora": {"rank": 4}}
+    whole = train(config(text, tmp_path / "whole", parallel={"dp": 1}, **changes)).losses
+    assert whole[-1][1] < whole[0][1]
+    shutil.copytree(tmp_path / "whole", tmp_path / "on")
+    shutil.rmtree(tmp_path / "on" / "checkpoints" / "12")
+    log = {"every": 4, "tensorboard": False, "sample_every": 12, "sample_prompt": "the"}
+    spread = {"dp": 1, "tp": 8, "zero": 3, "sequence_parallel": True}  # KV heads stand twice there
+    rest = train(config(text, tmp_path / "on", parallel=spread, log=log, **changes)).losses
+    np.testing.assert_allclose([v for _, v in rest], [v for _, v in whole[8:]], atol=1e-5, rtol=0)
+    assert any(line.get("sample", "").startswith("the") for line in lines(tmp_path / "on"))
+    kept = (tmp_path / "on" / "checkpoints" / "12" / "state" / "_METADATA").read_text()
+    assert "q_proj.a" in kept
+    assert "embed" not in kept  # the frozen weights are not saved
+    export(tmp_path / "on", tmp_path / "merged", dtype="float32")
+    batch = next(Run(config(text, tmp_path / "on", parallel=spread, **changes)).batches["train"].from_step(0))
+    before, after = (nats(tmp_path / folder, batch) for folder in ("model", "merged"))
+    assert after < before == pytest.approx(whole[0][1], abs=1e-5)
+    with pytest.raises(ValueError, match=r"is of another model: lora_rank 4 \(here 2\)"):
+        train(config(text, tmp_path / "on", **{**changes, "lora": {"rank": 2}}))
+
+
+def nats(folder, batch):
+    """A checkpoint's loss on a batch, per counted token."""
+    model = Llama.from_pretrained(folder, mesh=make_mesh(), progress=False)
+    tokens, labels, weights = (np.asarray(a)[0] for a in (batch.tokens, batch.labels, batch.weights))
+    logp = jax.nn.log_softmax(np.asarray(model(tokens)))
+    return -float((np.take_along_axis(np.asarray(logp), labels[..., None], -1)[..., 0] * weights).sum() / weights.sum())
+
+
 def test_conversations_samples_and_profiles(text, tmp_path):
     folder = tmp_path / "chat"
     shutil.copytree(text, folder)
@@ -189,6 +220,8 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"model": {"shape": {"vocab_size": 50}}}, "the data holds token .*, but the model's vocabulary has 50"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
+        ({"lora": {"rank": 8}}, "lora.rank=8 needs model.start, the checkpoint that the adapters are for"),
+        ({"lora": {"rank": 8, "targets": ["q"]}}, r"lora.targets=\['q'\] must be some of q_proj, k_proj"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(text, tmp_path, changes, message):
@@ -236,7 +269,7 @@ def test_killed_ten_times_the_curve_is_the_same_to_the_last_bit(text, tmp_path):
     rng, kills, lost = np.random.default_rng(0), 0, []
     while True:
         process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        target = reached(tmp_path / "killed") + int(rng.integers(1, 8))
+        target = reached(tmp_path / "killed") + int(rng.integers(1, 6))
         while kills < 10 and process.poll() is None and reached(tmp_path / "killed") < target:
             time.sleep(0.02)
         if kills == 10 or process.poll() is not None:
@@ -247,7 +280,7 @@ def test_killed_ten_times_the_curve_is_the_same_to_the_last_bit(text, tmp_path):
         kills += 1
         complete = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit()]
         lost.append(reached(tmp_path / "killed") - max(complete, default=0))
-    assert kills >= 5
+    assert kills == 10
     assert max(lost) <= 2 * 4  # a save begun but not complete, and the steps since
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
