@@ -91,16 +91,15 @@ def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtyp
     # a whole weight that meets tokens of which every device has some gets its gradient from all of them
     met = {tokens} if tokens else set()
     weight = reshard(weight, P(*spec.partitions, reduced=spec.reduced | met), mesh) if spec.reduced else weight
-    flat = NamedSharding(mesh, P(outer[0], summed, reduced=jax.typeof(weight).sharding.spec.reduced))
     # each device's share of a sum over a sharded dim; what brings it to `out` is the all-reduce or the reduce-scatter
     shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
-    y = _matmul(x, weight.reshape(-1, weight.shape[-1], out_sharding=flat), shares, jnp.dtype(dtype or x.dtype))
+    y = _matmul(x, weight, shares, jnp.dtype(dtype or x.dtype))
     y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
     return reshard(y, out.spec, mesh)
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
-    """x [B, T, I] times weight [O, I]: [B, T, O] in `dtype`, laid out as `out`. A single row of bfloat16 is what XLA:CPU
+    """x [B, T, I] times weight [*O, I]: [B, T, O] in `dtype`, laid out as `out`. A single row of bfloat16 is what XLA:CPU
     multiplies ten times slower than two.
     """
     mesh = jax.typeof(weight).sharding.mesh
@@ -117,9 +116,9 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(rows: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
-    """rows [*R, I], weight [O, I] -> [*R, O]. Backward the products are of the weight's dtype, below float32 logits too."""
+    """rows [*R, I], weight [*O, I] -> [*R, O]. Backward the products are of the weight's dtype, below float32 logits too."""
     R = "BT"[: rows.ndim - 1]
-    return _einsum(f"{R}I,OI->{R}O", rows, weight, out, dtype)
+    return _einsum(f"{R}I,OI->{R}O", rows, _matrix(weight), out, dtype)
 
 
 def _product_forward(
@@ -134,8 +133,16 @@ def _product_backward(
     rows, weight = kept
     grad = grad.astype(weight.dtype)
     R = "BT"[: rows.ndim - 1]
-    to_rows = _einsum(f"{R}O,OI->{R}I", grad, weight, _dual(rows), rows.dtype)
-    return to_rows, _einsum(f"{R}O,{R}I->OI", grad, rows, _dual(weight), weight.dtype)
+    matrix = _matrix(weight)
+    to_rows = _einsum(f"{R}O,OI->{R}I", grad, matrix, _dual(rows), rows.dtype)
+    if R == "B" and weight.dtype != jnp.float32 and platform(jax.typeof(weight).sharding.mesh) == "cpu":
+        # XLA:CPU multiplies bfloat16 over the first dim of the left side at half the speed; what is turned around in two
+        # dims it would turn back
+        turned = jax.lax.optimization_barrier(grad.T[None])[0]
+        to_weight = _einsum("OR,RI->OI", turned, rows, _dual(matrix), weight.dtype)
+    else:
+        to_weight = _einsum(f"{R}O,{R}I->OI", grad, rows, _dual(matrix), weight.dtype)
+    return to_rows, to_weight.reshape(weight.shape, out_sharding=NamedSharding(jax.typeof(weight).sharding.mesh, _dual(weight)))
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -149,6 +156,13 @@ def _einsum(formula: str, a: jax.Array, b: jax.Array, out: P, dtype: jnp.dtype) 
     accumulate = jnp.dtype(jnp.float32) if platform(mesh) == "cpu" else dtype
     y = jnp.einsum(formula, a, b, preferred_element_type=accumulate, out_sharding=NamedSharding(mesh, out))
     return y.astype(dtype)
+
+
+def _matrix(weight: jax.Array) -> jax.Array:
+    """[*O, I] -> [O, I]. (Inside the product, so that what is kept for the backward pass is the weight, not a copy.)"""
+    spec, mesh = jax.typeof(weight).sharding.spec, jax.typeof(weight).sharding.mesh
+    flat = P(spec.partitions[0], spec.partitions[-1], reduced=spec.reduced)
+    return weight.reshape(-1, weight.shape[-1], out_sharding=NamedSharding(mesh, flat))
 
 
 def _dual(x: jax.Array) -> P:
