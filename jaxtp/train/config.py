@@ -109,8 +109,8 @@ class Parallel:
     sequence_parallel: bool = False
     accumulate: int = 1
     """Microbatches of an update."""
-    remat: Literal["none", "full", "save-dots", "save-attention"] = "none"
-    """What the backward pass computes again instead of keeping."""
+    remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"
+    """What the backward pass computes again instead of keeping; by default what lies between the products."""
     virtual_devices: int = 0
     """Run on this many virtual CPU devices."""
 
