@@ -6,6 +6,7 @@ KV head), H head_dim, C = 2 (gate and up), F mlp.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -109,6 +110,11 @@ class Attention(nnx.Module):
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[5]))(*args)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps y alone
+def _gated(y: jax.Array) -> jax.Array:
+    return jax.nn.silu(y[..., 0]) * y[..., 1]
+
+
 class Mlp(nnx.Module):
     """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]."""
 
@@ -126,7 +132,7 @@ class Mlp(nnx.Module):
         y = linear(x, self.gate_up[...], out=hidden.sharding("batch", "tokens", "hidden", None))
         if self.gate_up_bias is not None:
             y = y + beside(self.gate_up_bias[...], y)
-        y = jax.nn.silu(y[..., 0]) * y[..., 1]
+        y = _gated(y)
         residual = self.layout.at("down").sharding("batch", residual_dim(y, self.layout), None)
         z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)

@@ -16,6 +16,7 @@ from jaxtp.audit.targets import not_cached
 from jaxtp.model.stacked import Stacked
 from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
+from jaxtp.train.memory import step_memory
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
 
@@ -27,16 +28,25 @@ LOOPED = "layers.*."
 
 
 @functools.cache
-def compiled(zero: int, *, remat: str = "full", accumulate: int = 1, sequence_parallel: bool = False, lora: Lora | None = None):
+def compiled(
+    zero: int,
+    *,
+    remat: str = "full",
+    accumulate: int = 1,
+    sequence_parallel: bool = False,
+    lora: Lora | None = None,
+    layers: int = LAYERS,
+    tokens: int = TOKENS,
+):
     mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=DP, tp=TP)
-    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=LAYERS, windows=())
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=layers, windows=())
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
     stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype="bfloat16"))
     adapters = Adapters(stacked, lora) if lora else None
     optimizer = transformation(Optimizer(), 100, (adapters or stacked).specs())
     trainer = Trainer(stacked, optimizer, adapters, zero=zero, remat=remat)
     place = stacked.layout.sharding(None, "batch", "tokens")
-    ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, TOKENS), d, sharding=place) for d in (jnp.int32, jnp.float32))
+    ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, tokens), d, sharding=place) for d in (jnp.int32, jnp.float32))
     with jax.set_mesh(mesh), not_cached():
         step = jax.jit(trainer.step, donate_argnums=0)
         program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
@@ -147,6 +157,23 @@ def test_memory_falls_with_rematerialisation():
     # what is kept of a layer for each token: everything, against its input alone
     stream = ROWS // DP * TOKENS * 4096 * 2 * LAYERS
     assert temp["none"] - temp["full"] > 3 * stream
+
+
+PEAKS = [(0, "full", False, 1), (1, "none", False, 1), (1, "save-dots", False, 1), (1, "save-dots", True, 2)]
+PEAKS += [(2, "save-dots", True, 2), (3, "save-attention", True, 1), (3, "full", False, 1)]
+
+
+@pytest.mark.parametrize(("zero", "remat", "sequence_parallel", "accumulate"), PEAKS)
+def test_the_peak_is_that_of_the_formula(zero, remat, sequence_parallel, accumulate):
+    """All of Llama-3.1-8B, 4096 tokens a row; with `pytest -s`, the table of BENCHMARKS.md."""
+    settings = {"remat": remat, "sequence_parallel": sequence_parallel, "accumulate": accumulate}
+    report, trainer = compiled(zero, **settings, layers=32, tokens=4096)
+    peak = report.argument_bytes + report.temp_bytes + report.output_bytes - report.aliased_bytes
+    found = step_memory(trainer, rows=ROWS, length=4096, accumulate=accumulate)
+    parts = [found.state, found.working, found.activations, found.logits, found.total, peak]
+    cells = [zero, remat, "yes" if sequence_parallel else "no", accumulate, *(f"{part / 2**30:.1f}" for part in parts)]
+    print(f"\n| {' | '.join(map(str, cells))} | {peak / found.total - 1:+.1%} |")
+    assert peak == pytest.approx(found.total, rel=0.1)
 
 
 def test_attention_goes_through_cudnn_both_ways():

@@ -244,6 +244,11 @@ def test_flags_come_after_the_file(text, tmp_path):
         load(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/train/*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_that_ship_are_legal(path):
+    assert load(path).folder == f"runs/{path.stem}"
+
+
 def command(text, folder, *flags):
     import yaml
 
