@@ -8,10 +8,11 @@ for request in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))
 """
 
 from jaxtp.config import ModelConfig
-from jaxtp.draw import draw_shardings
+from jaxtp.draw import draw_schedule, draw_shardings
 from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
 from jaxtp.model import Cache, Llama
+from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import Rules, describe
 
@@ -27,7 +28,9 @@ __all__ = [
     "RequestOutput",
     "Rules",
     "SamplingParams",
+    "Schedule",
     "describe",
+    "draw_schedule",
     "draw_shardings",
     "make_mesh",
     "preset",

@@ -1,4 +1,4 @@
-"""Pictures: which device holds which block of a weight. Needs matplotlib (the extra `notebook`)."""
+"""Pictures: which device holds which block of a weight, and which rank does what when. Needs matplotlib (extra `notebook`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
+from jaxtp.parallel.schedules import Schedule
 from jaxtp.sharding import variables
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, LABELS = 2.6, 16  # inches of one picture; blocks up to which each is labelled
+NUMBERED = 80  # ticks up to which microbatches are numbered
 
 
 def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
@@ -32,6 +34,42 @@ def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
     for path, at in zip(paths, axes[0], strict=True):
         _draw(at, weights[path], title=path)
     plt.close(figure)  # the notebook shows what is returned, once
+    return figure
+
+
+def draw_schedule(schedule: Schedule) -> Figure:
+    """A pipeline schedule over time, a line for each rank: F blue, B orange (twice as long), numbered by microbatch and the
+    darker the later the chunk; what is blank is the bubble.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+
+    p, v = schedule.ranks, schedule.chunks
+    ends = schedule.time()
+    figure, axes = plt.subplots(figsize=(min(4 + 0.22 * len(schedule.kinds), 20), 0.9 + 0.32 * p), layout="constrained")
+    shades, start = {"F": colormaps["Blues"], "B": colormaps["Oranges"]}, 0.0
+    numbered = len(schedule.kinds) <= NUMBERED
+    for tick, kind in enumerate(schedule.kinds):
+        for part in kind:
+            width = (1.0 if part == "F" else 2.0) / v
+            for rank in range(p):
+                work = schedule.forward(tick, rank) if part == "F" else schedule.backward(tick, rank)
+                if work is None:
+                    continue
+                shade = shades[part](0.35 + 0.45 * work.chunk / max(v - 1, 1))
+                axes.barh(rank, width, left=start, height=0.92, color=shade, edgecolor="white", linewidth=0.6)
+                if numbered:
+                    axes.text(start + width / 2, rank, str(work.microbatch), ha="center", va="center", fontsize=6)
+            start += width
+    axes.set(xlim=(0, ends), ylim=(p - 0.4, -0.6), yticks=range(p), xlabel="time (F of a microbatch = 1)", ylabel="rank")
+    chunks = f", {v} chunks a rank" if v > 1 else ""
+    axes.set_title(
+        f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}, "
+        f"{schedule.in_flight(0)} inputs held on rank 0",
+        fontsize=9,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Work spread over mesh axes that the model knows nothing of: pipelines."""
