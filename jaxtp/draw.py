@@ -45,7 +45,6 @@ def draw_schedule(schedule: Schedule) -> Figure:
     from matplotlib import colormaps
 
     p, v = schedule.ranks, schedule.chunks
-    ends = schedule.time()
     figure, axes = plt.subplots(figsize=(min(4 + 0.22 * len(schedule.kinds), 20), 0.9 + 0.32 * p), layout="constrained")
     shades, start = {"F": colormaps["Blues"], "B": colormaps["Oranges"]}, 0.0
     numbered = len(schedule.kinds) <= NUMBERED
@@ -61,7 +60,9 @@ def draw_schedule(schedule: Schedule) -> Figure:
                 if numbered:
                     axes.text(start + width / 2, rank, str(work.microbatch), ha="center", va="center", fontsize=6)
             start += width
-    axes.set(xlim=(0, ends), ylim=(p - 0.4, -0.6), yticks=range(p), xlabel="time (F of a microbatch = 1)", ylabel="rank")
+    axes.set(
+        xlim=(0, schedule.time()), ylim=(p - 0.4, -0.6), yticks=range(p), xlabel="time (F of a microbatch = 1)", ylabel="rank"
+    )
     chunks = f", {v} chunks a rank" if v > 1 else ""
     axes.set_title(
         f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}, "

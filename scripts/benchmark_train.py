@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.6")
     import jax
 
-    from jaxtp.train.meter import PEAK, train_flops
+    from jaxtp.train.meter import peak_flops, train_flops
 
     table = Table(title="training beside transformers (ratio above 1: jaxtp is faster)")
     for column in ("dtype", "jaxtp tok/s", "transformers tok/s", "ratio", "TFLOP/s", "MFU", "compile s"):
@@ -61,7 +61,7 @@ def main(args: Args) -> None:
             mine = min(mine, warm(ours, args.steps))
             other = min(other, warm(theirs, args.steps)) if theirs else float("nan")
         rate = tokens / mine * train_flops(ours.config, args.length)[0]
-        peak = next((flops for name, flops in PEAK.items() if name in jax.devices()[0].device_kind), None)
+        peak = peak_flops(jax.devices()[0])
         share = f"{rate / peak:.1%}" if peak else "-"
         cells = (f"{tokens / mine:,.0f}", f"{tokens / other:,.0f}", f"{other / mine:.2f}", f"{rate / 1e12:.2f}", share)
         table.add_row(dtype, *cells, f"{ours.compiling:.1f}")

@@ -8,6 +8,7 @@ L layers; else as in `llama`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,7 @@ class Stacked:
                 params[name] = arrays[0]
         return params
 
-    @property
+    @functools.cached_property
     def kv_copies(self) -> int:
         """How often each KV head stands in the weights: more than once where tp exceeds them."""
         return self.specs()[BLOCK + "attention.qkv"].shape[1] // self.config.num_kv_heads

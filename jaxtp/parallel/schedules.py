@@ -77,8 +77,6 @@ class Schedule:
         p, v = self.ranks, self.chunks
         if not 0 <= turn < self.microbatches * v:
             return None
-        if v == 1:
-            return Work(turn, 0)
         chunk = turn // p % v
         return Work(turn // (p * v) * p + turn % p, v - 1 - chunk if backward else chunk)
 

@@ -347,10 +347,7 @@ def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "bfloat16
     saved.close()
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
-    frozen = None
-    if trainer.adapters:
-        start = Llama.from_pretrained(config.model.start or "", dtype="float32")
-        frozen = stacked.stack(start)
+    frozen = stacked.stack(Llama.from_pretrained(config.model.start or "", dtype="float32")) if trainer.adapters else None
     model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
     model.source = config.data.tokenizer or config.model.start
     model.save_pretrained(folder)

@@ -31,7 +31,7 @@ class Meter:
             return {}
         rate = self._tokens * self._steps / self._seconds
         values = {"tokens_per_second": rate}
-        peak = next((flops for name, flops in PEAK.items() if name in self._device.device_kind), None)
+        peak = peak_flops(self._device)
         if peak:
             values["mfu"], values["mfu_6n"] = (rate * flops / self._devices / peak for flops in self._flops)
         stats = self._device.memory_stats() or {}
@@ -43,6 +43,11 @@ class Meter:
 
 # bf16 operations a second without sparsity, from NVIDIA's data sheets
 PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Those of `PEAK`; None for a kind of device that it lacks."""
+    return next((flops for name, flops in PEAK.items() if name in device.device_kind), None)
 
 
 def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:
