@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
@@ -81,7 +80,6 @@ class Attention(nnx.Module):
             qk = jnp.concatenate([q, k], axis=3)
         qk = rotate(qk, step.cos, step.sin)
         out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
-        out = checkpoint_name(out, "attention")  # what training may keep instead of computing it again
         residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
         z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache

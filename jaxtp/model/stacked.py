@@ -27,9 +27,9 @@ Params = dict[str, jax.Array]
 BLOCK = "layers.*."
 
 
-def _keep(name: str) -> Callable[..., bool]:
-    """Keeps what the model gives this name, and what cuDNN's attention needs to go backward."""
-    named = checkpoint_policies.save_only_these_names(name)
+def _keep(*names: str) -> Callable[..., bool]:
+    """Keeps what the model gives these names, and what cuDNN's attention needs to go backward."""
+    named = checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive: Any, *args: Any, **params: Any) -> bool:
         return named(primitive, *args, **params) or primitive.name.startswith("dot_product_attention_fwd")
@@ -41,7 +41,7 @@ def _keep(name: str) -> Callable[..., bool]:
 REMAT: dict[str, Any] = {
     "none": None,
     "full": checkpoint_policies.nothing_saveable,
-    "save-dots": _keep("product"),
+    "save-dots": _keep("product", "attention"),
     "save-attention": _keep("attention"),
 }
 

@@ -8,10 +8,13 @@ No function here communicates: attention splits by rows (dp) and by KV heads (tp
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 # reference: the formula, all at once. xla: the same in blocks of queries, which leaves out what stands after a block (on a
@@ -55,16 +58,8 @@ def attend_fresh(
             heads, k, v, mask=same, is_causal=True, local_window_size=span, implementation="cudnn"
         )
         return out.reshape(q.shape)
-    k, v, place = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.arange(T)
     block = T if kernel == "reference" else max(BLOCK, -(-T // MAX_BLOCKS))
-    outs = []
-    for start in range(0, T, block):
-        queries, keys = slice(start, start + block), slice(0 if window is None else max(0, start - window + 1), start + block)
-        seen = _visible(place[queries, None], place[None, keys], window)[None]
-        if segment_ids is not None:
-            seen = seen & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
-        outs.append(_attend(q[:, queries], k[:, :, keys], v[:, :, keys], seen))
-    return jnp.concatenate(outs, axis=1)
+    return _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, block, window)
 
 
 def attend_cached(
@@ -78,7 +73,7 @@ def attend_cached(
     B, T, K, G, H = q.shape
     seen = _visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     if T == 1 or kernel != "cudnn":
-        return _attend(q, k, v, seen)
+        return _attend(q, k, v, seen)[0]
     heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
     out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], implementation="cudnn")
     return out.reshape(q.shape)
@@ -100,12 +95,85 @@ def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     return seen if window is None else seen & (key > query - window)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]."""
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it as q is, and
+    the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
+    """
+    scores = _scores(jnp.einsum("BTKGH->BKGTH", q), k, seen)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
     # dividing by the sum comes last: T·H values instead of T·S
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / weights.sum(axis=-1, keepdims=True)
-    return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype)
+    out = _product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / total
+    return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
+
+
+def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    scores = _product("BKGTH,BKSH->BKGTS", q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
+    return jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+
+def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+# -- attention among fresh tokens in blocks of queries, and its gradient -----------------------------------------------
+# As flash attention does (arXiv:2205.14135), the backward pass keeps the result and one number a query, and computes the
+# weights again from them.
+
+
+def _blocks(
+    T: int, block: int, window: int | None, segment_ids: jax.Array | None
+) -> Iterator[tuple[slice, slice, jax.Array]]:
+    """For each block: its queries, the keys that any of them sees, and which one sees which [B or 1, block, keys]."""
+    place = jnp.arange(T)
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        queries, keys = slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
+        seen = _visible(place[queries, None], place[None, keys], window)[None]
+        if segment_ids is not None:
+            seen = seen & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
+        yield queries, keys, seen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, block: int, window: int | None
+) -> jax.Array:
+    """q [B, T, K, G, H], k and v [B, K, T, H] -> [B, T, K, G, H]."""
+    return _blocked_forward(q, k, v, segment_ids, block, window)[0]
+
+
+def _blocked_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, block: int, window: int | None
+) -> tuple[jax.Array, Any]:
+    parts = [
+        _attend(q[:, queries], k[:, :, keys], v[:, :, keys], seen)
+        for queries, keys, seen in _blocks(q.shape[1], block, window, segment_ids)
+    ]
+    out = jnp.concatenate([part for part, _ in parts], axis=1)
+    log_z = jnp.concatenate([part for _, part in parts], axis=3)
+    out, log_z = checkpoint_name(out, "attention"), checkpoint_name(log_z, "attention")  # what training may keep
+    return out, (q, k, v, segment_ids, out, log_z)
+
+
+def _blocked_backward(block: int, window: int | None, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segment_ids, out, log_z = kept
+    T, dtype, scale = q.shape[1], q.dtype, q.shape[-1] ** -0.5
+    q, grad, out = (jnp.einsum("BTKGH->BKGTH", a) for a in (q, grad, out))
+    along = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys, seen in _blocks(T, block, window, segment_ids):
+        asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
+        weights = jnp.exp(_scores(asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
+        to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
+        to_scores = (weights * (to_weights - along[:, :, :, queries]) * scale).astype(dtype)
+        to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))
+        beyond = [(0, 0), (0, 0), (keys.start, T - keys.stop), (0, 0)]
+        to_k = to_k + jnp.pad(_product("BKGTS,BKGTH->BKSH", to_scores, asked), beyond)
+        to_v = to_v + jnp.pad(_product("BKGTS,BKGTH->BKSH", weights.astype(dtype), mine), beyond)
+    to_q = jnp.einsum("BKGTH->BTKGH", jnp.concatenate(to_q, axis=3))
+    return to_q, to_k.astype(dtype), to_v.astype(dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
