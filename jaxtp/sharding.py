@@ -1,11 +1,11 @@
 """Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
 
-Dims of weights       vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim, query_heads
+Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim, query_heads
                       (all their channels, cut between KV heads), mlp, gate_up
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
                       cache), hidden (inside the MLP), logits, cached
 
-Tensor parallelism, sequence parallelism and (later) ZeRO are different tables, not different models.
+Tensor parallelism, sequence parallelism and pipelines are different tables, not different models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rich.table import Table
 from jaxtp.config import ModelConfig
 from jaxtp.tables import Shown
 
-Axes = tuple[tuple[str, str | None], ...]
+Axis = str | tuple[str, ...] | None  # several axes: cut over all of them, the first outermost
+Axes = tuple[tuple[str, Axis], ...]
 
 DEFAULT: Axes = (
     ("batch", "dp"),
@@ -42,6 +43,7 @@ DEFAULT: Axes = (
     ("fused", None),
     ("gate_up", None),
     ("head_dim", None),
+    ("layers", None),
 )
 
 
@@ -52,7 +54,7 @@ class Rules:
     axes: Axes = DEFAULT
     overrides: tuple[tuple[str, Axes], ...] = ()
 
-    def using(self, **axes: str | None) -> Rules:
+    def using(self, **axes: Axis) -> Rules:
         """These rules with some dims on other axes, e.g. `Rules().using(vocab=None)`."""
         known = dict(self.axes)
         for dim in axes:
@@ -64,7 +66,11 @@ class Rules:
         """The residual stream sharded over tokens: all-reduces become reduce-scatters and all-gathers."""
         return self.using(sequence="tp")
 
-    def axis(self, dim: str, path: str = "") -> str | None:
+    def pipeline_parallel(self) -> Rules:
+        """Layers in stages over pp, and a vocabulary that pp and tp hold together."""
+        return self.using(layers="pp", vocab=("pp", "tp"), logits=("pp", "tp"))
+
+    def axis(self, dim: str, path: str = "") -> Axis:
         """The mesh axis of `dim` in the module at `path`."""
         return {**dict(self.axes), **dict(dict(self.overrides).get(path, ()))}[dim]
 
@@ -84,13 +90,12 @@ class Layout:
 
     def parts(self, dim: str) -> int:
         """Into how many pieces `dim` is cut here."""
-        axis = self.rules.axis(dim, self.path)
-        return self.mesh.shape[axis] if axis else 1
+        return size(self.mesh, self.rules.axis(dim, self.path))
 
     def spec(self, *dims: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these dims (None: a dim without a name, never sharded)."""
         axes = [None if dim is None else self.rules.axis(dim, self.path) for dim in dims]
-        used = [axis for axis in axes if axis]
+        used = [name for axis in axes for name in names(axis)]
         if len(used) != len(set(used)):
             raise ValueError(f"{self.path}: the dims {dims} would use one mesh axis twice: {axes}")
         return PartitionSpec(*axes)
@@ -116,19 +121,35 @@ class Layout:
         return reshard(x, self.spec(*dims), self.mesh)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """The residual stream [B, T, D] with every token on every device: an all-gather under sequence parallelism.
-
-        Its type then says that the gradient is summed over that axis on its way back only: a reduce-scatter.
+        """The residual stream [B, T, D] with every token on every device, for the head: an all-gather under sequence
+        parallelism. Its type then says that the gradient is summed on its way back only: a reduce-scatter.
         """
         axis = self.rules.axis("sequence", self.path)
-        over = {axis} if axis and axis != self.rules.axis("tokens", self.path) else set()
+        over = {*names(axis), *names(self.rules.axis("logits", self.path))}
+        over = over if axis != self.rules.axis("tokens", self.path) else set()
         batch, tokens = self.spec("batch", "tokens")
         return reshard(x, PartitionSpec(batch, tokens, None, reduced=over), self.mesh)
 
 
+def names(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that a dim is cut over."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def size(mesh: Mesh | jax.sharding.AbstractMesh, axis: Axis) -> int:
+    """Into how many pieces a dim over `axis` is cut."""
+    return math.prod(mesh.shape[name] for name in names(axis))
+
+
+def mesh_of(x: jax.Array, default: Mesh | jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
+    """The mesh that x's type speaks of: where a function is mapped over a mesh axis, one without it."""
+    mesh = jax.typeof(x).sharding.mesh
+    return default.abstract_mesh if mesh.empty else mesh
+
+
 def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.AbstractMesh) -> jax.Array:
-    """`x` laid out as `spec` over `mesh`; nothing is emitted where it lies so already."""
-    target = NamedSharding(mesh.abstract_mesh, spec)
+    """`x` laid out as `spec` over its own mesh, or `mesh`; nothing is emitted where it lies so already."""
+    target = NamedSharding(mesh_of(x, mesh), spec)
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
 
 
@@ -181,7 +202,7 @@ class Weight:
     @property
     def replicated(self) -> bool:
         """Whether every device holds all of it."""
-        return all(axis is None for axis in self.spec)
+        return not any(names(axis) for axis in self.spec)
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,7 +234,7 @@ class Description(Shown):
             weight, count = alike[0], len(alike)
             path = re.sub(r"\.\d+\.", ".*.", weight.path) if count > 1 else weight.path
             dims = ", ".join(f"{dim} {size}" for dim, size in weight.dims.items())
-            spec = ", ".join(axis or "-" for axis in weight.spec)
+            spec = ", ".join("·".join(names(axis)) or "-" for axis in weight.spec)
             sizes = [f"{count * size / 2**20:,.2f}" for size in (weight.total_bytes, weight.device_bytes)]
             table.add_row(path, dims, f"({spec})", weight.dtype, str(count), *sizes, "replicated" if weight.replicated else "")
         table.add_section()

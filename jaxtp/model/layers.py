@@ -20,7 +20,7 @@ from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kern
 from jaxtp.ops.linear import linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.rope import rotate
-from jaxtp.sharding import Layout, beside
+from jaxtp.sharding import Layout, beside, mesh_of
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
 
         args = (q, k, v, step.positions, step.segment_ids, cache)
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
-        mesh = self.layout.mesh.abstract_mesh
+        mesh = mesh_of(q, self.layout.mesh)
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[5]))(*args)
 
 

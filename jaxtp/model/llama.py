@@ -25,7 +25,7 @@ from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Rules, check_layout, variables
+from jaxtp.sharding import Layout, Rules, check_layout, names, variables
 from jaxtp.tp_plan import rules_from_plan
 
 
@@ -47,11 +47,10 @@ class Llama(nnx.Module):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
-        unused = [axis for axis in ("pp", "cp", "ep") if mesh.shape[axis] > 1]
+        split = {"dp", "tp", *names(rules.axis("layers"))}
+        unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
-            raise ValueError(
-                f"the mesh has {unused[0]}={mesh.shape[unused[0]]}, over which nothing is split yet; use dp and tp"
-            )
+            raise ValueError(f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp")
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
@@ -163,20 +162,14 @@ class Llama(nnx.Module):
 
         run: another way to go through the blocks than one after another (without a cache), as training has.
         """
-        config, place = self.config, self.layout.place
-        B, T = tokens.shape
-        tokens = place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
+        place, shape = self.layout.place, tokens.shape
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+            positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
         positions = place(positions, "batch", "tokens")
-        lengths = cache.lengths if cache is not None else positions.max(axis=1) + 1
-        cos, sin = rotation(
-            config.rope, positions, lengths, head_dim=config.head_dim, max_position=config.max_position_embeddings
-        )
         if segment_ids is not None:
             segment_ids = place(segment_ids, "batch", "tokens")
-        step = Step(cos, sin, positions, segment_ids)
-        x = embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens, self.layout), None))
+        step = self.step(positions, segment_ids, lengths=None if cache is None else cache.lengths)
+        x = self.embedded(tokens)
         if run is not None:
             return self.norm(run(x, step)), None
         fresh = cache is not None and cache.fresh
@@ -186,6 +179,23 @@ class Llama(nnx.Module):
             layers.append(layer)
         x = self.norm(x)
         return x, None if cache is None else Cache(tuple(layers), cache.lengths)  # type: ignore[arg-type]
+
+    def embedded(self, tokens: jax.Array | np.ndarray) -> jax.Array:
+        """tokens [B, T] -> [B, T, D] in the residual stream's layout."""
+        tokens = self.layout.place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
+        return embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens, self.layout), None))
+
+    def step(self, positions: jax.Array, segment_ids: jax.Array | None, *, lengths: jax.Array | None = None) -> Step:
+        """What every layer needs to know of tokens at `positions` [B, T] of rows that are `lengths` [B] long."""
+        lengths = positions.max(axis=1) + 1 if lengths is None else lengths
+        cos, sin = rotation(
+            self.config.rope,
+            positions,
+            lengths,
+            head_dim=self.config.head_dim,
+            max_position=self.config.max_position_embeddings,
+        )
+        return Step(cos, sin, positions, segment_ids)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""

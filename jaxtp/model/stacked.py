@@ -80,7 +80,7 @@ class Stacked:
             dims = weight.get_metadata()["dims"]
             name, layer = generic(path)
             if layer is not None:
-                shape, dims = (len(self.model.layers), *shape), ("layers", *dims)
+                shape, dims = (self.config.num_layers, *shape), ("layers", *dims)
                 spec = PartitionSpec(None, *spec)
             found[name] = Spec(shape, dims, spec, kv=2 if "fused" in dims else 0)
         return found
@@ -101,29 +101,45 @@ class Stacked:
         loop. `params` may hold more of a layer than its weights, for `bring`.
         """
 
-        def through(graph: Any, x: jax.Array, weights: Params, step: Step) -> jax.Array:
-            ready = bring(weights)
-            block = nnx.merge(graph, jax.tree.unflatten(self._tree, [ready[BLOCK + name] for name in self._weights]))
-            return block(x, step, None, fresh=False)[0]
-
         def run(x: jax.Array, step: Step) -> jax.Array:
             stacks = {path: weight for path, weight in params.items() if path.startswith(BLOCK)}
-            for graph, first, last in self._alike():
+            return self.blocks(stacks, x, step, windows=self.config.windows, remat=remat, bring=bring)
 
-                def body(x: jax.Array, weights: Params, graph: Any = graph) -> tuple[jax.Array, None]:
-                    return through(graph, x, weights, step), None
+        return self.whole(params).hidden(tokens, positions, segment_ids, run=run)[0]
 
-                if remat != "none":
-                    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan has no common parts
-                part = stacks if last - first == self.config.num_layers else {p: w[first:last] for p, w in stacks.items()}
-                x, _ = jax.lax.scan(body, x, part)
-            return x
+    def blocks(
+        self,
+        stacks: Params,
+        x: jax.Array,
+        step: Step,
+        *,
+        windows: tuple[int | None, ...],
+        filled: jax.Array | None = None,
+        remat: str = "none",
+        bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
+    ) -> jax.Array:
+        """x [B, T, D] through some blocks one after another, whose weights are `stacks` [n, ...] and whose attention windows
+        are `windows`. filled [n] bool: leaves x as it is where there is no block.
+        """
+        for window, first, last in _alike(windows):
+            graph = self._blocks[self.config.windows.index(window)]
 
-        return self._merged(params).hidden(tokens, positions, segment_ids, run=run)[0]
+            def body(x: jax.Array, part: tuple[Params, jax.Array | None], graph: Any = graph) -> tuple[jax.Array, None]:
+                ready, here = bring(part[0]), part[1]
+                block = nnx.merge(graph, jax.tree.unflatten(self._tree, [ready[BLOCK + name] for name in self._weights]))
+                y = block(x, step, None, fresh=False)[0]
+                return (y if here is None else jnp.where(here, y, x)), None
 
-    def logits(self, params: Params, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, T, V'] float32, as `Llama.logits`."""
-        return self._merged(params).logits(x)
+            if remat != "none":
+                body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan has no common parts
+            part = stacks, filled
+            x, _ = jax.lax.scan(body, x, part if last - first == len(windows) else jax.tree.map(lambda a: a[first:last], part))
+        return x
+
+    def whole(self, params: Params) -> Llama:
+        """The model around the stack, for what is not in the blocks: those have no weights of their own."""
+        leaves = [None if generic(path)[1] is not None else params[path] for path in self._paths]
+        return nnx.merge(self._whole, jax.tree.unflatten(self._all, leaves))
 
     def stack(self, model: Llama) -> Params:
         """The weights of a loaded model as parameters. They are taken over: the model is empty afterwards."""
@@ -164,18 +180,15 @@ class Stacked:
             weight.set_value(each[name][layer])
         return model
 
-    def _merged(self, params: Params) -> Llama:
-        """The model around the stack; the blocks' own weights stand for the first of each, and are not used."""
-        leaves = [params[generic(path)[0]] for path in self._paths]
-        return nnx.merge(self._whole, jax.tree.unflatten(self._all, leaves))
 
-    def _alike(self) -> Iterator[tuple[Any, int, int]]:
-        """Runs of layers that compute alike (their windows are equal): (graph, first, last + 1)."""
-        windows, first = self.config.windows, 0
-        for i in range(1, len(windows) + 1):
-            if i == len(windows) or windows[i] != windows[first]:
-                yield self._blocks[first], first, i
-                first = i
+
+def _alike(windows: tuple[int | None, ...]) -> Iterator[tuple[int | None, int, int]]:
+    """Runs of layers that compute alike: (window, first, last + 1)."""
+    first = 0
+    for i in range(1, len(windows) + 1):
+        if i == len(windows) or windows[i] != windows[first]:
+            yield windows[first], first, i
+            first = i
 
 
 def generic(path: str) -> tuple[str, int | None]:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.sharding import reshard
+from jaxtp.sharding import mesh_of, names, reshard, size
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     """The sum of the adapters' products. What crosses devices is of rank r: the r channels between a and b are whole on
     every device, and spread over the tokens where the residual stream is.
     """
-    mesh, given = out.mesh.abstract_mesh, jax.typeof(x).sharding.spec
+    mesh, given = mesh_of(x, out.mesh), jax.typeof(x).sharding.spec
     batch, tokens, _ = given.partitions
     between = NamedSharding(mesh, P(batch, tokens or out.spec.partitions[1], None))
     products = []
@@ -79,7 +79,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
 
 
 def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
-    mesh = out.mesh.abstract_mesh
+    mesh = mesh_of(x, out.mesh)
     spec, given = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
     *outer, summed = spec.partitions
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
@@ -181,21 +181,21 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     With the vocabulary sharded each device looks up the ids that it holds, and the sum over devices is one all-reduce
     (a reduce-scatter where `out` is sharded over tokens). Ids outside the table give zeros.
     """
-    mesh, vocab_axis = out.mesh.abstract_mesh, jax.typeof(table).sharding.spec.partitions[0]
-    spec = jax.typeof(tokens).sharding.spec
+    mesh, spec = mesh_of(tokens, out.mesh), jax.typeof(tokens).sharding.spec
+    axes = names(jax.typeof(table).sharding.spec.partitions[0])
     # without the barrier, XLA:CPU takes a float32 copy of a whole bfloat16 table out of the decode loop
     table, tokens = jax.lax.optimization_barrier((table, tokens))
-    if vocab_axis is None or mesh.shape[vocab_axis] == 1:
+    if size(mesh, axes) == 1:
         return reshard(table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
 
-    scattered = out.spec[1] == vocab_axis
+    scattered = out.spec[1] if out.spec[1] in axes else None
+    summed = tuple(axis for axis in axes if axis != scattered)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        ids = tokens - jax.lax.axis_index(vocab_axis) * table.shape[0]
+        ids = tokens - jax.lax.axis_index(axes) * table.shape[0]
         held = (ids >= 0) & (ids < table.shape[0])
         x = jnp.where(held[..., None], table[jnp.where(held, ids, 0)], jnp.zeros((), table.dtype))
-        if scattered:
-            return jax.lax.psum_scatter(x, vocab_axis, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(x, vocab_axis)
+        x = jax.lax.psum(x, summed) if summed else x
+        return jax.lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True) if scattered else x
 
     return jax.shard_map(local, mesh=mesh, out_specs=out.spec)(table, tokens)

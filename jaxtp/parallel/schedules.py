@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
-Name = Literal["gpipe", "1f1b", "interleaved_1f1b"]
+Name = Literal["gpipe", "1f1b", "interleaved_1f1b", "forward"]
 Kind = Literal["F", "FB", "B"]
 
 
@@ -29,7 +29,7 @@ class Schedule:
     """A schedule's phases are runs of ticks of one kind; `forward` and `backward` say who does what at a tick.
 
     gpipe: every F, then every B. 1f1b: a B as soon as there is one, so that few microbatches are under way (arXiv:2104.04473).
-    interleaved_1f1b: the same with v chunks a rank, which divides the bubble by v.
+    interleaved_1f1b: the same with v chunks a rank, which divides the bubble by v. forward: no B at all, for evaluation.
     """
 
     name: Name
@@ -43,7 +43,7 @@ class Schedule:
         for what, value in (("ranks", self.ranks), ("microbatches", self.microbatches), ("chunks", self.chunks)):
             if value < 1:
                 raise ValueError(f"{what}={value} must be at least 1")
-        if self.chunks > 1 and self.name != "interleaved_1f1b":
+        if self.chunks > 1 and self.name in ("gpipe", "1f1b"):
             raise ValueError(f"{self.name} has one chunk a rank, not {self.chunks}; interleaved_1f1b has several")
         if self.chunks > 1 and self.microbatches % self.ranks:
             p, M = self.ranks, self.microbatches
@@ -54,6 +54,8 @@ class Schedule:
     def phases(self) -> tuple[tuple[Kind, int], ...]:
         """(kind, ticks), in order."""
         p, v, M = self.ranks, self.chunks, self.microbatches
+        if self.name == "forward":
+            return (("F", M * v + p - 1),)
         if self.name == "gpipe":
             return ("F", M + p - 1), ("B", M + p - 1)
         return ("F", v * p - 1), ("FB", M * v + p - v * p), ("B", v * p - 1)
@@ -90,13 +92,24 @@ class Schedule:
     @property
     def bubble(self) -> float:
         """Time lost over time of work: (p-1) / (v·M)."""
-        return self.time() / (3.0 * self.microbatches) - 1.0
+        work = 1.0 if self.name == "forward" else 3.0
+        return self.time() / (work * self.microbatches) - 1.0
 
     def in_flight(self, rank: int) -> int:
         """Inputs of chunks that a rank holds at most: those whose F is done and whose B is not (an FB tick's own included)."""
-        held = most = 0
+        return max(self.slots(rank).values(), default=-1) + 1
+
+    def slots(self, rank: int) -> dict[Work, int]:
+        """Where a rank keeps the input of each piece of work from its F to its B: the first place that is free."""
+        free: list[int] = []
+        held: dict[Work, int] = {}
+        most = 0
         for tick in range(len(self.kinds)):
-            held += self.forward(tick, rank) is not None
-            most = max(most, held)
-            held -= self.backward(tick, rank) is not None
-        return most
+            work, done = self.forward(tick, rank), self.backward(tick, rank)
+            if work is not None:
+                if not free:
+                    free, most = [most], most + 1
+                held[work] = free.pop()
+            if done is not None:
+                free.append(held[done])
+        return held

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by orbax: asynchronous, atomic, the last k and the best; restored onto any mesh and ZeRO stage.
 
-They hold the parameters as a single device would (KV heads once, the vocabulary unpadded), stacked over layers, so nothing
-in them depends on how the run was spread.
+They hold the parameters as a single device would (KV heads once, the vocabulary unpadded), stacked over layers in the model's
+order, so nothing in them depends on how the run was spread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 
 from jaxtp.log import logger
 from jaxtp.model.stacked import Spec
+from jaxtp.sharding import size
 from jaxtp.train.step import State, Trainer, by_param
 
 
@@ -91,11 +92,15 @@ class Checkpoints:
     @functools.cached_property
     def _differs(self) -> bool:
         """Whether the state as held is another than the state as saved."""
-        return any(self._shape(path, spec) != spec.shape for path, spec in self._trainer.specs.items())
+        pipeline = self._trainer.pipeline
+        other_order = pipeline is not None and not pipeline.in_order
+        return other_order or any(self._shape(path, spec) != spec.shape for path, spec in self._trainer.specs.items())
 
     def _shape(self, path: str, spec: Spec) -> tuple[int, ...]:
         """As saved."""
         stacked, shape = self._trainer.stacked, spec.shape
+        if spec.dims[0] == "layers":
+            shape = (stacked.config.num_layers, *shape[1:])
         if path in ("embed", "head"):
             return (stacked.config.vocab_size, *shape[1:])
         if "kv_heads" in spec.dims and "fused" in spec.dims:
@@ -107,11 +112,13 @@ class Checkpoints:
         """What is saved: shapes and layouts."""
 
         def one(path: str | None, leaf: Any) -> Any:
-            held = None if path is None else self._trainer.specs.get(path)
-            if held is None or leaf.shape != held.shape:
+            held = self._trainer.specs.get(path or "")
+            if held is None or not (_stacked(leaf, held) or leaf.shape == held.shape):
                 return leaf
-            shape, mesh = self._shape(path or "", held), leaf.sharding.mesh
-            axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(leaf.sharding.spec, shape, strict=True)]
+            saved, mesh = self._shape(path or "", held), leaf.sharding.mesh
+            shape = saved if leaf.shape == held.shape else (saved[0], *leaf.shape[1:])
+            partitions = leaf.sharding.spec.partitions + (None,) * (len(shape) - len(leaf.sharding.spec.partitions))
+            axes = [a if n % size(mesh, a) == 0 else None for a, n in zip(partitions, shape, strict=True)]
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
         state = self._trainer.abstract_state()
@@ -122,18 +129,34 @@ class Checkpoints:
         if not self._differs:
             return state
         target = self._trainer.abstract_state() if held else self._abstract()
-        specs, change = self._trainer.specs, _widen if held else _narrow
-        kv = by_param(lambda path, leaf: specs[path].kv if path else 0, state, state.params)
+        specs, pipeline = self._trainer.specs, self._trainer.pipeline
+        kinds = by_param(lambda path, leaf: specs.get(path or "", NO_PARAMETER), self._trainer.abstract_state(), state.params)
+        ordered = pipeline is None or pipeline.in_order
 
-        def one(leaf: jax.Array, wanted: jax.ShapeDtypeStruct, kv: int) -> jax.Array:
-            if leaf.shape == wanted.shape:
+        def one(leaf: jax.Array, wanted: jax.ShapeDtypeStruct, spec: Spec) -> jax.Array:
+            moved = not ordered and _stacked(wanted if held else leaf, spec)
+
+            def change(a: jax.Array) -> jax.Array:
+                a = pipeline.restore(a) if pipeline and moved and not held else a
+                shape = (a.shape[0], *wanted.shape[1:]) if moved else wanted.shape
+                a = a if a.shape == shape else (_widen if held else _narrow)(a, shape=shape, kv=spec.kv)
+                return pipeline.arrange(a) if pipeline and moved and held else a
+
+            if leaf.shape == wanted.shape and not moved:
                 return leaf
-            inside = functools.partial(change, shape=wanted.shape, kv=kv)
-            return jax.sharding.auto_axes(inside, out_sharding=wanted.sharding)(leaf)
+            return jax.sharding.auto_axes(change, out_sharding=wanted.sharding)(leaf)
 
         with jax.set_mesh(self._trainer.stacked.layout.mesh):
             layouts = jax.tree.map(lambda a: a.sharding, target)
-            return jax.jit(lambda state: jax.tree.map(one, state, target, kv), out_shardings=layouts)(state)
+            return jax.jit(lambda state: jax.tree.map(one, state, target, kinds), out_shardings=layouts)(state)
+
+
+NO_PARAMETER = Spec((), (), PartitionSpec())
+
+
+def _stacked(leaf: Any, spec: Spec) -> bool:
+    """Whether an array that belongs to a parameter is held layer by layer, in the order of the parameter."""
+    return spec.dims[:1] == ("layers",) and leaf.shape[:1] == spec.shape[:1]
 
 
 def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:

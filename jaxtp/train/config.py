@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from jaxtp.config import ModelConfig, Rope
+from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
 from jaxtp.train.data import Format
 from jaxtp.train.lora import Lora
@@ -103,12 +104,20 @@ class Parallel:
     """How the work is spread."""
 
     dp: int = -1
-    """Data-parallel groups; -1: all that tp leaves."""
+    """Data-parallel groups; -1: all that pp and tp leave."""
+    pp: int = 1
+    """Stages over which the layers are split; the microbatches (`accumulate`) go through them one after another."""
     tp: int = 1
     zero: Literal[0, 1, 2, 3] = 1
     sequence_parallel: bool = False
     accumulate: int = 1
     """Microbatches of an update."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"
+    """The order in which a pipeline takes them; see `jaxtp.draw_schedule`."""
+    chunks: int = 1
+    """Chunks of layers on each rank of the pipeline, for interleaved_1f1b."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Of each stage in the model's order; default: balanced."""
     remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"
     """What the backward pass computes again instead of keeping; by default what lies between the products."""
     virtual_devices: int = 0
@@ -171,6 +180,11 @@ class TrainConfig:
         rows, parts = self.data.batch_size, self.parallel.accumulate
         if rows < 1 or parts < 1 or rows % parts:
             raise ValueError(f"parallel.accumulate={parts} must divide data.batch_size={rows}")
+        split = self.parallel
+        if split.pp == 1 and (split.chunks > 1 or split.layers_per_stage):
+            raise ValueError("parallel.chunks and parallel.layers_per_stage are a pipeline's; they need parallel.pp of at least 2")
+        if split.pp > 1:
+            Schedule(split.schedule, split.pp, split.accumulate, split.chunks)  # raises where they do not fit
         if self.data.sequence_length < 2:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} must be at least 2")
         if not 0 <= self.data.validation_share < 1:

@@ -22,6 +22,8 @@ from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.pipeline import Pipeline
+from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
@@ -68,7 +70,7 @@ class Run:
         self.config, self.folder = config, Path(config.folder)
         parallel, data = config.parallel, config.data
         self._profile = Profile(config.log.profile_steps, self.folder)
-        self.mesh = make_mesh(dp=parallel.dp, tp=parallel.tp)
+        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, tp=parallel.tp)
         dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
         if rows % dp:
             legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
@@ -87,6 +89,7 @@ class Run:
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
         rules = Rules().sequence_parallel() if parallel.sequence_parallel else Rules()
+        rules = rules.pipeline_parallel() if parallel.pp > 1 else rules
         check_layout(self.model_config, parallel.tp, rules)
         self.stacked = Stacked(self._model(rules, config.model.dtype))
         self.trainer = _trainer(config, self.stacked)
@@ -315,10 +318,17 @@ def _note(values: dict[str, float]) -> str:
 
 def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
     adapters = Adapters(stacked, config.lora) if config.lora.rank else None
+    pipeline, mesh, split = None, stacked.layout.mesh, config.parallel
+    if mesh.shape["pp"] > 1:
+        layers, sizes = stacked.config.num_layers, split.layers_per_stage
+        stages = Stages.split(layers, ranks=mesh.shape["pp"], chunks=split.chunks, sizes=sizes)
+        pipeline = Pipeline(mesh, stages, split.schedule)
+        logger.info("pipeline: %s; bubble %.1f%%", stages.told(), 100 * pipeline.schedule(split.accumulate).bubble)
     return Trainer(
         stacked,
         transformation(config.optimizer, config.steps, (adapters or stacked).specs()),
         adapters,
+        pipeline,
         zero=config.parallel.zero,
         remat=config.parallel.remat,
         clip_norm=config.optimizer.clip_norm,

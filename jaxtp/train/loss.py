@@ -64,7 +64,7 @@ def cross_entropy(
 def _sums(
     stacked: Stacked, params: Params, x: jax.Array, labels: jax.Array, weights: jax.Array, *, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-    logits = stacked.logits(params, x)
+    logits = stacked.whole(params).logits(x)
     ids = jnp.arange(logits.shape[-1])
     logits = jnp.where(ids < stacked.config.vocab_size, logits, -jnp.inf)
     # each device reduces its part of the vocabulary; three numbers a token cross devices, never the logits

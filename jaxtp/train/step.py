@@ -8,6 +8,8 @@ an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share
     in the step    1: weights whole (gathered once), gradients whole (scattered once, at the end).
                    2: weights whole, gradients scattered after each microbatch.
                    3: weights gathered, and gradients scattered, layer by layer.
+
+With a pipeline the microbatches go through `parallel.pipeline`, which leaves gradients unsummed over dp in the same way.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
+from jaxtp.parallel.pipeline import Parts, Pipeline
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -61,13 +64,14 @@ class Trainer:
     """A model's training step on a mesh: pure functions to compile.
 
     optimizer: of what is trained, `specs`. adapters: train these, beside frozen weights, which are then an argument of the
-    functions (see `freeze`). zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global
+    functions (see `freeze`). pipeline: the way through the blocks where they stand in stages over pp. zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global
     norm of a gradient, 0 for none. z_loss: see `loss.cross_entropy`.
     """
 
     stacked: Stacked
     optimizer: optax.GradientTransformation
     adapters: Adapters | None = None
+    pipeline: Pipeline | None = None
     zero: int = 0
     remat: str = "none"
     clip_norm: float = 1.0
@@ -76,6 +80,10 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero} must be 0, 1, 2 or 3")
+        if self.pipeline and self.zero > 1:
+            raise ValueError(
+                f"zero={self.zero} would scatter or gather over dp at every microbatch of a pipeline; with pp use zero 0 or 1"
+            )
         dp, width = self.stacked.layout.mesh.shape["dp"], self.stacked.config.hidden_size
         if self.zero and width % dp:
             legal = ", ".join(str(n) for n in range(1, min(width, 1024) + 1) if width % n == 0)
@@ -86,7 +94,7 @@ class Trainer:
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:
         """Every parameter that is trained, as in use: whole over dp."""
-        return self.adapters.specs() if self.adapters else self.stacked.specs()
+        return self._held(self.adapters.specs() if self.adapters else self.stacked.specs())
 
     @functools.cached_property
     def rest(self) -> dict[str, PartitionSpec]:
@@ -96,7 +104,10 @@ class Trainer:
     @functools.cached_property
     def _used(self) -> dict[str, Spec]:
         """Everything that the forward pass uses, trained or frozen."""
-        return {**self.stacked.specs(), **self.specs}
+        return {**self._held(self.stacked.specs()), **self.specs}
+
+    def _held(self, specs: dict[str, Spec]) -> dict[str, Spec]:
+        return self.pipeline.specs(specs) if self.pipeline else specs
 
     def _share(self, spec: Spec) -> PartitionSpec:
         """The layout over dp as well: ZeRO is the rule embed -> dp."""
@@ -117,11 +128,11 @@ class Trainer:
         """Shapes, dtypes and layouts of the frozen weights beside adapters."""
         if not self.adapters:
             return None
-        dtype, mesh = self.stacked.layout.dtype, self.stacked.layout.mesh
-        lain = {path: self._share(spec) if self.zero == 3 else spec.spec for path, spec in self.stacked.specs().items()}
+        dtype, mesh, specs = self.stacked.layout.dtype, self.stacked.layout.mesh, self._held(self.stacked.specs())
+        lain = {path: self._share(spec) if self.zero == 3 else spec.spec for path, spec in specs.items()}
         return {
             path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(mesh, lain[path]))
-            for path, spec in self.stacked.specs().items()
+            for path, spec in specs.items()
         }
 
     def _opt_layout(self, params: Any, whole: NamedSharding) -> Any:
@@ -142,8 +153,7 @@ class Trainer:
         layouts = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         kept = {}
         for path in list(params):
-            kept[path] = jax.device_put(params[path].astype(jnp.float32), layouts.params[path])
-            del params[path]
+            kept[path] = self._place(path, params.pop(path), jnp.float32, layouts.params[path])
 
         def init(kept: Params) -> State:
             number = jnp.zeros((), jnp.int32)
@@ -158,7 +168,14 @@ class Trainer:
         are taken over one by one.
         """
         wanted = self.abstract_frozen() or {}
-        return {path: jax.device_put(weights.pop(path).astype(w.dtype), w.sharding) for path, w in wanted.items()}
+        return {path: self._place(path, weights.pop(path), w.dtype, w.sharding) for path, w in wanted.items()}
+
+    def _place(self, path: str, weight: jax.Array, dtype: Any, sharding: NamedSharding) -> jax.Array:
+        """A weight in the model's order of layers, cast, and laid out as it is kept."""
+        if not self.pipeline or self.pipeline.in_order or not path.startswith(BLOCK):
+            return jax.device_put(weight.astype(dtype), sharding)
+        arrange = self.pipeline.arrange
+        return jax.jit(lambda w: jax.sharding.auto_axes(arrange, out_sharding=sharding)(w.astype(dtype)))(weight)
 
     def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
@@ -182,14 +199,28 @@ class Trainer:
     def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
         weights = {**(frozen or {}), **params}
+        if self.pipeline:
+            _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
+            return nats, batch.weights.sum()
         ready = weights if self.zero == 3 else self._ready(weights)
         nats = jax.lax.map(lambda micro: self._loss(ready, micro)[1], batch)
         return nats.sum(), batch.weights.sum()
 
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype) -> Llama:
         """The model as trained so far (a copy), adapters merged."""
-        params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
+        params = self.in_order(self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params)
         return self.stacked.unstack(params, dtype=dtype)
+
+    def in_order(self, params: Params) -> Params:
+        """Stacks in the model's order of layers, whatever the pipeline."""
+        if not self.pipeline or self.pipeline.in_order:
+            return params
+
+        def one(w: jax.Array) -> jax.Array:
+            lain = NamedSharding(w.sharding.mesh, PartitionSpec(None, *w.sharding.spec[1:]))
+            return jax.jit(jax.sharding.auto_axes(self.pipeline.restore, out_sharding=lain))(w)  # type: ignore[union-attr]
+
+        return {path: one(w) if path.startswith(BLOCK) else w for path, w in params.items()}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -198,6 +229,11 @@ class Trainer:
     ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
         """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
         weights = params if self.zero == 3 else self._ready(params)
+        if self.pipeline:
+            tables, stacks, sums = self.pipeline.gradients(
+                self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
+            )
+            return self._tie(self._settle({**tables, **stacks})), sums
 
         def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
             def mean(weights: Params) -> tuple[jax.Array, jax.Array]:
@@ -229,18 +265,55 @@ class Trainer:
         loss, nats = cross_entropy(self.stacked, weights, x, batch, z_loss=self.z_loss)
         return loss.sum(), nats.sum()
 
+    @functools.cached_property
+    def _parts(self) -> Parts:
+        """The model in three, for a pipeline."""
+        assert self.pipeline
+        stacked, layout, stages = self.stacked, self.stacked.layout, self.pipeline.stages
+        kernel = stacked.model.layers[0].attention.kernel
+        # within a stage dp is mapped over: no dim lies on it
+        inner = Stacked(
+            Llama(stacked.config, mesh=layout.mesh, rules=layout.rules.using(batch=None), dtype=layout.dtype.name, kernel=kernel)
+        )
+        windows = stages.alike(stacked.config.windows)
+
+        def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> jax.Array:
+            return inner.blocks(
+                weights,
+                x,
+                inner.model.step(*needed),
+                windows=windows,
+                filled=None if stages.even else filled,
+                remat=self.remat,
+                bring=self.adapters.beside if self.adapters else lambda layer: layer,
+            )
+
+        def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
+            x = stacked.whole(tables).norm(x)
+            loss, nats = cross_entropy(stacked, tables, x, micro, z_loss=self.z_loss)
+            return loss.sum(), nats.sum()
+
+        return Parts(
+            enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),
+            stage=stage,
+            leave=leave,
+            needed=lambda batch: (batch.positions, batch.segment_ids),
+        )
+
     def _ready(self, params: Params) -> Params:
         """Weights to compute with: in the model's dtype, whole over dp, their gradients left unsummed."""
-        return {path: self._use(w, self._used[path].spec) for path, w in params.items()}
+        return {path: self._use(w, self._used[path].spec, path) for path, w in params.items()}
 
     def _bring(self, layer: Params) -> Mapping[str, Any]:
         """The same for one layer's share of the stacks, inside the loop, where adapters are put to their kernels."""
-        ready = {path: self._use(w, PartitionSpec(*self._used[path].spec[1:])) for path, w in layer.items()}
+        ready = {path: self._use(w, PartitionSpec(*self._used[path].spec[1:]), path) for path, w in layer.items()}
         return self.adapters.beside(ready) if self.adapters else ready
 
-    def _use(self, weight: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced={"dp"}), layout.mesh)
+        # a pipeline keeps the groups of dp apart by itself
+        over = set() if self.pipeline and path.startswith(BLOCK) else {"dp"}
+        return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
     def _settle(self, grads: Params) -> Params:
         """Gradients summed over dp, in the layout at rest; a second time nothing happens."""
@@ -282,6 +355,12 @@ class Trainer:
         if copies == 1 or not kv:
             return jnp.sum(g * g)
         return jnp.sum(g[:, :, :-kv] ** 2) + jnp.sum(g[:, :, -kv:] ** 2) / copies
+
+
+def _split(params: Params) -> tuple[Params, Params]:
+    """(tables, stacks)."""
+    stacks = {path: w for path, w in params.items() if path.startswith(BLOCK)}
+    return {path: w for path, w in params.items() if path not in stacks}, stacks
 
 
 def by_param(function: Callable[[str | None, Any], Any], tree: Any, params: Params) -> Any:

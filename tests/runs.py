@@ -8,6 +8,8 @@ import tiny
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
+from jaxtp.parallel.pipeline import Pipeline
+from jaxtp.parallel.stages import Stages
 from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
@@ -31,12 +33,12 @@ class Run:
             self.state, metrics = self._step(self.state, self.batch(arrays, accumulate=accumulate), self.frozen)
         return metrics
 
-    def gradients(self, arrays: dict[str, np.ndarray]):
+    def gradients(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
         """Of the mean loss of a batch, at the parameters of now."""
         with jax.set_mesh(self.trainer.stacked.layout.mesh):
-            batch = self.batch(arrays)
+            batch = self.batch(arrays, accumulate=accumulate)
             inside = jax.jit(lambda *args: self.trainer._gradients(*args)[0])
-            return inside(self.state.params, self.frozen or {}, batch, batch.weights.sum())
+            return self.trainer.in_order(inside(self.state.params, self.frozen or {}, batch, batch.weights.sum()))
 
     def batch(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1) -> Batch:
         """[B, T] arrays as [A, B/A, T] on the mesh."""
@@ -54,16 +56,23 @@ def run(
     dtype: str = "float32",
     steps: int = 20,
     lora: Lora | None = None,
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    layers_per_stage: tuple[int, ...] | None = None,
     **trainer,
 ) -> Run:
     """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
     config = config or tiny.config()
     over = make_mesh(**(mesh or {}))
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
+    pipeline, pp = None, over.shape["pp"]
+    if pp > 1:
+        rules = rules.pipeline_parallel()
+        pipeline = Pipeline(over, Stages.split(config.num_layers, ranks=pp, chunks=chunks, sizes=layers_per_stage), schedule)
     stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype))
     adapters = Adapters(stacked, lora) if lora else None
     optimizer = transformation(settings, steps, (adapters or stacked).specs())
-    made = Trainer(stacked, optimizer, adapters, clip_norm=settings.clip_norm, **trainer)
+    made = Trainer(stacked, optimizer, adapters, pipeline, clip_norm=settings.clip_norm, **trainer)
     params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, seed=1))
     if not adapters:
         return Run(made, made.begin(params))
