@@ -102,9 +102,32 @@ def test_a_run_goes_on_anywhere(text, tmp_path):
     assert [v for _, v in same] == [v for _, v in whole[8:]]  # to the last bit
 
 
-def stopped(text, folder, model):
-    """A run on one device, of which nothing after step 8 is left."""
-    train(config(text, folder, model=model, parallel={"dp": 1}))
+PIPELINES = {
+    "pp 4": {"dp": 1, "pp": 4, "accumulate": 4},
+    "dp 2 × pp 2, uneven, v 2": {"dp": 2, "pp": 2, "accumulate": 2, "schedule": "interleaved_1f1b", "chunks": 2},
+    "dp 8": {"dp": 8},
+}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_pipeline_and_comes_to_one(text, tmp_path):
+    model = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 5}}
+    whole = train(config(text, tmp_path / "whole", parallel={"dp": 1}, model=model))
+    for first, then in (("pp 4", "dp 8"), ("dp 8", "dp 2 × pp 2, uneven, v 2"), ("dp 2 × pp 2, uneven, v 2", "pp 4")):
+        folder = tmp_path / f"{first} to {then}"
+        stopped(text, folder, model, PIPELINES[first])
+        rest = train(config(text, folder, parallel=PIPELINES[then], model=model))
+        for found, expected in ((rest.losses, whole.losses[8:]), (rest.validation, whole.validation[1:])):
+            assert [step for step, _ in found] == [step for step, _ in expected]
+            np.testing.assert_allclose([v for _, v in found], [v for _, v in expected], atol=1e-5, rtol=0)
+    export(tmp_path / "pp 4 to dp 8", tmp_path / "exported", dtype="float32")  # its config names a pipeline no more
+    export(tmp_path / "dp 2 × pp 2, uneven, v 2 to pp 4", tmp_path / "also", dtype="float32", step=8)
+    assert Llama.from_pretrained(tmp_path / "also", progress=False).config.num_layers == 5
+
+
+def stopped(text, folder, model, parallel=None):
+    """A run on one device, or some, of which nothing after step 8 is left."""
+    train(config(text, folder, model=model, parallel=parallel or {"dp": 1}))
     shutil.rmtree(folder / "checkpoints" / "12")
 
 
@@ -220,6 +243,11 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"model": {"shape": {"vocab_size": 50}}}, "the data holds token .*, but the model's vocabulary has 50"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
+        ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4 .* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
+        ({"parallel": {"pp": 2, "zero": 2}}, "with pp use zero 0 or 1"),
+        ({"parallel": {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2}}, "2 ranks must divide the microbatches; 1 could be 2"),
+        ({"parallel": {"chunks": 2}}, "they need parallel.pp of at least 2"),
+        ({"parallel": {"pp": 2, "chunks": 2, "accumulate": 2}}, "1f1b has one chunk a rank, not 2; interleaved_1f1b has several"),
         ({"lora": {"rank": 8}}, "lora.rank=8 needs model.start, the checkpoint that the adapters are for"),
         ({"lora": {"rank": 8, "targets": ["q"]}}, r"lora.targets=\['q'\] must be some of q_proj, k_proj"),
     ],
