@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,10 +126,14 @@ class Layout:
         parallelism. Its type then says that the gradient is summed on its way back only: a reduce-scatter.
         """
         axis = self.rules.axis("sequence", self.path)
-        over = {*names(axis), *names(self.rules.axis("logits", self.path))}
-        over = over if axis != self.rules.axis("tokens", self.path) else set()
         batch, tokens = self.spec("batch", "tokens")
-        return reshard(x, PartitionSpec(batch, tokens, None, reduced=over), self.mesh)
+        if axis == self.rules.axis("tokens", self.path):
+            return reshard(x, PartitionSpec(batch, tokens, None), self.mesh)
+        over = set(names(axis))
+        # where stages hold the head together, the sum over them comes last on the way back, when each device has few tokens
+        beyond = set(names(self.rules.axis("logits", self.path))) - over
+        x = reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, reduced=beyond), self.mesh)
+        return reshard(x, PartitionSpec(batch, tokens, None, reduced=over | beyond), self.mesh)
 
 
 def names(axis: Axis) -> tuple[str, ...]:
@@ -151,6 +156,22 @@ def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.Abstrac
     """`x` laid out as `spec` over its own mesh, or `mesh`; nothing is emitted where it lies so already."""
     target = NamedSharding(mesh_of(x, mesh), spec)
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+Region = Callable[[Callable[..., Any], tuple[Any, ...], Callable[..., Any]], Any]
+
+
+def on_each_device(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any]) -> Any:
+    """`function` of each device's own parts of `args`: a region without communication. like(*args): of what returns, arrays
+    among `args` that are laid out so.
+    """
+    mesh = next(jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)))(*args)
+
+
+def specs_of(tree: Any) -> Any:
+    """The PartitionSpec of each array's type."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
 
 
 def beside(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -82,10 +82,15 @@ def bits(dtype: str) -> int:
 
 def groups(rest: str) -> tuple[tuple[int, ...], ...] | None:
     """The groups of devices that a collective joins, from any of the three forms that XLA prints; None: all devices."""
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}", rest):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         joined = re.findall(r"'([^']+)'", match[2])
-        return _split(list(axes.values()), [list(axes).index(name) for name in joined])
+        found = _split(list(axes.values()), [list(axes).index(name) for name in joined])
+        if match := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", rest):  # the mesh is of devices in this order
+            shape, order = [[int(n) for n in match[i].split(",")] for i in (1, 2)]
+            devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel().tolist()
+            found = tuple(tuple(devices[i] for i in group) for group in found)
+        return found
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         shape, order = [[int(n) for n in match[i].split(",")] for i in (1, 2)]
         devices = np.arange(math.prod(order)).reshape(order)

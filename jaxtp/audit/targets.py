@@ -20,7 +20,7 @@ from jaxtp.model import Llama
 from jaxtp.ops.sampling import Features
 
 
-def gpu_mesh(target: str | Path, *, dp: int = 1, tp: int = 1) -> Mesh:
+def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
     target: the file that describes the GPU (XLA's GpuTargetConfigProto as text). Needs the compiler's plugin
@@ -28,14 +28,14 @@ def gpu_mesh(target: str | Path, *, dp: int = 1, tp: int = 1) -> Mesh:
     """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=Path(target).read_text(), topology=f"1x1x{dp * tp}"
+            platform="cuda", target_config=Path(target).read_text(), topology=f"1x1x{dp * pp * tp}"
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise RuntimeError(
             f"cannot compile for GPUs here: {error}. The plugins jax-cuda13-plugin and jax-cuda13-pjrt of jax "
             f"{jax.__version__} must be installed"
         ) from error
-    devices: Any = np.array(topology.devices).reshape(dp, 1, 1, 1, tp)
+    devices: Any = np.array(topology.devices).reshape(dp, pp, 1, 1, tp)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

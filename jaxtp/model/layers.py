@@ -20,7 +20,7 @@ from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kern
 from jaxtp.ops.linear import linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.rope import rotate
-from jaxtp.sharding import Layout, beside, mesh_of
+from jaxtp.sharding import Layout, Region, beside
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Q, K and V in one kernel [K, G+2, H, D], cut by KV heads; the output's [D, N], N = K·G·H, cut the same way."""
 
-    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None, region: Region) -> None:
         D, H = config.hidden_size, config.head_dim
         K = kv_heads_held(config, layout.at("qkv"))
         G = config.num_heads // K
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("q_norm"), dim="head_dim")
             self.k_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("k_norm"), dim="head_dim")
-        self.qk_norm, self.window, self.layout = config.qk_norm, config.windows[index], layout
+        self.qk_norm, self.window, self.layout, self.region = config.qk_norm, config.windows[index], layout, region
         self.kernel = choose_kernel(platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, override=kernel)
 
     def __call__(
@@ -103,9 +103,7 @@ class Attention(nnx.Module):
             return attend_cached(q, cache[0], cache[1], positions, kernel=kernel, window=window), cache
 
         args = (q, k, v, step.positions, step.segment_ids, cache)
-        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
-        mesh = mesh_of(q, self.layout.mesh)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[5]))(*args)
+        return self.region(local, args, lambda q, k, v, positions, segment_ids, cache: (q, cache))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps y alone
@@ -139,10 +137,10 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None, region: Region) -> None:
         eps, D = config.rms_norm_eps, config.hidden_size
         self.attention_norm = Norm(D, eps=eps, layout=layout.at("attention_norm"))
-        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel)
+        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region)
         self.mlp_norm = Norm(D, eps=eps, layout=layout.at("mlp_norm"))
         self.mlp = Mlp(config, layout=layout.at("mlp"))
         self.layout = layout

@@ -25,7 +25,7 @@ from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Rules, check_layout, names, variables
+from jaxtp.sharding import Layout, Region, Rules, check_layout, names, on_each_device, variables
 from jaxtp.tp_plan import rules_from_plan
 
 
@@ -37,9 +37,18 @@ class Llama(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, mesh: Mesh, rules: Rules = Rules(), dtype: str = "float32", kernel: Kernel | None = None
+        self,
+        config: ModelConfig,
+        *,
+        mesh: Mesh,
+        rules: Rules = Rules(),
+        dtype: str = "float32",
+        kernel: Kernel | None = None,
+        region: Region = on_each_device,
     ) -> None:
-        """Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules."""
+        """region: how attention runs on each device's own part. Raises ValueError, before any device work, where the config
+        cannot be laid out on the mesh by the rules.
+        """
         check_layout(config, mesh.shape["tp"], rules)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
@@ -55,7 +64,7 @@ class Llama(nnx.Module):
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
         self.layers = nnx.List(
-            Block(config, i, layout=layout.at(f"layers.{i}"), kernel=kernel) for i in range(config.num_layers)
+            Block(config, i, layout=layout.at(f"layers.{i}"), kernel=kernel, region=region) for i in range(config.num_layers)
         )
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)

@@ -195,7 +195,7 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
         ids = tokens - jax.lax.axis_index(axes) * table.shape[0]
         held = (ids >= 0) & (ids < table.shape[0])
         x = jnp.where(held[..., None], table[jnp.where(held, ids, 0)], jnp.zeros((), table.dtype))
-        x = jax.lax.psum(x, summed) if summed else x
-        return jax.lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True) if scattered else x
+        x = jax.lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True) if scattered else x
+        return jax.lax.psum(x, summed) if summed else x
 
     return jax.shard_map(local, mesh=mesh, out_specs=out.spec)(table, tokens)

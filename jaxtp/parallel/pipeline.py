@@ -23,12 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec
 
 from jaxtp.model.stacked import Spec
 from jaxtp.parallel.schedules import Kind, Name, Schedule
 from jaxtp.parallel.stages import Stages
+from jaxtp.sharding import specs_of
 
 Arrays = dict[str, jax.Array]
 
@@ -38,8 +41,8 @@ class Parts:
     """A model cut in three, `micro` being one microbatch of [B, T] arrays.
 
     enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], active [n] bool, x [b, T, D], micro) -> x; it sees one rank's
-    and one group's arrays, and of `micro` what `needed` takes of it. leave(tables, x, micro) -> sums, of which the first is
-    what is learned from.
+    and one group's arrays, and of `micro` what `needed` takes of it. leave(tables, x, micro) -> sums of each row [B], of which
+    the first is what is learned from.
     """
 
     enter: Callable[[Arrays, Any], jax.Array]
@@ -106,17 +109,13 @@ class Pipeline:
     def gradients(
         self, parts: Parts, tables: Arrays, stacks: Arrays, *, fixed: tuple[Arrays, Arrays], batch: Any, over: jax.Array
     ) -> tuple[Arrays, Arrays, tuple[jax.Array, ...]]:
-        """(gradients of tables, of stacks, sums) of what `parts.leave` gives, over the microbatches of `batch` [M, B, T].
+        """(gradients of tables, of stacks, sums): of what `parts.leave` gives, over all rows and microbatches of `batch`
+        [M, B, T], divided by `over`.
 
         tables: what all ranks use, typed `reduced` over dp. stacks: of the blocks' weights, as `arrange` makes them, whole
-        over dp. fixed: (tables, stacks) that get none. The sums are divided by `over`. Gradients are float32, and not yet summed
-        over dp.
+        over dp. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed over dp.
         """
-
-        def leave(*args: Any) -> tuple[jax.Array, ...]:
-            return tuple(s / over for s in parts.leave(*args))
-
-        run = self._run(self.schedule(_micros(batch)), replace(parts, leave=leave), fixed, batch)
+        run = self._run(self.schedule(_micros(batch)), parts, fixed, batch, over)
         stacks = {path: self._cut(w) for path, w in stacks.items()}
         state = run.begin(tables, stacks)
         first = 0
@@ -124,18 +123,21 @@ class Pipeline:
             body = functools.partial(run.tick, kind=kind, tables=tables, stacks=stacks)
             state, _ = jax.lax.scan(body, state, run.orders.during(first, first + ticks))
             first += ticks
-        return state.tables, {path: self._uncut(g) for path, g in state.stacks.items()}, state.sums
+        sums = tuple(s.sum() / over for s in state.sums)
+        return state.tables, {path: self._uncut(g) for path, g in state.stacks.items()}, sums
 
     def sums(self, parts: Parts, tables: Arrays, stacks: Arrays, batch: Any) -> tuple[jax.Array, ...]:
         """What `parts.leave` gives, summed over the microbatches, without gradients."""
         schedule = replace(self.schedule(_micros(batch)), name="forward")
         run = self._run(schedule, parts, (tables, stacks), batch)
         body = functools.partial(run.tick, kind="F", tables={}, stacks={})
-        return jax.lax.scan(body, run.begin({}, {}), run.orders)[0].sums
+        return tuple(s.sum() for s in jax.lax.scan(body, run.begin({}, {}), run.orders)[0].sums)
 
-    def _run(self, schedule: Schedule, parts: Parts, fixed: tuple[Arrays, Arrays], batch: Any) -> _Run:
+    def _run(
+        self, schedule: Schedule, parts: Parts, fixed: tuple[Arrays, Arrays], batch: Any, over: jax.Array | float = 1.0
+    ) -> _Run:
         tables, stacks = fixed
-        return _Run(parts, self.stages, schedule, (tables, {path: self._cut(w) for path, w in stacks.items()}), batch)
+        return _Run(parts, self.stages, schedule, (tables, {path: self._cut(w) for path, w in stacks.items()}), batch, over)
 
 
 # -- one pass over a batch -----------------------------------------------------------------------------------------------
@@ -213,8 +215,16 @@ class _Orders:
 class _Run:
     """One pass over a batch [M, B, T], while it is traced."""
 
-    def __init__(self, parts: Parts, stages: Stages, schedule: Schedule, fixed: tuple[Arrays, Arrays], batch: Any) -> None:
-        self.parts, self.stages, self.schedule, self.batch = parts, stages, schedule, batch
+    def __init__(
+        self,
+        parts: Parts,
+        stages: Stages,
+        schedule: Schedule,
+        fixed: tuple[Arrays, Arrays],
+        batch: Any,
+        over: jax.Array | float,
+    ) -> None:
+        self.parts, self.stages, self.schedule, self.batch, self.over = parts, stages, schedule, batch, over
         self.tables, self.stacks = fixed
         self.mesh = jax.typeof(jax.tree.leaves(batch)[0]).sharding.mesh
         self.orders = _Orders.of(schedule, self.mesh)
@@ -268,7 +278,7 @@ class _Run:
                 kept = kept.at[0, 0, slot].set(jnp.where(order.busy[0] != 0, x, kept[0, 0, slot]))
             return x[None, None], kept, _picked(beside, order)
 
-        out = _spec(state.forth), _spec(state.kept), jax.tree.map(_apart, beside)
+        out = *specs_of((state.forth, state.kept)), jax.tree.map(_apart, beside)
         x, kept, micro = _locally(take, orders.forward, entering, state.forth, state.kept, beside, out=out)
         y = self._stage(self._chunk(stacks, orders.forward), x, orders.forward, micro)
         state = replace(state, forth=_shift(y, 1), kept=kept)
@@ -287,11 +297,9 @@ class _Run:
         # the chunk once more, now with what its backward pass needs
         y, pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
 
-        def learn(tables: Arrays, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            sums = self._leave(tables, x, orders.turns)
-            return sums[0], sums
-
-        (_, sums), (to_tables, to_y) = jax.value_and_grad(learn, (0, 1), has_aux=True)(tables, _from(y, ranks - 1))
+        sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, _from(y, ranks - 1))
+        loss, *others = sums
+        to_tables, to_y = learn((jnp.ones_like(loss) / self.over, *(jnp.zeros_like(other) for other in others)))
 
         def turn(order, to_y, back):
             last = (jax.lax.axis_index("pp") == ranks - 1) & (order.chunk[0] == chunks - 1)
@@ -311,7 +319,7 @@ class _Run:
             state,
             back=_shift(to_x, -1),
             tables=total,
-            stacks=_locally(add, order, state.stacks, to_stacks, out=jax.tree.map(_spec, state.stacks)),
+            stacks=_locally(add, order, state.stacks, to_stacks, out=specs_of(state.stacks)),
             sums=jax.tree.map(jnp.add, state.sums, sums),
         )
 
@@ -352,10 +360,69 @@ class _Run:
 # -- what each rank does by itself ---------------------------------------------------------------------------------------
 
 
+def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any]) -> Any:
+    """`sharding.on_each_device` inside a stage, which is mapped over dp and pp: these axes' parts are each device's own as
+    well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
+
+    The backward pass begins with the forward one; what is kept is `args`.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+
+    def back(leaves: tuple[jax.Array, ...], grads: Any) -> Any:
+        def of(*chosen: jax.Array) -> Any:
+            some = iter(chosen)
+            return function(*jax.tree.unflatten(tree, [next(some) if f else a for f, a in zip(floats, leaves, strict=True)]))
+
+        return jax.vjp(of, *(a for f, a in zip(floats, leaves, strict=True) if f))[1](grads)
+
+    @jax.custom_vjp
+    def run(*leaves: jax.Array) -> Any:
+        return _own(function, jax.tree.unflatten(tree, leaves), like)
+
+    def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
+
+    def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
+        of_floats = iter(_own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f)))
+        return tuple(next(of_floats) if f else None for f in floats)
+
+    run.defvjp(forward, backward)
+    return run(*leaves)
+
+
+def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], mapped_over: int = 0) -> Any:
+    """`function` in a region that is manual over every axis of the mesh, once both axes that are mapped over have come by."""
+
+    @custom_vmap
+    def run(*args: Any) -> Any:
+        mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
+        every = {"axis_names": set(mesh.axis_names)} if mapped_over == 2 else {}
+        region = jax.shard_map(
+            function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)), check_vma=False, **every
+        )
+        return region(*args)
+
+    @run.def_vmap
+    def over(size: int, batched: Any, *args: Any) -> Any:
+        assert all(jax.tree.leaves(batched))
+
+
+        def part(*args: Any) -> Any:
+            if jax.tree.leaves(args)[0].shape[0] > 1:  # the other axis has yet to come
+                return jax.vmap(function)(*args)
+            return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda a: a[0], args)))
+
+        out = _own(part, args, like, mapped_over + 1)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run(*args)
+
+
 def _locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
     """`function` of each device's own parts of `args`; out: the layouts of what it returns."""
     mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
-    return jax.shard_map(function, mesh=mesh, in_specs=jax.tree.map(_spec, args), out_specs=out, check_vma=False)(*args)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=out, check_vma=False)(*args)
 
 
 def _shift(x: jax.Array, by: int) -> jax.Array:

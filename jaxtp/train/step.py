@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
-from jaxtp.parallel.pipeline import Parts, Pipeline
+from jaxtp.parallel.pipeline import Parts, Pipeline, mapped
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -271,9 +271,15 @@ class Trainer:
         assert self.pipeline
         stacked, layout, stages = self.stacked, self.stacked.layout, self.pipeline.stages
         kernel = stacked.model.layers[0].attention.kernel
-        # within a stage dp is mapped over: no dim lies on it
         inner = Stacked(
-            Llama(stacked.config, mesh=layout.mesh, rules=layout.rules.using(batch=None), dtype=layout.dtype.name, kernel=kernel)
+            Llama(
+                stacked.config,
+                mesh=layout.mesh,
+                rules=layout.rules.using(batch=None),  # dp is mapped over: no dim lies on it
+                dtype=layout.dtype.name,
+                kernel=kernel,
+                region=mapped,
+            )
         )
         windows = stages.alike(stacked.config.windows)
 
@@ -290,8 +296,7 @@ class Trainer:
 
         def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
             x = stacked.whole(tables).norm(x)
-            loss, nats = cross_entropy(stacked, tables, x, micro, z_loss=self.z_loss)
-            return loss.sum(), nats.sum()
+            return cross_entropy(stacked, tables, x, micro, z_loss=self.z_loss)
 
         return Parts(
             enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),

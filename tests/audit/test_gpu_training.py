@@ -5,20 +5,14 @@ import functools
 import math
 from collections import Counter
 
-import jax
-import jax.numpy as jnp
 import pytest
+import steps
 from conftest import shared
 
-from jaxtp import Llama, Rules, preset
+from jaxtp import preset
 from jaxtp.audit import audit, gpu_mesh
-from jaxtp.audit.targets import not_cached
-from jaxtp.model.stacked import Stacked
-from jaxtp.train.lora import Adapters, Lora
-from jaxtp.train.loss import Batch
+from jaxtp.train.lora import Lora
 from jaxtp.train.memory import step_memory
-from jaxtp.train.optim import Optimizer, transformation
-from jaxtp.train.step import Trainer
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
 
@@ -40,17 +34,8 @@ def compiled(
 ):
     mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=DP, tp=TP)
     config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=layers, windows=())
-    rules = Rules().sequence_parallel() if sequence_parallel else Rules()
-    stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype="bfloat16"))
-    adapters = Adapters(stacked, lora) if lora else None
-    optimizer = transformation(Optimizer(), 100, (adapters or stacked).specs())
-    trainer = Trainer(stacked, optimizer, adapters, zero=zero, remat=remat)
-    place = stacked.layout.sharding(None, "batch", "tokens")
-    ints, floats = (jax.ShapeDtypeStruct((accumulate, ROWS, tokens), d, sharding=place) for d in (jnp.int32, jnp.float32))
-    with jax.set_mesh(mesh), not_cached():
-        step = jax.jit(trainer.step, donate_argnums=0)
-        program = step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
-    return audit(program, mesh), trainer
+    trainer = steps.trainer(config, mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat)
+    return audit(steps.compiled(trainer, rows=ROWS, tokens=tokens, accumulate=accumulate), mesh), trainer
 
 
 def params(trainer, *, looped=None):
