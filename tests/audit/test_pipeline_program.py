@@ -84,9 +84,10 @@ def test_only_permutes_go_from_stage_to_stage(schedule, chunks):
 @pytest.mark.parametrize("micros", [4, 8, 24])
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
 def test_inputs_are_kept_for_as_many_microbatches_as_the_schedule_says(schedule, chunks, micros):
-    program, _ = on_cpus(schedule, chunks, micros)
+    program, _ = on_cpus(schedule, chunks, micros, rows=3)
     loop = next(i for i in hlo.computations(program.as_text())["ENTRY"] if i.opcode == "while")
-    kept = {shape[2] for _, shape in hlo.shapes(loop.shape) if len(shape) == 6 and shape[-3:] == (2, 64, 64)}  # [d, P, S, b, T, D]
+    # [d, P, S, b, T, D]
+    kept = {shape[2] for _, shape in hlo.shapes(loop.shape) if len(shape) == 6 and shape[-3:] == (3, 64, 64)}
     assert kept == {Schedule(schedule, 4, micros, chunks).in_flight(0)}
 
 
