@@ -1,7 +1,7 @@
 """Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
 
-Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim, query_heads
-                      (all their channels, cut between KV heads), mlp, gate_up
+Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim,
+                      query_heads (all their channels, cut between KV heads), mlp, gate_up
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
                       cache), hidden (inside the MLP), logits, cached
 

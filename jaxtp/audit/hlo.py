@@ -87,9 +87,9 @@ def groups(rest: str) -> tuple[tuple[int, ...], ...] | None:
         joined = re.findall(r"'([^']+)'", match[2])
         found = _split(list(axes.values()), [list(axes).index(name) for name in joined])
         if match := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", rest):  # the mesh is of devices in this order
-            shape, order = [[int(n) for n in match[i].split(",")] for i in (1, 2)]
-            devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel().tolist()
-            found = tuple(tuple(devices[i] for i in group) for group in found)
+            dims, turned = [[int(n) for n in match[i].split(",")] for i in (1, 2)]
+            ids = np.arange(math.prod(dims)).reshape(dims).transpose(turned).ravel().tolist()
+            found = tuple(tuple(ids[i] for i in group) for group in found)
         return found
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         shape, order = [[int(n) for n in match[i].split(",")] for i in (1, 2)]

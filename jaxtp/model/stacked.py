@@ -9,6 +9,7 @@ L layers; else as in `llama`.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,8 +133,10 @@ class Stacked:
 
             if remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan has no common parts
-            part = stacks, filled
-            x, _ = jax.lax.scan(body, x, part if last - first == len(windows) else jax.tree.map(lambda a: a[first:last], part))
+            part, here = (stacks, filled), slice(first, last)
+            x, _ = jax.lax.scan(
+                body, x, part if last - first == len(windows) else jax.tree.map(operator.itemgetter(here), part)
+            )
         return x
 
     def whole(self, params: Params) -> Llama:
@@ -179,7 +182,6 @@ class Stacked:
                 each[name] = split(params[name])
             weight.set_value(each[name][layer])
         return model
-
 
 
 def _alike(windows: tuple[int | None, ...]) -> Iterator[tuple[int | None, int, int]]:

@@ -122,9 +122,7 @@ def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
 # weights again from them.
 
 
-def _blocks(
-    T: int, block: int, window: int | None, segment_ids: jax.Array | None
-) -> Iterator[tuple[slice, slice, jax.Array]]:
+def _blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | None) -> Iterator[tuple[slice, slice, jax.Array]]:
     """For each block: its queries, the keys that any of them sees, and which one sees which [B or 1, block, keys]."""
     place = jnp.arange(T)
     for start in range(0, T, block):
@@ -157,7 +155,9 @@ def _blocked_forward(
     return out, (q, k, v, segment_ids, out, log_z)
 
 
-def _blocked_backward(block: int, window: int | None, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _blocked_backward(
+    block: int, window: int | None, kept: Any, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segment_ids, out, log_z = kept
     T, dtype, scale = q.shape[1], q.dtype, q.shape[-1] ** -0.5
     q, grad, out = (jnp.einsum("BTKGH->BKGTH", a) for a in (q, grad, out))
@@ -172,8 +172,7 @@ def _blocked_backward(block: int, window: int | None, kept: Any, grad: jax.Array
         beyond = [(0, 0), (0, 0), (keys.start, T - keys.stop), (0, 0)]
         to_k = to_k + jnp.pad(_product("BKGTS,BKGTH->BKSH", to_scores, asked), beyond)
         to_v = to_v + jnp.pad(_product("BKGTS,BKGTH->BKSH", weights.astype(dtype), mine), beyond)
-    to_q = jnp.einsum("BKGTH->BTKGH", jnp.concatenate(to_q, axis=3))
-    return to_q, to_k.astype(dtype), to_v.astype(dtype), None
+    return jnp.einsum("BKGTH->BTKGH", jnp.concatenate(to_q, axis=3)), to_k.astype(dtype), to_v.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

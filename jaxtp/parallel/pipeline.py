@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.model.stacked import Spec
 from jaxtp.parallel.schedules import Kind, Name, Schedule
@@ -256,9 +255,7 @@ class _Run:
             sums=jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding.spec), sums),
         )
 
-    def tick(
-        self, state: _State, orders: _Orders, *, kind: Kind, tables: Arrays, stacks: Arrays
-    ) -> tuple[_State, None]:
+    def tick(self, state: _State, orders: _Orders, *, kind: Kind, tables: Arrays, stacks: Arrays) -> tuple[_State, None]:
         """One tick, the same on all ranks."""
         if "F" in kind:
             state = self._forward(state, orders, tables, stacks)
@@ -310,7 +307,9 @@ class _Run:
         _, enter = jax.vjp(lambda tables: self._enter(tables, orders.returns), tables)
         entered = _from(to_x, 0)
         (from_entering,) = enter(jnp.where(orders.returns[1] != 0, entered, jnp.zeros((), entered.dtype)))
-        total = {path: g + to_tables[path].astype(g.dtype) + from_entering[path].astype(g.dtype) for path, g in state.tables.items()}
+        total = {
+            path: g + to_tables[path].astype(g.dtype) + from_entering[path].astype(g.dtype) for path, g in state.tables.items()
+        }
 
         def add(order, total, new):
             return jax.tree.map(lambda t, g: t.at[0, 0, order.chunk[0]].add(g[0, 0].astype(t.dtype)), total, new)
@@ -331,9 +330,7 @@ class _Run:
     def _leave(self, tables: Arrays, x: jax.Array, which: jax.Array) -> tuple[jax.Array, ...]:
         """Zeros, and zero gradients, where no microbatch is there."""
         there = which[1] != 0
-        sums = self.parts.leave(
-            {**self.tables, **tables}, jnp.where(there, x, jnp.zeros((), x.dtype)), self._micro(which)
-        )
+        sums = self.parts.leave({**self.tables, **tables}, jnp.where(there, x, jnp.zeros((), x.dtype)), self._micro(which))
         return tuple(jnp.where(there, s, jnp.zeros((), s.dtype)) for s in sums)
 
     def _stage(self, weights: Arrays, x: jax.Array, order: _Order, micro: Any) -> jax.Array:
@@ -384,7 +381,9 @@ def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[.
         return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
 
     def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
-        of_floats = iter(_own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f)))
+        of_floats = iter(
+            _own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f))
+        )
         return tuple(next(of_floats) if f else None for f in floats)
 
     run.defvjp(forward, backward)
@@ -406,7 +405,6 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
     @run.def_vmap
     def over(size: int, batched: Any, *args: Any) -> Any:
         assert all(jax.tree.leaves(batched))
-
 
         def part(*args: Any) -> Any:
             if jax.tree.leaves(args)[0].shape[0] > 1:  # the other axis has yet to come

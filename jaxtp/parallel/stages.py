@@ -81,8 +81,8 @@ class Stages:
         slots = [{kinds[f + i] for f, size in zip(first, self.sizes, strict=True) if i < size} for i in range(self.slots)]
         if any(len(found) > 1 for found in slots):
             raise ValueError(
-                f"pp={self.ranks}: layers that stand in the same place of their stages differ ({list(kinds)}); a stage must hold "
-                "a whole number of the pattern that they repeat"
+                f"pp={self.ranks}: layers that stand in the same place of their stages differ ({list(kinds)}); a stage must "
+                "hold a whole number of the pattern that they repeat"
             )
         return tuple(found.pop() for found in slots)
 

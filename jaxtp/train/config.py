@@ -182,7 +182,9 @@ class TrainConfig:
             raise ValueError(f"parallel.accumulate={parts} must divide data.batch_size={rows}")
         split = self.parallel
         if split.pp == 1 and (split.chunks > 1 or split.layers_per_stage):
-            raise ValueError("parallel.chunks and parallel.layers_per_stage are a pipeline's; they need parallel.pp of at least 2")
+            raise ValueError(
+                "parallel.chunks and parallel.layers_per_stage are a pipeline's; they need parallel.pp of at least 2"
+            )
         if split.pp > 1:
             Schedule(split.schedule, split.pp, split.accumulate, split.chunks)  # raises where they do not fit
         if self.data.sequence_length < 2:

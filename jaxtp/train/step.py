@@ -64,8 +64,9 @@ class Trainer:
     """A model's training step on a mesh: pure functions to compile.
 
     optimizer: of what is trained, `specs`. adapters: train these, beside frozen weights, which are then an argument of the
-    functions (see `freeze`). pipeline: the way through the blocks where they stand in stages over pp. zero: the stage, 0 to 3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global
-    norm of a gradient, 0 for none. z_loss: see `loss.cross_entropy`.
+    functions (see `freeze`). pipeline: the way through the blocks where they stand in stages over pp. zero: the stage, 0 to
+    3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global norm of a gradient, 0 for none. z_loss: see
+    `loss.cross_entropy`.
     """
 
     stacked: Stacked
@@ -217,7 +218,8 @@ class Trainer:
             return params
 
         def one(w: jax.Array) -> jax.Array:
-            lain = NamedSharding(w.sharding.mesh, PartitionSpec(None, *w.sharding.spec[1:]))
+            partitions = w.sharding.spec.partitions  # type: ignore[attr-defined]
+            lain = NamedSharding(self.stacked.layout.mesh, PartitionSpec(None, *partitions[1:]))
             return jax.jit(jax.sharding.auto_axes(self.pipeline.restore, out_sharding=lain))(w)  # type: ignore[union-attr]
 
         return {path: one(w) if path.startswith(BLOCK) else w for path, w in params.items()}
@@ -230,10 +232,10 @@ class Trainer:
         """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
         weights = params if self.zero == 3 else self._ready(params)
         if self.pipeline:
-            tables, stacks, sums = self.pipeline.gradients(
+            tables, stacks, (total, nats) = self.pipeline.gradients(
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
-            return self._tie(self._settle({**tables, **stacks})), sums
+            return self._tie(self._settle({**tables, **stacks})), (total, nats)
 
         def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
             def mean(weights: Params) -> tuple[jax.Array, jax.Array]:

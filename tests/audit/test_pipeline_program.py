@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -75,10 +76,10 @@ def test_only_permutes_go_from_stage_to_stage(schedule, chunks):
     program, mesh = on_cpus(schedule, chunks, 8, tp=2, remat="full")
     report = audit(program, mesh)
     permutes = [c for c in report.collectives if c.kind == "collective-permute"]
-    assert permutes and all(c.axes == ("pp",) for c in permutes)
+    assert {c.axes for c in permutes} == {("pp",)}
     assert len(permutes) == {"gpipe": 2}.get(schedule, 4)  # F; F and B; B
     assert " conditional(" not in program.as_text()
-    assert not report.count("all-gather", axis="pp") and not report.count("all-to-all")
+    assert report.count("all-gather", axis="pp") == report.count("all-to-all") == 0
 
 
 @pytest.mark.parametrize("micros", [4, 8, 24])
@@ -118,7 +119,7 @@ def test_dp_communicates_once_a_step_and_pp_only_activations():
     assert (gathered, scattered) == (2 * held, 4 * held)  # weights in bfloat16, gradients in float32
     stream = 2 * 1024 * 4096  # a microbatch's activations
     over_pp = [c for c in report.collectives if "pp" in c.axes and c.bytes > 2**16]
-    assert over_pp and all(c.bytes == stream // 2 for c in over_pp)  # of which each device of tp has half
+    assert {c.bytes for c in over_pp} == {stream // 2}  # of which each device of tp has half
     assert {c.kind for c in over_pp} == {"collective-permute", "all-reduce"}
     assert report.count("collective-permute") == 4
 
@@ -137,8 +138,8 @@ def test_1f1b_takes_no_more_memory_with_more_microbatches():
     assert max(flat) - min(flat) < SMALL
     grows = [temp("gpipe", micros) for micros in (8, 16, 32)]
     one = 4 * 4096 * 4096 * 2 // 2  # an input that a rank keeps
-    assert [b - a for a, b in zip(grows, grows[1:], strict=False)] == pytest.approx([8 * one, 16 * one], abs=SMALL)
-    assert flat[1] < grows[1] and flat[2] < grows[2]
+    assert [b - a for a, b in itertools.pairwise(grows)] == pytest.approx([8 * one, 16 * one], abs=SMALL)
+    assert all(a < b for a, b in zip(flat[1:], grows[1:], strict=True))
 
 
 @pytest.mark.slow

@@ -245,9 +245,15 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
         ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4 .* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
         ({"parallel": {"pp": 2, "zero": 2}}, "with pp use zero 0 or 1"),
-        ({"parallel": {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2}}, "2 ranks must divide the microbatches; 1 could be 2"),
+        (
+            {"parallel": {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2}},
+            "2 ranks must divide the microbatches; 1 could be 2",
+        ),
         ({"parallel": {"chunks": 2}}, "they need parallel.pp of at least 2"),
-        ({"parallel": {"pp": 2, "chunks": 2, "accumulate": 2}}, "1f1b has one chunk a rank, not 2; interleaved_1f1b has several"),
+        (
+            {"parallel": {"pp": 2, "chunks": 2, "accumulate": 2}},
+            "1f1b has one chunk a rank, not 2; interleaved_1f1b has several",
+        ),
         ({"lora": {"rank": 8}}, "lora.rank=8 needs model.start, the checkpoint that the adapters are for"),
         ({"lora": {"rank": 8, "targets": ["q"]}}, r"lora.targets=\['q'\] must be some of q_proj, k_proj"),
     ],
