@@ -168,6 +168,9 @@ class Run:
         state, meta = found if found else (self.first_state(), {})
         frozen = self.frozen()
         first = int(state.step)
+        if pipeline := self.trainer.pipeline:
+            bubble = pipeline.schedule(config.parallel.accumulate).bubble
+            logger.info("pipeline: %s; bubble %.1f%%", pipeline.stages.told(), 100 * bubble)
         if meta and (meta["seed"], meta["rows"]) != (config.seed, config.data.batch_size):
             logger.warning(
                 "the run began with seed %s and %s rows a step: its data goes on otherwise", meta["seed"], meta["rows"]
@@ -323,7 +326,6 @@ def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
         layers, sizes = stacked.config.num_layers, split.layers_per_stage
         stages = Stages.split(layers, ranks=mesh.shape["pp"], chunks=split.chunks, sizes=sizes)
         pipeline = Pipeline(mesh, stages, split.schedule)
-        logger.info("pipeline: %s; bubble %.1f%%", stages.told(), 100 * pipeline.schedule(split.accumulate).bubble)
     return Trainer(
         stacked,
         transformation(config.optimizer, config.steps, (adapters or stacked).specs()),

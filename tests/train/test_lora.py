@@ -144,3 +144,17 @@ def test_copies_of_a_kv_head_stay_equal():
         assert b.shape[1] == 8
         assert b.any()
         np.testing.assert_array_equal(b[:, 0::2], b[:, 1::2])
+
+
+def test_adapters_are_trained_in_stages():
+    def of(**options):
+        made = run(tiny.config(num_layers=4), lora=EVERYTHING, **options)
+        micros = 4 if "mesh" in options else 1
+        losses = [float(made.step(packed(i, batch=16), accumulate=micros).nats) for i in range(3)]
+        model = made.trainer.model(made.state, made.frozen, dtype=np.dtype("float32"))
+        return losses, np.asarray(model(packed(0)["tokens"]))
+
+    pipelined = {"schedule": "interleaved_1f1b", "chunks": 2, "zero": 1, "sequence_parallel": True}
+    (losses, logits), alone = of(mesh={"dp": 2, "pp": 2, "tp": 2}, **pipelined), of()
+    np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits, alone[1], atol=1e-5, rtol=0)
