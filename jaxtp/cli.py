@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -49,6 +51,8 @@ class Engine:
     """Shard the residual stream over tokens."""
     kernel: Literal["reference", "xla", "cudnn"] | None = None
     """Attention kernel; default chosen by device and shapes."""
+    tp_across_nodes: Flag = False
+    """Let tensor parallelism go over the network."""
     hf_overrides: str | None = None
     """JSON object laid over config.json; null removes a key."""
     revision: str | None = None
@@ -58,20 +62,59 @@ class Engine:
     virtual_devices: int | None = None
     """Run on this many virtual CPU devices."""
 
+    def see_devices(self) -> None:
+        """Before anything touches one."""
+        from jaxtp import use_virtual_devices
+        from jaxtp.generate import memory
+
+        memory.reserve(self.gpu_memory_utilization)
+        if self.virtual_devices is not None:
+            use_virtual_devices(self.virtual_devices)
+
     def llm(self, model: str) -> LLM:
         """The LLM that these arguments describe."""
         import jax
 
-        from jaxtp import LLM, use_virtual_devices
+        from jaxtp import LLM
 
-        if self.virtual_devices is not None:
-            use_virtual_devices(self.virtual_devices)
+        self.see_devices()
         if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
             jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}
         arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else _object(Path(self.tp_plan).read_text(), "--tp-plan")
         arguments["hf_overrides"] = _object(self.hf_overrides, "--hf-overrides") if self.hf_overrides else None
         return LLM(model, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Several processes, one a node. Slurm, Open MPI and Kubernetes tell by themselves; elsewhere these flags do."""
+
+    nnodes: int | None = None
+    """How many nodes there are."""
+    node_rank: int | None = None
+    """Which one this is, from 0."""
+    master_addr: str | None = None
+    """Where the first one is."""
+    master_port: int | None = None
+    """A port there, of which the next one is used as well; default 29500."""
+    join_timeout: float = 300.0
+    """Seconds for all to be there."""
+    silence_timeout: float = 60.0
+    """Seconds without a sign of life after which a node is given up, and all end."""
+
+    def join(self) -> contextlib.AbstractContextManager[Any]:
+        """All of them together, for the time of a `with` block."""
+        from jaxtp.distributed import processes
+
+        return processes(
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            master_addr=self.master_addr,
+            master_port=self.master_port,
+            timeout=self.join_timeout,
+            silence=self.silence_timeout,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +176,7 @@ class Generate:
     """Print the text as it comes."""
     engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    launch: tyro.conf.OmitArgPrefixes[Launch] = field(default_factory=Launch)
 
     def run(self) -> None:
         """Generates and prints."""
@@ -144,7 +188,13 @@ class Generate:
             raise FileNotFoundError(f"--output: there is no folder {self.output.absolute().parent}")
         prompts: list[str | list[int]] = [*self.prompt] or [*_read_prompts(self.prompts_file)]
         params = self.sampling.params()
-        llm = self.engine.llm(self.model)
+        self.engine.see_devices()
+        with self.launch.join() as nodes:
+            speaks = nodes is None or nodes.index == 0
+            with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
+                self._generate(self.engine.llm(self.model), prompts, params, writes=speaks)
+
+    def _generate(self, llm: LLM, prompts: list[str | list[int]], params: SamplingParams, *, writes: bool) -> None:
         if self.stream:
             for prompt in prompts:  # one after another: they would interleave
                 _print_stream(llm.stream(prompt, params))
@@ -154,9 +204,9 @@ class Generate:
             print("\n\n".join(f"{request.prompt}{output.text}" for request in requests for output in request.outputs))
             return
         lines = "".join(json.dumps(_record(request), ensure_ascii=False) + "\n" for request in requests)
-        if self.output:
+        if self.output and writes:
             self.output.write_text(lines)
-        else:
+        elif not self.output:
             sys.stdout.write(lines)
 
 
@@ -195,17 +245,20 @@ class Train:
         """Trains; exit code 75 after SIGTERM (saved, start again), 76 where the run diverged."""
         from jaxtp import train, use_virtual_devices
 
-        config = train.load(self.config, self.overrides, prog=f"jaxtp train {self.config}")
+        launch, overrides = tyro.cli(Launch, args=self.overrides, return_unknown_args=True, add_help=False)
+        config = train.load(self.config, overrides, prog=f"jaxtp train {self.config}")
         if config.parallel.virtual_devices:
             use_virtual_devices(config.parallel.virtual_devices)
-        try:
-            train.train(config)
-        except train.Preempted as stopped:
-            print(f"jaxtp: {stopped}", file=sys.stderr)
-            raise SystemExit(train.PREEMPTED) from None
-        except train.Diverged as stopped:
-            print(f"jaxtp: {stopped}", file=sys.stderr)
-            raise SystemExit(train.NON_FINITE) from None
+        code = 0
+        with launch.join() as nodes:
+            try:
+                train.train(config)
+            except (train.Preempted, train.Diverged) as stopped:  # on all nodes alike
+                if nodes is None or nodes.index == 0:
+                    print(f"jaxtp: {stopped}", file=sys.stderr)
+                code = train.PREEMPTED if isinstance(stopped, train.Preempted) else train.NON_FINITE
+        if code:
+            raise SystemExit(code)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ logger = logging.getLogger("jaxtp")
 def show(level: int = logging.INFO) -> None:
     """Prints the log of the first process, unless handlers are already there."""
     logger.setLevel(level)
+    if not logger.filters:
+        logger.addFilter(lambda record: jax.process_index() == 0)
     if logger.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: jax.process_index() == 0)
     logger.addHandler(handler)
 
 

@@ -18,28 +18,51 @@ AXES = ("dp", "pp", "cp", "ep", "tp")
 
 
 def make_mesh(
-    *, dp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    dp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    tp: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    tp_across_nodes: bool = False,
 ) -> Mesh:
     """A mesh over the first dp·pp·cp·ep·tp of `devices` (default: all there are).
 
-    One size may be -1: it takes what the others leave. Raises ValueError where sizes and devices do not fit.
+    One size may be -1: it takes what the others leave. Raises ValueError where sizes and devices do not fit, and where tp
+    would join devices of several processes, that is, go over the network, unless `tp_across_nodes`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _resolve({"dp": dp, "pp": pp, "cp": cp, "ep": ep, "tp": tp}, len(devices))
     used = devices[: math.prod(sizes)]
     if jax.process_count() > 1 and len(used) != len(devices):
         raise ValueError(f"{_shown(sizes)} uses {len(used)} of {len(devices)} devices; over several processes use all")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
+    shared = [group for group in mesh.devices.reshape(-1, sizes[-1]) if len({device.process_index for device in group}) > 1]
+    if shared and not tp_across_nodes:
+        local = jax.local_device_count()
+        raise ValueError(
+            f"tp={sizes[-1]} would join devices of several nodes, each of which has {local}, over the network; legal tp within "
+            f"a node: {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}. Let pp or dp cross nodes, or allow "
+            "it (tp_across_nodes)"
+        )
+    return mesh
 
 
 def use_virtual_devices(count: int) -> None:
-    """Makes this process see `count` CPU devices. Call it before anything touches a device; raises RuntimeError after."""
+    """Makes this process see `count` CPU devices of its own. Call it before anything touches a device; raises RuntimeError
+    after.
+    """
     if count < 1:
         raise ValueError(f"{count} virtual devices: at least one is needed")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-    if len(jax.devices()) != count:
-        raise RuntimeError(f"asked for {count} virtual devices, but JAX had already started with {len(jax.devices())}")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)  # refused once JAX has started
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:
+        if len(jax.local_devices()) != count or jax.default_backend() != "cpu":
+            raise RuntimeError(
+                f"asked for {count} virtual devices, but JAX had already started with {len(jax.local_devices())}"
+            ) from None
 
 
 def platform(mesh: Mesh | jax.sharding.AbstractMesh) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
@@ -167,6 +168,22 @@ def on_each_device(function: Callable[..., Any], args: tuple[Any, ...], like: Ca
     """
     mesh = next(jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
     return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)))(*args)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, laid out over the devices of all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole array on the host of every process, wherever its parts are."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def specs_of(tree: Any) -> Any:

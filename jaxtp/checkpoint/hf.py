@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from jaxtp.checkpoint.names import Index, Part, parts
 from jaxtp.config import ModelConfig
 from jaxtp.log import console, interactive
-from jaxtp.sharding import variables
+from jaxtp.sharding import fetch, variables
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
@@ -160,7 +160,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
 
     for path, weight in variables(model):
         array = weight.get_value()
-        host = _whole(array)
+        host = fetch(array)
         for part in parts(config, path, array.shape):
             tensor = part.write(host)
             if size and size + tensor.nbytes > max_shard_bytes:
@@ -202,14 +202,6 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
             shutil.copy(path, folder / path.name)
     if not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _files(folder: Path) -> list[Path]:

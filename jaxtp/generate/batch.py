@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtp.generate import buckets
@@ -16,6 +15,7 @@ from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS, Made, State, begin, decode, empty, prefill
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows
+from jaxtp.sharding import fetch, put
 
 STOP_STRING_STEPS = 8  # the host looks for stop strings this often
 
@@ -84,7 +84,7 @@ class Batch:
     # -- to the device -------------------------------------------------------------------------------------------------
 
     def _put(self, array: np.ndarray, *dims: str | None) -> jax.Array:
-        return jax.device_put(array, self.model.layout.sharding(*dims))
+        return put(array, self.model.layout.sharding(*dims))
 
     def _row_array(self, value: Callable[[Row], object], fill: object, dtype: type) -> jax.Array:
         values = [value(row) for row in self.rows] + [fill] * (self.size - len(self.rows))
@@ -144,13 +144,13 @@ class Batch:
         for i, row in enumerate(self.rows):
             seen[i, row.prompt] = True
         sharding = layout.sharding("batch", "logits")
-        return Counts(jax.device_put(seen, sharding), jnp.zeros(seen.shape, jnp.int32, device=sharding))
+        return Counts(put(seen, sharding), put(np.zeros(seen.shape, np.int32), sharding))
 
     # -- and back ------------------------------------------------------------------------------------------------------
 
     def _take(self, made: Made, show: bool) -> None:
-        tokens = np.asarray(made.tokens)[:, : int(made.count)].tolist()
-        logprobs = jax.tree.map(np.asarray, made.logprobs)
+        tokens = fetch(made.tokens)[:, : int(made.count)].tolist()
+        logprobs = jax.tree.map(fetch, made.logprobs)
         for i, row in enumerate(self.rows):
             found = None if logprobs is None else lambda at, i=i: Logprobs(*(a[i, at] for a in jax.tree.leaves(logprobs)))
             row.take(tokens[i], found, show=show)

@@ -44,7 +44,8 @@ class LLM:
     prompt and completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory
     that weights and KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
     one prefill call takes. tp_plan, sequence_parallel, kernel: see `Llama.from_pretrained`. seed: of requests that have
-    none. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
+    none. Over several processes (`distributed.processes`) each of them makes the same calls; tp stays within a process unless
+    tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LLM:
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
         kernel: Kernel | None = None,
+        tp_across_nodes: bool = False,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
         seed: int = 0,
@@ -93,6 +95,7 @@ class LLM:
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
                 kernel=kernel,
+                across=tp_across_nodes,
                 hf_overrides=hf_overrides,
                 revision=revision,
                 progress=progress,
@@ -314,6 +317,7 @@ def _load(
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
     kernel: Kernel | None,
+    across: bool,
     hf_overrides: Mapping[str, Any] | None,
     revision: str | None,
     progress: bool,
@@ -332,7 +336,7 @@ def _load(
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     check_layout(config, tp, rules)
-    mesh, dtype = make_mesh(dp=dp, tp=tp), dtype or config.dtype or "float32"
+    mesh, dtype = make_mesh(dp=dp, tp=tp, tp_across_nodes=across), dtype or config.dtype or "float32"
     if load_format == "dummy":
         made = Llama.random(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
         made.source = str(folder) if folder else None

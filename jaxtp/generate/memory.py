@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
@@ -62,6 +64,8 @@ def budget(model: Llama, *, utilization: float) -> Budget:
     cache = model.empty_cache(model.layout.parts("batch"), 1)
     slot = sum(a.dtype.itemsize * _local(a) for a in jax.tree.leaves(cache.layers))
     free = _free(model, total, utilization)
+    if jax.process_count() > 1:  # all run the same program: what the tightest holds
+        free = int(multihost_utils.process_allgather(np.int32(free >> 20)).min()) << 20
     if free < slot:
         raise ValueError(
             f"the weights take {total / 2**30:.2f} GiB on each device and leave no room for a KV cache; "

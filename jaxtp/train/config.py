@@ -116,6 +116,8 @@ class Parallel:
     """The order in which a pipeline takes them; see `jaxtp.draw_schedule`."""
     chunks: int = 1
     """Chunks of layers on each rank of the pipeline, for interleaved_1f1b."""
+    tp_across_nodes: bool = False
+    """Let tp join devices of several nodes, over the network."""
     layers_per_stage: tuple[int, ...] | None = None
     """Of each stage in the model's order; default: balanced."""
     remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
@@ -70,7 +71,8 @@ class Run:
         self.config, self.folder = config, Path(config.folder)
         parallel, data = config.parallel, config.data
         self._profile = Profile(config.log.profile_steps, self.folder)
-        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, tp=parallel.tp)
+        across = parallel.tp_across_nodes
+        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, tp=parallel.tp, tp_across_nodes=across)
         dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
         if rows % dp:
             legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
@@ -104,7 +106,10 @@ class Run:
             raise ValueError("data.train names no file to train on")
         folder = Path(data.tokenizer) if data.tokenizer else start
         if data.tokenizer and data.train_tokenizer and not Path(data.tokenizer, "tokenizer.json").exists():
-            train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
+            if jax.process_index() == 0:
+                train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("tokenizer")
             logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
         return Tokenizer(hf.resolve(folder)) if folder else None
 
@@ -191,7 +196,7 @@ class Run:
         evaluate: Callable[..., tuple[jax.Array, jax.Array]],
         saved: Checkpoints,
         report: Report,
-        stop: list[int],
+        stop: Callable[[int], bool],
     ) -> Result:
         config, first = self.config, int(state.step)
         losses: list[tuple[int, float]] = []
@@ -212,7 +217,7 @@ class Run:
             told = (number + 1) % config.log.every == 0 or number + 1 == config.steps
             loss = float(metrics.nats)  # waits for the step
             took = time.perf_counter() - start
-            profile.after(number, last=number + 1 == config.steps or bool(stop))
+            profile.after(number, last=number + 1 == config.steps)
             if number > first:  # the first one compiles
                 productive += took
                 meter.add(took)
@@ -234,6 +239,7 @@ class Run:
             else:
                 report.step(number + 1)
             last = number + 1 == config.steps
+            stopping = stop(number)
             best = None
             if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
                 best = self._validate(state, frozen, evaluate, number + 1, report)
@@ -241,10 +247,10 @@ class Run:
             if config.log.sample_every and (number + 1) % config.log.sample_every == 0:
                 self._sample(state, frozen, number + 1, report)
             every = config.checkpoints.every
-            if last or stop or (every and (number + 1) % every == 0):
+            if last or stopping or (every and (number + 1) % every == 0):
                 saved.save(state, self._meta(), loss=best)
                 kept = number + 1
-            if stop:
+            if stopping:
                 saved.wait()
                 raise Preempted(f"SIGTERM: saved at step {kept} in {saved.folder}; the same command goes on from there")
         saved.wait()
@@ -296,16 +302,19 @@ class Run:
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """A list that is filled when SIGTERM comes."""
+def _terminated() -> Iterator[Callable[[int], bool]]:
+    """Whether SIGTERM came: asked after every step, answered alike on all processes."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came: list[int] = []
     try:
         before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     except ValueError:  # not in the main thread: nobody can tell us
-        yield came
+        yield lambda step: False
         return
     try:
-        yield came
+        yield lambda step: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
 

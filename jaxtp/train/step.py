@@ -213,14 +213,15 @@ class Trainer:
         return self.stacked.unstack(params, dtype=dtype)
 
     def in_order(self, params: Params) -> Params:
-        """Stacks in the model's order of layers, whatever the pipeline."""
-        if not self.pipeline or self.pipeline.in_order:
+        """Stacks in the model's order of layers, all of them on every rank, whatever the pipeline."""
+        if not self.pipeline:
             return params
+        restore = (lambda w: w) if self.pipeline.in_order else self.pipeline.restore
 
         def one(w: jax.Array) -> jax.Array:
             partitions = w.sharding.spec.partitions  # type: ignore[attr-defined]
             lain = NamedSharding(self.stacked.layout.mesh, PartitionSpec(None, *partitions[1:]))
-            return jax.jit(jax.sharding.auto_axes(self.pipeline.restore, out_sharding=lain))(w)  # type: ignore[union-attr]
+            return jax.jit(jax.sharding.auto_axes(restore, out_sharding=lain))(w)
 
         return {path: one(w) if path.startswith(BLOCK) else w for path, w in params.items()}
 
