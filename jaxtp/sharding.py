@@ -133,7 +133,8 @@ class Layout:
         over = set(names(axis))
         # where stages hold the head together, the sum over them comes last on the way back, when each device has few tokens
         beyond = set(names(self.rules.axis("logits", self.path))) - over
-        x = reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, reduced=beyond), self.mesh)
+        own = jax.typeof(x).sharding.spec
+        x = reshard(x, PartitionSpec(*own.partitions, reduced=own.reduced | beyond), self.mesh)
         return reshard(x, PartitionSpec(batch, tokens, None, reduced=over | beyond), self.mesh)
 
 

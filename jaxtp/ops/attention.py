@@ -99,7 +99,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[
     """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it as q is, and
     the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
     """
-    scores = _scores(jnp.einsum("BTKGH->BKGTH", q), k, seen)
+    scores = _scores("BTKGH,BKSH->BKGTS", q, k, seen)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -108,8 +108,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[
     return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    scores = _product("BKGTH,BKSH->BKGTS", q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
+def _scores(formula: str, q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    scores = _product(formula, q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
@@ -165,7 +165,7 @@ def _blocked_backward(
     to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for queries, keys, seen in _blocks(T, block, window, segment_ids):
         asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
-        weights = jnp.exp(_scores(asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
+        weights = jnp.exp(_scores("BKGTH,BKSH->BKGTS", asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
         to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
         to_scores = (weights * (to_weights - along[:, :, :, queries]) * scale).astype(dtype)
         to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))

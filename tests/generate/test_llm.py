@@ -525,7 +525,7 @@ def test_overrides_hold_for_presets_and_for_the_end_of_a_text(folder, llm):
 
 
 def test_axes_over_which_nothing_is_split():
-    with pytest.raises(ValueError, match="the mesh has pp=2, over which nothing is split yet"):
+    with pytest.raises(ValueError, match="the mesh has pp=2, over which these rules split nothing"):
         Llama(tiny.config(), mesh=make_mesh(pp=2, tp=4))
 
 
