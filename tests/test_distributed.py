@@ -210,6 +210,19 @@ def test_when_one_is_lost_the_others_say_which_and_end(text, tmp_path, blow, tol
 
 
 @pytest.mark.slow
+def test_sigterm_to_one_is_saved_by_all_at_the_same_step(text, tmp_path):
+    config = run_config(tmp_path / "run", text, dp=-1, virtual_devices=1)
+    config.write_text(config.read_text().replace("steps: 8", "steps: 100000").replace("every: 4", "every: 0"))
+    processes = start([["-m", "jaxtp", "train", str(config)]] * 2)
+    after_first_step(processes, tmp_path / "run")
+    processes[1].send_signal(signal.SIGTERM)
+    for code, _, err in ended(processes):
+        assert code == 75, err
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert max(losses(tmp_path / "run")) == step
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
