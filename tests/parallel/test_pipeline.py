@@ -47,7 +47,10 @@ def reference():
     return of
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("pp 2, v 2", "dp 2 × pp 2 × tp 2, ZeRO 1")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_gradients_and_losses_are_those_of_one_device(case, reference):
     mesh, layers, micros, options = CASES[case]
     tied = list(CASES).index(case) % 2 == 0
