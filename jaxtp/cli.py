@@ -7,8 +7,10 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,18 +105,21 @@ class Launch:
     silence_timeout: float = 60.0
     """Seconds without a sign of life after which a node is given up, and all end."""
 
-    def join(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def join(self) -> Iterator[Any]:
         """All of them together, for the time of a `with` block."""
         from jaxtp.distributed import processes
 
-        return processes(
+        with processes(
             nnodes=self.nnodes,
             node_rank=self.node_rank,
             master_addr=self.master_addr,
             master_port=self.master_port,
             timeout=self.join_timeout,
             silence=self.silence_timeout,
-        )
+        ) as nodes:
+            with _mistakes() if nodes else contextlib.nullcontext():  # said here, so that the exit code is known in there
+                yield nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +196,9 @@ class Generate:
         self.engine.see_devices()
         with self.launch.join() as nodes:
             speaks = nodes is None or nodes.index == 0
+            if nodes:
+                _same_everywhere([prompts, dataclasses.asdict(params)])
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for training, which saves first
             with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
                 self._generate(self.engine.llm(self.model), prompts, params, writes=speaks)
 
@@ -238,7 +246,7 @@ class Train:
     """Train or fine-tune as a YAML file says; flags after it change single settings (--optimizer.learning-rate 1e-3)."""
 
     config: tyro.conf.Positional[Path]
-    """YAML file, such as configs/train/demo.yaml."""
+    """YAML file, such as configs/train/demo.yaml. Over several nodes: the flags --nnodes ... of `jaxtp generate --help`."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> None:
@@ -293,9 +301,19 @@ def main() -> None:
         VERBS, args=arguments, prog="jaxtp", description="A Llama on more than one GPU, in JAX."
     )
     try:
-        (dataclasses.replace(command, overrides=tuple(rest)) if rest else command).run()
+        with _mistakes():
+            (dataclasses.replace(command, overrides=tuple(rest)) if rest else command).run()
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """One line, and the exit code, for what a user got wrong."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("JAXTP_DEBUG"):
             raise
@@ -303,6 +321,16 @@ def main() -> None:
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _same_everywhere(asked: Any) -> None:
+    """Raises ValueError where the processes of a job were not asked the same."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    mine = zlib.crc32(json.dumps(asked, default=str).encode())
+    if len(set(multihost_utils.process_allgather(np.uint32(mine)).tolist())) > 1:
+        raise ValueError("the nodes were given different prompts or sampling flags; all of them must be given the same")
 
 
 def _read_prompts(path: Path | None) -> Iterator[str | list[int]]:

@@ -49,23 +49,26 @@ def nodes(
     master_port: int | None = None,
     env: Mapping[str, str] = os.environ,
 ) -> Nodes | None:
-    """From the arguments, or from what Slurm, Open MPI or a Kubernetes job tells, or from NNODES, NODE_RANK, MASTER_ADDR and
-    MASTER_PORT; None where nothing speaks of a second process.
+    """From the arguments, or from what Slurm or Open MPI tells, or from NNODES, NODE_RANK (or JOB_COMPLETION_INDEX, of a
+    Kubernetes job); MASTER_ADDR, which only Slurm knows by itself, and MASTER_PORT. None where nothing speaks of a second
+    process.
 
     Raises ValueError where something is missing or does not fit.
     """
     port = master_port or int(env.get("MASTER_PORT", PORT))
     host = master_addr or env.get("MASTER_ADDR")
-    if nnodes is not None or node_rank is not None:
-        count, index, where = nnodes, node_rank, "--nnodes and --node-rank"
+    if nnodes is not None or node_rank is not None or master_addr is not None:
+        count = _int(env, "NNODES") if nnodes is None else nnodes
+        index = _int(env, "NODE_RANK", "JOB_COMPLETION_INDEX") if node_rank is None else node_rank
+        where = "--nnodes and --node-rank"
+        if count is None:
+            raise ValueError("--node-rank and --master-addr need --nnodes, the number of processes")
     elif "SLURM_PROCID" in env:
         count, index, where = _int(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), _int(env, "SLURM_PROCID"), "Slurm"
         host = host or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-        port = port if master_port or "MASTER_PORT" in env else 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+        port = port if master_port or "MASTER_PORT" in env else 20000 + 2 * (int(env.get("SLURM_JOB_ID", "0")) % 10000)
     elif "OMPI_COMM_WORLD_RANK" in env:
         count, index, where = _int(env, "OMPI_COMM_WORLD_SIZE"), _int(env, "OMPI_COMM_WORLD_RANK"), "Open MPI"
-        told = re.search(r"tcp://([\d.]+)", env.get("OMPI_MCA_orte_hnp_uri", ""))
-        host = host or (told[1] if told else None)
     else:
         count, index, where = _int(env, "NNODES"), _int(env, "NODE_RANK", "JOB_COMPLETION_INDEX"), "NNODES and NODE_RANK"
     if count is None or count == 1:
@@ -122,7 +125,7 @@ def processes(
         yield found
     except BaseException as error:
         peers.fail(error)
-        # JAX would wait for the others, and abort
+        # at its end JAX would wait for the others, and abort
         atexit.register(_exit, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
         raise
     peers.leave()
@@ -153,10 +156,12 @@ class Peers:
     def fail(self, error: BaseException) -> None:
         """This process ends with an error: the others must not wait for it."""
         # a collective fails when another process is lost, of which the watcher's message speaks, and ends this one
-        if isinstance(error, RuntimeError) and self._lost.wait(2.0):
+        if isinstance(error.__cause__ or error, RuntimeError) and self._lost.wait(2.0):
             time.sleep(60)
         self._leaving = True
         self._tell({"end": "failed"})
+        if self._nodes.index == 0:  # JAX's coordinator dies with this process, and the others would abort before they can speak
+            time.sleep(4.0)
         for link in self._links.values():
             link.close()
 

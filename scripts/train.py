@@ -1,4 +1,4 @@
-"""Trains as a YAML file says, on every GPU of this machine (or --parallel.virtual-devices N CPU devices).
+"""Trains as a YAML file says, on every GPU of this machine, or of several (--nnodes; or --parallel.virtual-devices N CPU devices).
 
     python scripts/train.py configs/train/NAME.yaml --optimizer.learning-rate 1e-3 --parallel.tp 4
 

@@ -21,16 +21,16 @@ SLURM = {
     "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456",
     "SLURM_STEP_NODELIST": "gpu[003-005,9],login1",
 }  # fmt: skip
-MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "153.0;tcp://10.9.0.1,10.1.0.1:3491"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "10.9.0.1"}
 KUBERNETES = {"NNODES": "2", "JOB_COMPLETION_INDEX": "1", "MASTER_ADDR": "train-node-0-0.train", "MASTER_PORT": "29600"}
 
 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (SLURM, Nodes(4, 3, "gpu003", 20000 + 123456 % 20000)),
+        (SLURM, Nodes(4, 3, "gpu003", 20000 + 2 * 3456)),
         ({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "7"}, Nodes(4, 3, "a", 7)),
-        ({**SLURM, "SLURM_STEP_NODELIST": "login1"}, Nodes(4, 3, "login1", 20000 + 123456 % 20000)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "login1"}, Nodes(4, 3, "login1", 20000 + 2 * 3456)),
         (MPI, Nodes(2, 1, "10.9.0.1", 29500)),
         (KUBERNETES, Nodes(2, 1, "train-node-0-0.train", 29600)),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "b"}, Nodes(2, 0, "b", 29500)),
@@ -51,8 +51,9 @@ def test_flags_come_before_the_environment():
     [
         ({"nnodes": 2, "node_rank": 2, "master_addr": "c"}, {}, "2 processes, of which this is number 2; it must be 0 to 1"),
         ({"nnodes": 2, "master_addr": "c"}, {}, "number None; it must be 0 to 1"),
+        ({"node_rank": 1}, {}, "--node-rank and --master-addr need --nnodes"),
         ({"nnodes": 2, "node_rank": 0}, {}, "nothing tells where the first is: --master-addr or MASTER_ADDR"),
-        ({}, {k: v for k, v in MPI.items() if "uri" not in k}, "by Open MPI .* MASTER_ADDR"),
+        ({}, {k: v for k, v in MPI.items() if "ADDR" not in k}, "by Open MPI .* MASTER_ADDR"),
     ],
 )
 def test_what_does_not_fit_is_said(arguments, env, message):
@@ -246,7 +247,7 @@ def test_a_missing_or_a_wrong_peer_is_said_in_time(checkpoint, ranks, message):
 def test_tp_stays_within_a_node(checkpoint):
     command = ["-m", "jaxtp", "generate", str(checkpoint), "--prompt", "x", "--virtual-devices", "2", "-tp", "4"]
     for code, _, err in ended(start([command] * 2)):
-        assert code, err
+        assert code == 2, err
         assert (
             "tp=4 would join devices of several nodes, each of which has 2, over the network; legal tp within a node: 1, 2"
             in err

@@ -39,7 +39,7 @@ Arrays = dict[str, jax.Array]
 class Parts:
     """A model cut in three, `micro` being one microbatch of [B, T] arrays.
 
-    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], active [n] bool, x [b, T, D], micro) -> x; it sees one rank's
+    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], filled [n] bool, x [b, T, D], micro) -> x; it sees one rank's
     and one group's arrays, and of `micro` what `needed` takes of it. leave(tables, x, micro) -> sums of each row [B], of which
     the first is what is learned from.
     """

@@ -123,7 +123,7 @@ class Parallel:
     remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"
     """What the backward pass computes again instead of keeping; by default what lies between the products."""
     virtual_devices: int = 0
-    """Run on this many virtual CPU devices."""
+    """Run on this many virtual CPU devices (on each node)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,8 @@ class TrainConfig:
         if rows < 1 or parts < 1 or rows % parts:
             raise ValueError(f"parallel.accumulate={parts} must divide data.batch_size={rows}")
         split = self.parallel
+        if split.pp < 1:
+            raise ValueError(f"parallel.pp={split.pp} must be at least 1")
         if split.pp == 1 and (split.chunks > 1 or split.layers_per_stage):
             raise ValueError(
                 "parallel.chunks and parallel.layers_per_stage are a pipeline's; they need parallel.pp of at least 2"

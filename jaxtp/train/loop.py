@@ -105,12 +105,12 @@ class Run:
         if not data.train:
             raise ValueError("data.train names no file to train on")
         folder = Path(data.tokenizer) if data.tokenizer else start
-        if data.tokenizer and data.train_tokenizer and not Path(data.tokenizer, "tokenizer.json").exists():
-            if jax.process_index() == 0:
+        if data.tokenizer and data.train_tokenizer:
+            if jax.process_index() == 0 and not Path(data.tokenizer, "tokenizer.json").exists():
                 train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
-            if jax.process_count() > 1:
+                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
+            if jax.process_count() > 1:  # the others read what the first has written
                 multihost_utils.sync_global_devices("tokenizer")
-            logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
         return Tokenizer(hf.resolve(folder)) if folder else None
 
     def _split(self, corpus: Corpus, eos: int | None) -> dict[str, Corpus]:
@@ -169,6 +169,13 @@ class Run:
         saved = Checkpoints(
             self.folder / "checkpoints", self.trainer, keep=config.checkpoints.keep, best=config.checkpoints.best
         )
+        if jax.process_count() > 1:
+            seen = multihost_utils.process_allgather(np.int32(max(saved.steps(), default=0)))
+            if len(set(seen.tolist())) > 1:
+                raise ValueError(
+                    f"the nodes see different checkpoints in {saved.folder} (the last is of step {', '.join(map(str, seen))}); "
+                    "it must be a folder that all of them share"
+                )
         found = saved.restore()
         state, meta = found if found else (self.first_state(), {})
         frozen = self.frozen()
@@ -209,15 +216,14 @@ class Run:
         bad, productive = 0, 0.0
         profile = self._profile
         batches = self.batches["train"].from_step(first)
-        kept = first
         for number in range(first, config.steps):
             profile.before(number)
             start = time.perf_counter()
             state, metrics = step(state, next(batches), frozen)
-            told = (number + 1) % config.log.every == 0 or number + 1 == config.steps
             loss = float(metrics.nats)  # waits for the step
             took = time.perf_counter() - start
-            profile.after(number, last=number + 1 == config.steps)
+            last, stopping = number + 1 == config.steps, stop(number)
+            profile.after(number, last=last or stopping)
             if number > first:  # the first one compiles
                 productive += took
                 meter.add(took)
@@ -230,7 +236,7 @@ class Run:
                     f"checkpoint is of step {max(saved.steps(), default=0)}. A lower learning rate or a longer warm-up helps"
                 )
             losses.append((number + 1, loss))
-            if told:
+            if last or (number + 1) % config.log.every == 0:
                 values = {
                     "loss": float(metrics.loss), "nats": loss, "grad_norm": float(metrics.norm),
                     "learning_rate": float(rate(number)), **meter.take(),
@@ -238,8 +244,6 @@ class Run:
                 report.numbers(number + 1, values, note=_note(values))
             else:
                 report.step(number + 1)
-            last = number + 1 == config.steps
-            stopping = stop(number)
             best = None
             if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
                 best = self._validate(state, frozen, evaluate, number + 1, report)
@@ -249,10 +253,9 @@ class Run:
             every = config.checkpoints.every
             if last or stopping or (every and (number + 1) % every == 0):
                 saved.save(state, self._meta(), loss=best)
-                kept = number + 1
-            if stopping:
+            if stopping and not last:
                 saved.wait()
-                raise Preempted(f"SIGTERM: saved at step {kept} in {saved.folder}; the same command goes on from there")
+                raise Preempted(f"SIGTERM: saved at step {number + 1} in {saved.folder}; the same command goes on from there")
         saved.wait()
         goodput = productive / max(time.perf_counter() - self.began, 1e-9)
         logger.info("done: %d steps, %d left out; goodput %.0f%%", config.steps, int(state.skipped), 100 * goodput)
@@ -334,6 +337,8 @@ def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
     if mesh.shape["pp"] > 1:
         layers, sizes = stacked.config.num_layers, split.layers_per_stage
         stages = Stages.split(layers, ranks=mesh.shape["pp"], chunks=split.chunks, sizes=sizes)
+        if config.optimizer.name == "adafactor" and not stages.even:
+            raise ValueError(f"adafactor clips by the RMS of whole stacks, in which {stages.told()}; use adamw or muon")
         pipeline = Pipeline(mesh, stages, split.schedule)
     return Trainer(
         stacked,

@@ -30,8 +30,10 @@ class StepMemory:
 def step_memory(trainer: Trainer, *, rows: int, length: int, accumulate: int = 1) -> StepMemory:
     """For microbatches of `rows` rows of `length` tokens, counted over all devices; `accumulate` of them a step.
 
-    All weights are trained (no adapters). Against the compiler's figures for H200s: BENCHMARKS.md.
+    All weights are trained (no adapters), and no pipeline. Against the compiler's figures for H200s: BENCHMARKS.md.
     """
+    if trainer.pipeline:
+        raise ValueError("step_memory knows no pipelines; compile the step and ask its memory_analysis()")
     config, layout, zero = trainer.stacked.config, trainer.stacked.layout, trainer.zero
     dp, tp, size = layout.mesh.shape["dp"], layout.mesh.shape["tp"], layout.dtype.itemsize
     held = {path: math.prod(s.shape) / (tp if "tp" in s.spec.partitions else 1) for path, s in trainer.specs.items()}

@@ -75,7 +75,7 @@ class Profile:
 
     def before(self, step: int) -> None:
         """Starts at FIRST."""
-        if step == self._first:
+        if step == self._first and jax.process_index() == 0:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._running = True
 

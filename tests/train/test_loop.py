@@ -244,6 +244,15 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
         ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4 .* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
+        (
+            {
+                "parallel": {"pp": 2, "layers_per_stage": [1, 2]},
+                "model": {"shape": {**BASE["model"]["shape"], "num_layers": 3}},
+                "optimizer": {"name": "adafactor"},
+            },
+            "adafactor clips by the RMS of whole stacks, in which 3 layers on 2 stages .* use adamw or muon",
+        ),
+        ({"parallel": {"pp": -1, "dp": 1}}, "parallel.pp=-1 must be at least 1"),
         ({"parallel": {"pp": 2, "zero": 2}}, "with pp use zero 0 or 1"),
         (
             {"parallel": {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2}},
