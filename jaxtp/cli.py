@@ -110,16 +110,16 @@ class Launch:
         """All of them together, for the time of a `with` block."""
         from jaxtp.distributed import processes
 
-        with processes(
+        joined = processes(
             nnodes=self.nnodes,
             node_rank=self.node_rank,
             master_addr=self.master_addr,
             master_port=self.master_port,
             timeout=self.join_timeout,
             silence=self.silence_timeout,
-        ) as nodes:
-            with _mistakes() if nodes else contextlib.nullcontext():  # said here, so that the exit code is known in there
-                yield nodes
+        )
+        with joined as nodes, _mistakes() if nodes else contextlib.nullcontext():  # so that the exit code is known in there
+            yield nodes
 
 
 @dataclass(frozen=True, kw_only=True)

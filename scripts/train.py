@@ -1,8 +1,8 @@
-"""Trains as a YAML file says, on every GPU of this machine, or of several (--nnodes; or --parallel.virtual-devices N CPU devices).
+"""Trains as a YAML file says, on every GPU of this machine (or --parallel.virtual-devices N CPU devices).
 
     python scripts/train.py configs/train/NAME.yaml --optimizer.learning-rate 1e-3 --parallel.tp 4
 
-The same as `jaxtp train`; a run whose folder has checkpoints goes on from the last one.
+The same as `jaxtp train`, over several machines with --nnodes and so on; a run whose folder has checkpoints goes on from the last one.
 """
 
 import sys
