@@ -2,7 +2,8 @@
 
     python scripts/train.py configs/train/NAME.yaml --optimizer.learning-rate 1e-3 --parallel.tp 4
 
-The same as `jaxtp train`, over several machines with --nnodes and so on; a run whose folder has checkpoints goes on from the last one.
+The same as `jaxtp train`, over several machines with --nnodes and its fellows. A run whose folder has checkpoints goes on
+from the last one.
 """
 
 import sys
