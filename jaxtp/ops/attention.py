@@ -73,7 +73,7 @@ def attend_cached(
     B, T, K, G, H = q.shape
     seen = _visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     if T == 1 or kernel != "cudnn":
-        return _attend(q, k, v, seen)[0]
+        return _attend(q, k, v, seen, dims="BTKGH")[0]
     heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
     out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], implementation="cudnn")
     return out.reshape(q.shape)
@@ -95,11 +95,13 @@ def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     return seen if window is None else seen & (key > query - window)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it as q is, and
-    the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, dims: str) -> tuple[jax.Array, jax.Array]:
+    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it in the dtype of
+    q, [B, T, K, G, H], and the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
+
+    dims: the order of q's. For a cache as it is in the decode loop ("BTKGH"), XLA:CPU copies the keys in the other order.
     """
-    scores = _scores("BTKGH,BKSH->BKGTS", q, k, seen)
+    scores = _scores(q, k, seen, dims=dims)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -108,8 +110,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[
     return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(formula: str, q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    scores = _product(formula, q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
+def _scores(q: jax.Array, k: jax.Array, seen: jax.Array, *, dims: str = "BKGTH") -> jax.Array:
+    scores = _product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
@@ -145,8 +147,9 @@ def _blocked(
 def _blocked_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, block: int, window: int | None
 ) -> tuple[jax.Array, Any]:
+    heads = jnp.einsum("BTKGH->BKGTH", q)
     parts = [
-        _attend(q[:, queries], k[:, :, keys], v[:, :, keys], seen)
+        _attend(heads[:, :, :, queries], k[:, :, keys], v[:, :, keys], seen, dims="BKGTH")
         for queries, keys, seen in _blocks(q.shape[1], block, window, segment_ids)
     ]
     out = jnp.concatenate([part for part, _ in parts], axis=1)
@@ -165,7 +168,7 @@ def _blocked_backward(
     to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for queries, keys, seen in _blocks(T, block, window, segment_ids):
         asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
-        weights = jnp.exp(_scores("BKGTH,BKSH->BKGTS", asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
+        weights = jnp.exp(_scores(asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
         to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
         to_scores = (weights * (to_weights - along[:, :, :, queries]) * scale).astype(dtype)
         to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))

@@ -47,7 +47,6 @@ def flops(found, name="ENTRY"):
     return total
 
 
-@pytest.mark.slow  # of the XLA that jax 0.10 brings: what later ones simplify differs by 4%
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
 def test_a_step_takes_the_ticks_of_the_formula(schedule, chunks):
     work = {}
