@@ -33,6 +33,8 @@ class Engine:
     """Folder or hub id of the tokenizer, where it is not the model's."""
     tensor_parallel_size: Annotated[int, Alias(aliases=["-tp"])] = 1
     """Devices that share each layer."""
+    pipeline_parallel_size: Annotated[int, Alias(aliases=["-pp"])] = 1
+    """Stages that the layers are split into, one behind another."""
     data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
     """Groups of devices that share the batch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -73,11 +73,12 @@ PROMPTS = ["one", "and then two", "x"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "tp", "dp"), [(2, 2, 2), (4, 1, 4)])
-def test_generation_is_that_of_one_process(checkpoint, tmp_path, count, tp, dp):
+@pytest.mark.parametrize(("count", "tp", "pp", "dp"), [(2, 2, 1, 2), (2, 2, 2, 1), (4, 1, 2, 2)])
+def test_generation_is_that_of_one_process(checkpoint, tmp_path, count, tp, pp, dp):
     out = tmp_path / "out.jsonl"
     command = ["-m", "jaxtp", "generate", str(checkpoint), "--prompt", *PROMPTS, "--max-tokens", "12", "--temperature", "0.8"]
-    command += ["--output", str(out), "-tp", str(tp), "-dp", str(dp), "--virtual-devices", str(tp * dp // count)]
+    command += ["--output", str(out), "-tp", str(tp), "-pp", str(pp), "-dp", str(dp)]
+    command += ["--virtual-devices", str(tp * pp * dp // count)]
     for code, _, err in ended(start([command] * count)):
         assert code == 0, err
     params = SamplingParams(temperature=0.8, max_tokens=12)
@@ -87,15 +88,16 @@ def test_generation_is_that_of_one_process(checkpoint, tmp_path, count, tp, dp):
 
 
 READS = """
+import json
 import sys
 import jax
 import tyro
-from jaxtp import Llama, make_mesh, use_virtual_devices
+from jaxtp import LLM, use_virtual_devices
 from jaxtp.checkpoint import hf
 from jaxtp.cli import Launch
 
 use_virtual_devices(2)
-launch, (folder,) = tyro.cli(Launch, return_unknown_args=True)
+launch, (folder, layout) = tyro.cli(Launch, return_unknown_args=True)
 read = 0
 
 def counted(self, name, index, plain=hf.Tensors.read):
@@ -106,17 +108,25 @@ def counted(self, name, index, plain=hf.Tensors.read):
 
 hf.Tensors.read = counted
 with launch.join():
-    Llama.from_pretrained(folder, mesh=make_mesh(tp=4, tp_across_nodes=True), progress=False)
-    print(read)
+    LLM(folder, progress=False, **json.loads(layout))
+    print(f"\\nread {read}\\n")
 """
 
 
 @pytest.mark.slow
-def test_each_process_reads_only_its_own_parts(checkpoint):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 4, "tp_across_nodes": True},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+    ids=str,
+)
+def test_each_process_reads_only_its_own_parts(checkpoint, layout):
     reads = []
-    for code, out, err in ended(start([["-c", READS, str(checkpoint)]] * 2)):
+    for code, out, err in ended(start([["-c", READS, str(checkpoint), json.dumps(layout)]] * 2)):
         assert code == 0, err
-        reads.append(int(out.split()[-1]))  # gloo speaks as well
+        reads.append(int(re.search(r"^read (\d+)$", out, re.M)[1]))  # gloo speaks as well
     total = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert all(read < 0.53 * total for read in reads), (reads, total)  # half, and the norms
     assert sum(reads) > 0.98 * total

@@ -66,6 +66,29 @@ def walk(found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 
                 yield from walk(found, called, loops)
 
 
+def trips(loop: Instruction) -> int:
+    """How often a `while` runs, where the compiler knows; else 1."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    return int(known[1]) if known else 1
+
+
+def flops(found: dict[str, list[Instruction]], name: str = "ENTRY") -> int:
+    """Of all matrix products of a computation, loops taken as often as they run. (GPUs' are calls of libraries by then.)"""
+    shaped = {i.name: shapes(i.shape) for i in found[name]}
+    total = 0
+    for i in found[name]:
+        if i.opcode == "dot":
+            left, contracted = re.match(r"%?([\w.\-]+)", i.rest), re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
+            assert left, i.rest
+            dims = [int(d) for d in contracted[1].split(",")] if contracted else []
+            total += 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shaped[left[1]][0][1][d] for d in dims)
+        elif i.opcode == "while":
+            total += trips(i) * sum(flops(found, body) for body in re.findall(r"body=%?([\w.\-]+)", i.rest))
+        elif i.opcode in ("fusion", "call"):
+            total += sum(flops(found, called) for called in i.called)
+    return total
+
+
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array in the text of a shape."""
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]

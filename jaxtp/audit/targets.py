@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from jaxtp.generate.batch import batch_size
 from jaxtp.generate.programs import Programs
 from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.ops.sampling import Features
+from jaxtp.parallel.circulate import between, prefill_ticks
 
 
 def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
@@ -41,8 +44,9 @@ def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Me
 
 def compile_decode(model: Llama, *, batch: int, slots: int, features: Features = Features()) -> Any:
     """The decode program for `batch` rows of `slots` slots, compiled; the model may be abstract."""
-    state = abstract_state(model, batch=batch, slots=slots, features=features)
-    stop = jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=model.layout.sharding("batch"))
+    batch, groups = batch_size(model, batch)
+    state = abstract_state(model, batch=batch, slots=slots, features=features, groups=groups)
+    stop = (jax.ShapeDtypeStruct((batch // groups,), jnp.bool_, sharding=model.layout.sharding("batch")),) * groups
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     with not_cached():
         return Programs(model).compile(decode, state, stop, steps, donate=(0,), features=features)
@@ -50,13 +54,17 @@ def compile_decode(model: Llama, *, batch: int, slots: int, features: Features =
 
 def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None = None, fresh: bool = True) -> Any:
     """The prefill program for `tokens` prompt tokens of each row, compiled; `fresh`: the first chunk of the prompts."""
-    layout = model.layout
-    cache = model.empty_cache(batch, slots or tokens)
-    cache = cache if fresh else type(cache)(cache.layers, cache.lengths)
-    last = jax.ShapeDtypeStruct((batch, model.config.hidden_size), layout.dtype, sharding=layout.sharding("batch", None))
-    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
+    layout, (batch, groups) = model.layout, batch_size(model, batch)
+    rows, D = batch // groups, model.config.hidden_size
+    cache = replace(model.empty_cache(batch, slots or tokens, groups=groups), fresh=fresh)
+    last = jax.ShapeDtypeStruct((rows, D), layout.dtype, sharding=layout.sharding("batch", None))
+    ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     with not_cached():
-        return Programs(model).compile(prefill, cache, last, ids, jax.ShapeDtypeStruct((), jnp.int32), donate=(0, 1))
+        if not model.stacks:
+            return Programs(model).compile(prefill, cache, last, ids, number, donate=(0, 1))
+        args = cache, (last,) * groups, between(model, rows, tokens), (ids,) * groups, number, number
+        return Programs(model).compile(prefill_ticks, *args, donate=(0, 1, 2))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtp.checkpoint.names import Index, Part, parts
+from jaxtp.checkpoint.names import Index, Part, made_of
 from jaxtp.config import ModelConfig
 from jaxtp.log import console, interactive
 from jaxtp.sharding import fetch, variables
@@ -111,26 +111,32 @@ def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
     weights = dict(variables(model))
-    made_of = {path: parts(config, path, weight.get_value().shape) for path, weight in weights.items()}
+    found = {path: made_of(config, path, weight) for path, weight in weights.items()}
     with Tensors(folder) as tensors, _bar(progress) as bar:
-        _check(tensors, config, folder, {path: (weights[path].get_value().shape, made_of[path]) for path in weights})
+        _check(
+            tensors, config, folder, {part.name: part.shape(each) for each, rows in found.values() for part in sum(rows, ())}
+        )
         total = sum(_bytes(w.get_value()) for w in weights.values())
         task = bar.add_task(f"loading {folder.name}", total=total)
         for path, weight in weights.items():
             abstract = weight.get_value()
-            weight.set_value(_read(tensors, abstract, made_of[path]))
+            weight.set_value(_read(tensors, abstract, *found[path]))
             bar.advance(task, _bytes(abstract))
 
 
-def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, made_of: tuple[Part, ...]) -> jax.Array:
+def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, each: tuple[int, ...], rows: list[tuple[Part, ...]]) -> jax.Array:
+    """A weight whose rows are of the shape `each` and made of these tensors, as `made_of` says."""
     blocks: dict[str, np.ndarray] = {}  # devices that hold the same block share one reading
 
     def block(index: Any) -> np.ndarray:
         if str(index) not in blocks:
             shape = [len(range(*s.indices(n))) for s, n in zip(index, abstract.shape, strict=True)]
-            out = np.empty(shape, abstract.dtype)
-            for part in made_of:
-                part.read(out, index, abstract.shape, functools.partial(tensors.read, part.name))
+            out = np.zeros(shape, abstract.dtype)
+            stacked = len(each) < len(shape)
+            held, inner = (rows[index[0]], index[1:]) if stacked else (rows, index)
+            for row, parts in zip(out if stacked else [out], held, strict=True):
+                for part in parts:
+                    part.read(row, inner, each, functools.partial(tensors.read, part.name))
             blocks[str(index)] = out
         return blocks[str(index)]
 
@@ -161,8 +167,9 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
     for path, weight in variables(model):
         array = weight.get_value()
         host = fetch(array)
-        for part in parts(config, path, array.shape):
-            tensor = part.write(host)
+        each, rows = made_of(config, path, weight)
+        for part, row in ((part, row) for row, parts in zip(host.reshape(-1, *each), rows, strict=True) for part in parts):
+            tensor = part.write(row)
             if size and size + tensor.nbytes > max_shard_bytes:
                 flush()
                 size = 0
@@ -221,10 +228,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _check(
-    tensors: Tensors, config: ModelConfig, folder: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[Part, ...]]]
-) -> None:
-    shapes = {part.name: part.shape(shape) for shape, made_of in wanted.values() for part in made_of}
+def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in shapes if name not in tensors]
     # buffers that old exports carry, and a second copy of a tied table
     known = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxtp.config import ModelConfig
+from jaxtp.sharding import rows
 
 Index = tuple[slice, ...]
 
@@ -87,6 +89,13 @@ class Part:
     def _dims(self, ours: Sequence[int]) -> list[int]:
         picks = {i: s for i, s in enumerate(self.select) if isinstance(s, slice)}
         return [len(range(*picks[i].indices(ours[i]))) if i in picks else ours[i] for i in self._kept(len(ours))]
+
+
+def made_of(config: ModelConfig, path: str, weight: nnx.Variable) -> tuple[tuple[int, ...], list[tuple[Part, ...]]]:
+    """(the shape of a stack's rows, the tensors of each; none where no layer stands); of any other weight its own."""
+    shape, found = weight.get_value().shape, rows(path, weight)
+    each = shape[1:] if weight.get_metadata()["stack"] else shape
+    return each, [() if name is None else parts(config, name, each) for name in found]
 
 
 def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, ...]:

@@ -32,8 +32,15 @@ def slots(filled: int, total: int) -> int:
     return last if last <= 2 * first else 2 * first
 
 
-def chunks(length: int, *, largest: int) -> list[tuple[int, int]]:
-    """How a prompt of `length` tokens is prefilled: (start, tokens) of each chunk, the last one rounded up to a bucket."""
+def chunks(length: int, *, largest: int, alike: bool = False) -> list[tuple[int, int]]:
+    """How a prompt of `length` tokens is prefilled: (start, tokens) of each chunk, the last one rounded up to a bucket.
+
+    alike: all chunks have the same size, as those that go through stages together must.
+    """
+    if alike:
+        count = -(-length // largest)
+        size = min(largest, bucket(-(-length // count), least=MIN_TOKENS))
+        return [(i * size, size) for i in range(count)]
     found, start = [], 0
     while start < length:
         size = min(largest, bucket(length - start, least=MIN_TOKENS))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import buckets, memory
-from jaxtp.generate.batch import Batch
+from jaxtp.generate.batch import Batch, batch_size
 from jaxtp.generate.outputs import RequestOutput
 from jaxtp.generate.params import SamplingParams
 from jaxtp.generate.programs import Programs
@@ -28,6 +28,7 @@ from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
+from jaxtp.parallel.circulate import staged, stages_of
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
 from jaxtp.tp_plan import rules_from_plan
@@ -40,9 +41,10 @@ class LLM:
 
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
-    tensor_parallel_size × data_parallel_size devices are used. dtype: "auto" is the checkpoint's. max_model_len: tokens of
-    prompt and completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory
-    that weights and KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
+    tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used; with stages, groups of rows circulate
+    through them, at best as many as there are stages. dtype: "auto" is the checkpoint's. max_model_len: tokens of prompt and
+    completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory that weights and
+    KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
     one prefill call takes. tp_plan, sequence_parallel, kernel: see `Llama.from_pretrained`. seed: of requests that have
     none. Over several processes (`distributed.processes`) each of them makes the same calls; tp stays within a process unless
     tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
@@ -54,6 +56,7 @@ class LLM:
         *,
         tokenizer: str | Path | Tokenizer | None = None,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -90,6 +93,7 @@ class LLM:
                 model,
                 load_format,
                 tp=tensor_parallel_size,
+                pp=pipeline_parallel_size,
                 dp=data_parallel_size,
                 dtype=None if dtype == "auto" else dtype,
                 tp_plan=tp_plan,
@@ -111,6 +115,7 @@ class LLM:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
+        self._idle_said: set[int] = set()  # what was said of stages that idle
         self._report(time.perf_counter() - start)
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -240,13 +245,24 @@ class LLM:
             count = 1
             while count < min(len(waiting), self.max_num_seqs) and self._fits(waiting[: count + 1]):
                 count += 1
-            yield Batch(self.model, self.programs, waiting[:count], chunk_tokens=self.max_num_batched_tokens)
+            batch = Batch(self.model, self.programs, waiting[:count], chunk_tokens=self.max_num_batched_tokens)
+            self._say_idle(batch)
+            yield batch
             waiting = waiting[count:]
 
+    def _say_idle(self, batch: Batch) -> None:
+        """What a batch wastes that is too small for the stages."""
+        stages, groups, rows = self.model.stages, batch.groups, len(batch.rows)
+        if groups < stages and groups not in self._idle_said:
+            self._idle_said.add(groups)
+            few, enough = f"{rows} row{'s' * (rows > 1)}", stages * self.model.layout.parts("batch")
+            logger.warning(
+                f"{few} on pp={stages}: each stage works in {groups} of {stages} ticks, {enough} rows would keep all busy"
+            )
+
     def _fits(self, rows: Sequence[Row]) -> bool:
-        dp = self.model.layout.parts("batch")
         total = max(len(row.prompt) + row.max_tokens for row in rows)
-        needed = buckets.rows(len(rows), dp=dp) * buckets.bucket(total, least=buckets.MIN_SLOTS)
+        needed = batch_size(self.model, len(rows))[0] * buckets.bucket(total, least=buckets.MIN_SLOTS)
         return needed <= self.budget.cache_tokens
 
     def _report(self, seconds: float) -> None:
@@ -255,6 +271,8 @@ class LLM:
         budget = self.budget
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
+        if self.model.stacks:
+            logger.info("%s", stages_of(self.model).told())
         logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{budget.cache_tokens:,}", budget.cache_bytes / 2**30)
         concurrency = budget.cache_tokens / self.max_model_len
         logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)
@@ -312,6 +330,7 @@ def _load(
     load_format: str,
     *,
     tp: int,
+    pp: int,
     dp: int,
     dtype: str | None,
     tp_plan: str | Mapping[str, str],
@@ -336,13 +355,15 @@ def _load(
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     check_layout(config, tp, rules)
-    mesh, dtype = make_mesh(dp=dp, tp=tp, tp_across_nodes=across), dtype or config.dtype or "float32"
+    layout = staged(config, ranks=pp, rules=rules) if pp > 1 else {"rules": rules}
+    layout |= {"mesh": make_mesh(dp=dp, pp=pp, tp=tp, tp_across_nodes=across), "kernel": kernel}
+    dtype = dtype or config.dtype or "float32"
     if load_format == "dummy":
-        made = Llama.random(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+        made = Llama.random(config, dtype=dtype, **layout)
         made.source = str(folder) if folder else None
         return made
     assert folder is not None
-    return Llama.load(folder, config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, progress=progress)
+    return Llama.load(folder, config, dtype=dtype, progress=progress, **layout)
 
 
 def _tokenizer(source: str | Path | None, *, asked: bool) -> Tokenizer | None:

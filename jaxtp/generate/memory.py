@@ -19,9 +19,9 @@ from jaxtp.sharding import weights
 class Budget:
     """Bytes on each device, and what they hold.
 
-    weight_bytes: all weights. read_bytes: those that a decode step reads (all but the rows of the embedding not looked
-    up). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on one device. cache_tokens:
-    tokens that the caches of all data-parallel groups hold together.
+    weight_bytes: all weights. read_bytes: those that a decode step reads (all but the rows of the embedding not looked up;
+    in stages, at each of a step's ticks). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on
+    one device. cache_tokens: tokens that the caches of all data-parallel groups hold together.
     """
 
     weight_bytes: int
@@ -72,7 +72,7 @@ def budget(model: Llama, *, utilization: float) -> Budget:
             "use more devices (tensor_parallel_size), a smaller dtype, or a higher gpu_memory_utilization"
         )
     embedding = 0 if model.head is None else found["embed"]
-    return Budget(total, total - embedding, free, slot, model.layout.parts("batch"))
+    return Budget(total, (total - embedding) * model.stages, free, slot, model.layout.parts("batch"))
 
 
 def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:

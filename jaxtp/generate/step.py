@@ -1,11 +1,13 @@
-"""The compiled step: from a state to the next token of every row, and the two programs built of it.
+"""The compiled step: from a state to the next token of every row, and the programs built of it.
 
-B batch, T tokens of a prefill chunk, D embed, N tokens a call of `decode` may make.
+B batch (of a group, where groups of rows circulate through the stages of a pipeline), T tokens of a prefill chunk, D embed, N
+tokens a call of `decode` may make.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +17,22 @@ from jax.sharding import NamedSharding
 
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
-from jaxtp.sharding import reshard
+from jaxtp.parallel import circulate
+from jaxtp.parallel.schedules import Circulation
+from jaxtp.sharding import reshard, zeros
 
 CALL_TOKENS = 64  # N: the most tokens that one call of `decode` makes
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
-    """A batch in flight.
+class Group:
+    """Rows that go through the model together.
 
-    cache: holds `cache.lengths` tokens of each row. token [B]: the newest, not yet in the cache. produced [B]: tokens
-    generated. done [B]: rows that ended. rows: their sampling parameters; counts: what penalties need, else None.
+    token [B]: the newest, not yet in the cache. produced [B]: tokens generated. done [B]: rows that ended. rows: their sampling
+    parameters; counts: what penalties need, else None.
     """
 
-    cache: Cache
     token: jax.Array
     produced: jax.Array
     done: jax.Array
@@ -37,19 +40,40 @@ class State:
     counts: Counts | None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """A batch in flight.
+
+    cache: holds `cache.lengths` tokens of each row. groups: one, or those that circulate. between: what is on its way from
+    stage to stage; None where there are none.
+    """
+
+    cache: Cache
+    groups: tuple[Group, ...]
+    between: jax.Array | None = None
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Made:
-    """What a call made: tokens [B, N] (-1 where a row had ended), their logprobs [B, N, …], and how many steps ran."""
+    """What a call made, for each group: tokens [B, N] (-1 where a row had ended), their logprobs [B, N, …]; and in how many
+    steps.
+    """
 
-    tokens: jax.Array
-    logprobs: Logprobs | None
+    tokens: tuple[jax.Array, ...]
+    logprobs: tuple[Logprobs | None, ...]
     count: jax.Array
 
 
-def empty(model: Llama, *, batch: int, slots: int) -> Cache:
+def empty(model: Llama, *, batch: int, slots: int, groups: int) -> Cache:
     """A cache with nothing in it."""
-    return model.empty_cache(batch, slots).zeros()
+    return model.empty_cache(batch, slots, groups=groups).zeros()
+
+
+def nothing(model: Llama, *, rows: int, tokens: int) -> jax.Array:
+    """Nothing on its way from stage to stage yet."""
+    return zeros(circulate.between(model, rows, tokens))
 
 
 def prefill(model: Llama, cache: Cache, last: jax.Array, tokens: jax.Array, start: jax.Array) -> tuple[Cache, jax.Array]:
@@ -67,56 +91,92 @@ def prefill(model: Llama, cache: Cache, last: jax.Array, tokens: jax.Array, star
     return filled, last + picked
 
 
-def begin(model: Llama, last: jax.Array, state: State, *, features: Features) -> tuple[State, Made]:
-    """The first token of every row, from the last hidden state [B, D] of its prompt."""
-    state, token, logprobs = _emit(model, last[:, None], state, features)
-    return state, Made(token[:, None], jax.tree.map(lambda a: a[:, None], logprobs), jnp.int32(1))
+def begin(model: Llama, last: tuple[jax.Array, ...], state: State, *, features: Features) -> tuple[State, Made]:
+    """The first token of every row, from the last hidden state [B, D] of its prompt; stages get their first work."""
+    found = [_emit(model, x[:, None], group, features) for x, group in zip(last, state.groups, strict=True)]
+    groups, tokens, logprobs = zip(*found, strict=True)
+    state = replace(state, groups=groups)
+    if model.stacks:
+        state = replace(state, between=nothing(model, rows=len(tokens[0]), tokens=1))
+        for tick in range(model.stages - 1):
+            state, _ = _tick(model, state, tick)
+    tokens, logprobs = jax.tree.map(lambda a: a[:, None], (tokens, logprobs))
+    return state, Made(tokens, logprobs, jnp.int32(1))
 
 
-def decode(model: Llama, state: State, stop: jax.Array, steps: jax.Array, *, features: Features) -> tuple[State, Made]:
+def decode(
+    model: Llama, state: State, stop: tuple[jax.Array, ...], steps: jax.Array, *, features: Features
+) -> tuple[State, Made]:
     """Up to `steps` (at most N) tokens for every row, in a loop on the device that ends early when all rows have ended.
 
-    stop [B] bool: rows that the host ended. The cache must have room for `steps` more tokens of every open row.
+    stop: for each group [B] bool, rows that the host ended. The cache must have room for `steps` more tokens of every open row,
+    where groups circulate for one more: it is on its way already.
     """
     layout = model.layout
-    batch = state.token.shape[0]
-    state = replace(state, done=state.done | stop)
+    ended = (replace(group, done=group.done | stop) for group, stop in zip(state.groups, stop, strict=True))
+    state = replace(state, groups=tuple(ended))
 
     def buffer(a: jax.Array, fill: int = 0) -> jax.Array:
         sharding = layout.sharding("batch", *[None] * a.ndim)
-        return jnp.full((batch, CALL_TOKENS, *a.shape[1:]), fill, a.dtype, out_sharding=sharding)
+        return jnp.full((a.shape[0], CALL_TOKENS, *a.shape[1:]), fill, a.dtype, out_sharding=sharding)
 
-    shapes = jax.eval_shape(lambda s: _step(model, s, features)[1:], state)
-    made = Made(buffer(shapes[0], -1), jax.tree.map(buffer, shapes[1]), jnp.int32(0))
+    tokens, logprobs = jax.eval_shape(lambda s: _step(model, s, features)[1:], state)
+    made = Made(tuple(buffer(a, -1) for a in tokens), jax.tree.map(buffer, logprobs), jnp.int32(0))
 
     def unfinished(carry: tuple[State, Made]) -> jax.Array:
         state, made = carry
-        return (made.count < steps) & ~jnp.all(state.done)
+        done = functools.reduce(operator.and_, (jnp.all(group.done) for group in state.groups))
+        return (made.count < steps) & ~done
 
     def advance(carry: tuple[State, Made]) -> tuple[State, Made]:
         state, made = carry
-        state, token, logprobs = _step(model, state, features)
+        state, *new = _step(model, state, features)
 
         def put(into: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(into, new, made.count, 1)
 
-        return state, Made(put(made.tokens, token), jax.tree.map(put, made.logprobs, logprobs), made.count + 1)
+        tokens, logprobs = jax.tree.map(put, (made.tokens, made.logprobs), tuple(new))
+        return state, Made(tokens, logprobs, made.count + 1)
 
     return jax.lax.while_loop(unfinished, advance, (state, made))
 
 
-def _step(model: Llama, state: State, features: Features) -> tuple[State, jax.Array, Logprobs | None]:
-    """Puts the newest tokens into the cache and makes the next ones."""
-    at = state.cache.lengths
-    lengths = at + jnp.where(state.done, 0, 1)  # a row that has ended stays where it is
-    x, cache = model.hidden(state.token[:, None], at[:, None], cache=replace(state.cache, lengths=lengths))
-    assert cache is not None
-    return _emit(model, x, replace(state, cache=cache), features)
+def _step(model: Llama, state: State, features: Features) -> tuple[State, tuple[jax.Array, ...], tuple[Logprobs | None, ...]]:
+    """Puts the newest tokens into the cache and makes the next ones, group by group."""
+    ranks, made = model.stages, []
+    for i in range(ranks):
+        state, x = _tick(model, state, ranks - 1 + i)
+        if i < len(state.groups):  # where fewer groups than ranks circulate, none leaves at the other ticks
+            was = state.groups[i]
+            group, *new = _emit(model, x, was, features)
+            made.append(new)
+            one = jnp.where(was.done, 0, 1)  # a row that has ended stays where it is
+            one = jnp.where(jnp.arange(len(state.groups))[:, None] == i, one, 0) if model.stacks else one
+            cache = replace(state.cache, lengths=state.cache.lengths + one)
+            state = replace(state, cache=cache, groups=(*state.groups[:i], group, *state.groups[i + 1 :]))
+    tokens, logprobs = zip(*made, strict=True)
+    return state, tokens, logprobs
 
 
-def _emit(model: Llama, x: jax.Array, state: State, features: Features) -> tuple[State, jax.Array, Logprobs | None]:
+def _tick(model: Llama, state: State, tick: int) -> tuple[State, jax.Array]:
+    """Every rank's work at a tick, and the hidden states [B, 1, D] that come out at the end."""
+    cache = state.cache
+    if not model.stacks:  # all of the work
+        at = cache.lengths
+        x, filled = model.hidden(state.groups[0].token[:, None], at[:, None], cache=replace(cache, lengths=at + 1))
+        assert filled is not None
+        return replace(state, cache=replace(filled, lengths=at)), x
+    assert state.between is not None
+    ring = Circulation.decode(model.stages, len(state.groups))
+    enters = ring.group(tick, 0)
+    entering = None if enters is None else state.groups[enters].token
+    cache, between, x = circulate.decode_tick(model, cache, state.between, entering, tick=tick)
+    return replace(state, cache=cache, between=between), x
+
+
+def _emit(model: Llama, x: jax.Array, group: Group, features: Features) -> tuple[Group, jax.Array, Logprobs | None]:
     """Samples from hidden states [B, 1, D] and notes what that changes; rows that have ended give -1."""
-    rows, layout = state.rows, model.layout
+    rows, layout = group.rows, model.layout
     logits = model.logits(x)[:, 0]
 
     def choose(logits, rows, counts, produced, done):
@@ -136,22 +196,22 @@ def _emit(model: Llama, x: jax.Array, state: State, features: Features) -> tuple
         by_row,
         by_row,
         by_row,
-        None if state.counts is None else Counts(by_vocab, by_vocab),
+        None if group.counts is None else Counts(by_vocab, by_vocab),
         None if features.logprobs is None else Logprobs(by_row, by_row, alternatives, alternatives),
     )
     choose = jax.sharding.auto_axes(choose, out_sharding=out)
-    token, produced, done, counts, logprobs = choose(logits, rows, state.counts, state.produced, state.done)
-    shown, token = jnp.where(state.done, -1, token), jnp.where(state.done, state.token, token)
-    return replace(state, token=token, produced=produced, done=done, counts=counts), shown, logprobs
+    token, produced, done, counts, logprobs = choose(logits, rows, group.counts, group.produced, group.done)
+    shown, token = jnp.where(group.done, -1, token), jnp.where(group.done, group.token, token)
+    return replace(group, token=token, produced=produced, done=done, counts=counts), shown, logprobs
 
 
-def abstract_state(model: Llama, *, batch: int, slots: int, features: Features) -> State:
-    """A state's shapes and shardings, to compile `begin` and `decode` ahead of time."""
-    layout = model.layout
+def abstract_state(model: Llama, *, batch: int, slots: int, features: Features, groups: int = 1) -> State:
+    """A state's shapes and shardings, to compile `begin` and `decode` ahead of time; `batch` rows in all."""
+    layout, size = model.layout, batch // groups
 
     def array(dtype: Any, *shape: int) -> Any:
         dims = ("batch", *[None] * len(shape))
-        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=layout.sharding(*dims))
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=layout.sharding(*dims))
 
     floats, ints = array(jnp.float32), array(jnp.int32)
     rows = Rows(
@@ -169,8 +229,10 @@ def abstract_state(model: Llama, *, batch: int, slots: int, features: Features) 
         min_tokens=ints,
         max_tokens=ints,
     )
-    cache = replace(model.empty_cache(batch, slots), fresh=False)
-    return State(cache, ints, ints, array(jnp.bool_), rows, _abstract_counts(model, batch) if features.penalties else None)
+    cache = replace(model.empty_cache(batch, slots, groups=groups), fresh=False)
+    group = Group(ints, ints, array(jnp.bool_), rows, _abstract_counts(model, size) if features.penalties else None)
+    between: Any = circulate.between(model, size, 1) if model.stacks else None
+    return State(cache, (group,) * groups, between)
 
 
 def _abstract_counts(model: Llama, batch: int) -> Counts:

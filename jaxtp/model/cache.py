@@ -1,6 +1,9 @@
 """The KV cache: for each layer one array of keys and one of values, [B, K, S, H], sharded over rows (dp) and heads (tp).
 
-B batch, K KV heads (as held: at least tp), S slots, H head_dim.
+Where blocks are stacks, one layer for each of P ranks of pp, its arrays are too: [P, B, K, S, H], sharded over pp, and there is
+one for each of M groups of rows, which go through the stages one behind another: all blocks of one, then of the next.
+
+B batch (of a group), K KV heads (as held: at least tp), S slots, H head_dim.
 """
 
 from __future__ import annotations
@@ -11,9 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from jaxtp.sharding import Layout
+from jaxtp.sharding import Layout, zeros
 
 LayerCache = tuple[jax.Array, jax.Array]
 
@@ -23,7 +25,8 @@ LayerCache = tuple[jax.Array, jax.Array]
 class Cache:
     """Keys and values of all layers.
 
-    lengths [B] int32: tokens of each row that are known (a prompt counts whole from the start of its prefill).
+    lengths [B] int32 ([M, B] for groups): tokens of each row that are known (a prompt counts whole from the start of its
+    prefill).
     fresh: nothing is written yet, so the first tokens attend among themselves only and never read it.
     """
 
@@ -34,25 +37,25 @@ class Cache:
     @property
     def slots(self) -> int:
         """Tokens that fit in each row."""
-        return self.layers[0][0].shape[2]
+        return self.layers[0][0].shape[-2]
 
     @staticmethod
     def abstract(
-        layout: Layout, *, dtype: jnp.dtype, layers: int, kv_heads: int, head_dim: int, batch: int, slots: int
+        layout: Layout, *, dtype: jnp.dtype, blocks: int, kv_heads: int, head_dim: int, batch: int, slots: int, groups: int
     ) -> Cache:
-        """Shapes and shardings, no arrays."""
-        sharding = layout.sharding("batch", "heads", "cached", "head_dim")
-        array: Any = jax.ShapeDtypeStruct((batch, kv_heads, slots, head_dim), dtype, sharding=sharding)
-        lengths: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.sharding("batch"))
-        return Cache(layers=((array, array),) * layers, lengths=lengths, fresh=True)
+        """Shapes and shardings, no arrays. layout: of a block's keys and values; batch: rows of all groups together."""
+        dims = {"batch": batch // groups, "heads": kv_heads, "cached": slots, "head_dim": head_dim}
+        count = {}
+        if layout.stack:
+            dims, count = {"layers": len(layout.stack), **dims}, {None: groups}
+        array: Any = jax.ShapeDtypeStruct(tuple(dims.values()), dtype, sharding=layout.sharding(*dims))
+        shape, sharding = (*count.values(), batch // groups), layout.sharding(*count, "batch")
+        lengths: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        return Cache(layers=((array, array),) * (blocks * groups), lengths=lengths, fresh=True)
 
     def zeros(self) -> Cache:
         """The arrays that an abstract cache describes; inside a program over its mesh."""
-
-        def array(a: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.zeros(a.shape, a.dtype, out_sharding=NamedSharding(a.sharding.mesh.abstract_mesh, a.sharding.spec))
-
-        return jax.tree.map(array, self)
+        return zeros(self)
 
     def grown(self, slots: int) -> Cache:
         """This cache with more slots. Each array is copied once and freed, layer by layer, so little is held twice."""
@@ -67,4 +70,4 @@ def _grow(array: jax.Array, slots: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _padded(array: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2]), (0, 0)))
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, slots - array.shape[-2]), (0, 0)))

@@ -80,7 +80,7 @@ class Attention(nnx.Module):
             qk = jnp.concatenate([q, k], axis=3)
         qk = rotate(qk, step.cos, step.sin)
         out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
-        residual = self.layout.at("o").sharding("batch", residual_dim(out, self.layout), None)
+        residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
         z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
@@ -129,7 +129,7 @@ class Mlp(nnx.Module):
         if self.gate_up_bias is not None:
             y = y + beside(self.gate_up_bias[...], y)
         y = _gated(y)
-        residual = self.layout.at("down").sharding("batch", residual_dim(y, self.layout), None)
+        residual = self.layout.at("down").sharding("batch", residual_dim(y.shape[1], self.layout), None)
         z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)
 
@@ -167,10 +167,10 @@ def kv_heads_held(config: ModelConfig, layout: Layout) -> int:
     return max(config.num_kv_heads, layout.parts("kv_heads"))
 
 
-def residual_dim(x: jax.Array, layout: Layout) -> str:
-    """The name of the token dim of the residual stream; x [B, T, ...].
+def residual_dim(tokens: int, layout: Layout) -> str:
+    """The name of the token dim of the residual stream, where there are so many tokens.
 
     Sequence parallelism needs tokens that its axis divides; other steps (a single token, above all) keep the plain
     layout, which costs the same bytes.
     """
-    return "sequence" if x.shape[1] % layout.parts("sequence") == 0 else "tokens"
+    return "sequence" if tokens % layout.parts("sequence") == 0 else "tokens"

@@ -6,7 +6,8 @@ B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtp.checkpoint import hf
-from jaxtp.checkpoint.names import Part, parts
+from jaxtp.checkpoint.names import Part, made_of
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.mesh import make_mesh, platform
 from jaxtp.model.cache import Cache, LayerCache
@@ -25,8 +26,10 @@ from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Region, Rules, check_layout, names, on_each_device, variables
+from jaxtp.sharding import Layout, Region, Rules, check_layout, names, on_each_device, rows, variables
 from jaxtp.tp_plan import rules_from_plan
+
+Stacks = tuple[tuple[int | None, ...], ...]
 
 
 class Llama(nnx.Module):
@@ -45,9 +48,11 @@ class Llama(nnx.Module):
         dtype: str = "float32",
         kernel: Kernel | None = None,
         region: Region = on_each_device,
+        stacks: Stacks = (),
     ) -> None:
-        """region: how attention runs on each device's own part. Raises ValueError, before any device work, where the config
-        cannot be laid out on the mesh by the rules.
+        """region: how attention runs on each device's own part. stacks: for each block the layers that it is, one on each rank
+        of pp (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where
+        the config cannot be laid out on the mesh by the rules.
         """
         check_layout(config, mesh.shape["tp"], rules)
         if dtype not in DTYPES:
@@ -64,11 +69,12 @@ class Llama(nnx.Module):
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
         self.layers = nnx.List(
-            Block(config, i, layout=layout.at(f"layers.{i}"), kernel=kernel, region=region) for i in range(config.num_layers)
+            Block(config, layer, layout=replace(layout.at(f"layers.{layer}"), stack=stack), kernel=kernel, region=region)
+            for layer, stack in _blocks(config, rules, stacks)
         )
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
-        self.config, self.layout = config, layout
+        self.config, self.layout, self.stacks = config, layout, stacks
         self.source: str | None = None  # the folder it was loaded from
 
     @classmethod
@@ -99,32 +105,27 @@ class Llama(nnx.Module):
         return cls.load(folder, config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel, progress=progress)
 
     @classmethod
-    def load(
-        cls, folder: Path, config: ModelConfig, *, mesh: Mesh, rules: Rules, dtype: str, kernel: Kernel | None, progress: bool
-    ) -> Llama:
-        """The same where config and rules are known: reads the folder's weights onto the mesh."""
-        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel)
+    def load(cls, folder: Path, config: ModelConfig, *, mesh: Mesh, dtype: str, progress: bool, **layout: Any) -> Llama:
+        """The same where config and layout (`rules`, `kernel`, …) are known: reads the folder's weights onto the mesh."""
+        model = cls(config, mesh=mesh, dtype=dtype, **layout)
         hf.load(model, config, folder, progress=progress)
         model.source = str(folder)
         return model
 
     @classmethod
     def random(
-        cls,
-        config: ModelConfig,
-        *,
-        mesh: Mesh | None = None,
-        rules: Rules = Rules(),
-        dtype: str = "float32",
-        kernel: Kernel | None = None,
-        seed: int = 0,
+        cls, config: ModelConfig, *, mesh: Mesh | None = None, dtype: str = "float32", seed: int = 0, **layout: Any
     ) -> Llama:
-        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
-        model = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel)
-        for i, (name, weight) in enumerate(variables(model)):
-            abstract = weight.get_value()
-            made_of = parts(config, name, abstract.shape)
-            weight.set_value(_random(jax.random.fold_in(jax.random.key(seed), i), made_of, abstract, "norm" in name))
+        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0.
+
+        layout: `rules`, `kernel` and the like, as `Llama` takes them.
+        """
+        model = cls(config, mesh=mesh or make_mesh(), dtype=dtype, **layout)
+        plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
+        keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
+        for path, weight in variables(model):
+            mine = [None if name is None else keys[name] for name in rows(path, weight)]
+            weight.set_value(_random(mine, *made_of(config, path, weight), weight.get_value(), "norm" in path))
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -192,7 +193,9 @@ class Llama(nnx.Module):
     def embedded(self, tokens: jax.Array | np.ndarray) -> jax.Array:
         """tokens [B, T] -> [B, T, D] in the residual stream's layout."""
         tokens = self.layout.place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
-        return embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens, self.layout), None))
+        return embed(
+            self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens.shape[1], self.layout), None)
+        )
 
     def step(self, positions: jax.Array, segment_ids: jax.Array | None, *, lengths: jax.Array | None = None) -> Step:
         """What every layer needs to know of tokens at `positions` [B, T] of rows that are `lengths` [B] long."""
@@ -217,18 +220,27 @@ class Llama(nnx.Module):
         """V': the vocabulary as held, padded to what the mesh divides."""
         return self.embed.get_value().shape[0]
 
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it."""
-        config, layout = self.config, self.layout.at("layers.0.attention.qkv")
+    @property
+    def stages(self) -> int:
+        """How many stages the blocks stand in, one on each rank of pp."""
+        return len(self.stacks[0]) if self.stacks else 1
+
+    def empty_cache(self, batch: int, slots: int, *, groups: int = 1) -> Cache:
+        """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it.
+
+        groups: in how many groups the rows go through stages (1 where the blocks are no stacks).
+        """
+        config, first = self.config, self.layers[0].attention.layout.at("qkv")
         return Cache.abstract(
-            layout,
+            first,
             # XLA:CPU would carry a 16-bit cache through the decode loop in float32 and convert all of it at every step
-            dtype=jnp.dtype(jnp.float32) if platform(layout.mesh) == "cpu" else layout.dtype,
-            layers=config.num_layers,
-            kv_heads=kv_heads_held(config, layout),
+            dtype=jnp.dtype(jnp.float32) if platform(first.mesh) == "cpu" else first.dtype,
+            blocks=len(self.layers),
+            kv_heads=kv_heads_held(config, first),
             head_dim=config.head_dim,
             batch=batch,
             slots=slots,
+            groups=groups,
         )
 
 
@@ -243,22 +255,48 @@ def _compiled(
     return model(tokens, positions, segment_ids, cache)
 
 
-def _random(key: jax.Array, made_of: tuple[Part, ...], abstract: jax.ShapeDtypeStruct, norm: bool) -> jax.Array:
-    """One weight, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it is laid out."""
+def _random(
+    keys: list[jax.Array | None],
+    each: tuple[int, ...],
+    tensors: list[tuple[Part, ...]],
+    abstract: jax.ShapeDtypeStruct,
+    norm: bool,
+) -> jax.Array:
+    """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
+    is laid out. keys, each, tensors: for each row its key, all their shape, and what `names.made_of` says.
+    """
 
-    def make(key: jax.Array) -> jax.Array:
-        out = jnp.zeros(abstract.shape, abstract.dtype)
+    def one(key: Any, made_of: tuple[Part, ...]) -> jax.Array:
+        out = jnp.zeros(each, abstract.dtype)
         for i, part in enumerate(made_of):
-            shape = part.shape(abstract.shape)
+            shape = part.shape(each)
             if norm or len(shape) == 1:
                 tensor = jnp.full(shape, float(norm), abstract.dtype)
             else:
                 tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(abstract.dtype)
-            out = (
-                out.at[part.select].set(part.spread(tensor, abstract.shape))
-                if part.select
-                else part.spread(tensor, abstract.shape)
-            )
+            out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)
         return out
 
-    return jax.jit(make, out_shardings=abstract.sharding)(key)
+    def make(keys: list[jax.Array | None]) -> jax.Array:
+        drawn = [one(key, made_of) for key, made_of in zip(keys, tensors, strict=True)]
+        return drawn[0] if len(each) == abstract.ndim else jnp.stack(drawn)
+
+    return jax.jit(make, out_shardings=abstract.sharding)(keys)
+
+
+def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:
+    """Of each block a layer that it is, and all of them where it is a stack. Raises ValueError where they differ."""
+
+    def kind(layer: int) -> Any:
+        at = f"layers.{layer}."
+        return config.windows[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
+
+    for stack in stacks or tuple((i,) for i in range(config.num_layers)):
+        first, *others = [layer for layer in stack if layer is not None]
+        different = [layer for layer in others if kind(layer) != kind(first)]
+        if different:
+            raise ValueError(
+                f"the layers {first} and {different[0]} would stand in the same place of their stages, but differ in their "
+                "attention window or layout; a stage must hold a whole number of the pattern that the layers repeat"
+            )
+        yield first, stack if stacks else ()

@@ -80,10 +80,16 @@ def attend_cached(
 
 
 def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """The cache [B, K, S, H] with new [B, T, K, H] in each row's slots start … start+T-1 (start [B]), in place if donated."""
+    """The cache [B, K, S, H] with new [B, T, K, H] in each row's slots start … start+T-1 (start [B]), in place if donated.
+    A row without that many slots stays as it is.
+    """
+    window = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+    )
 
     def row(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, start, 0))
+        new, mode = new.astype(cache.dtype), jax.lax.GatherScatterMode.FILL_OR_DROP
+        return jax.lax.scatter(cache, start[None], new, window, indices_are_sorted=True, unique_indices=True, mode=mode)
 
     cache = jax.vmap(row)(cache, new.swapaxes(1, 2), start)
     # left to itself, XLA:GPU turns a cache of one row around for the next product, and back: two copies a layer

@@ -96,12 +96,12 @@ class Pipeline:
         """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already."""
         rest = jax.typeof(stack).sharding.spec.partitions[1:]
         v, n = self.stages.chunks, self.stages.slots
-        return _locally(lambda w: w.reshape(1, 1, v, n, *w.shape[1:]), stack, out=PartitionSpec("dp", "pp", None, None, *rest))
+        return locally(lambda w: w.reshape(1, 1, v, n, *w.shape[1:]), stack, out=PartitionSpec("dp", "pp", None, None, *rest))
 
     def _uncut(self, grads: jax.Array) -> jax.Array:
         """[d, P, v, n, ...] -> [P·v·n, ...] over pp: each group's share of a sum that is still to be made."""
         rest = jax.typeof(grads).sharding.spec.partitions[4:]
-        return _locally(lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={"dp"}))
+        return locally(lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={"dp"}))
 
     # -- programs ------------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ class _Run:
             return x[None, None], kept, _picked(beside, order)
 
         out = *specs_of((state.forth, state.kept)), jax.tree.map(_apart, beside)
-        x, kept, micro = _locally(take, orders.forward, entering, state.forth, state.kept, beside, out=out)
+        x, kept, micro = locally(take, orders.forward, entering, state.forth, state.kept, beside, out=out)
         y = self._stage(self._chunk(stacks, orders.forward), x, orders.forward, micro)
         state = replace(state, forth=_shift(y, 1), kept=kept)
         if keep:
@@ -290,7 +290,7 @@ class _Run:
         def recall(order, kept, beside):
             return kept[0, 0, order.slot[0]][None, None], _picked(beside, order)
 
-        x, micro = _locally(recall, order, state.kept, beside, out=(_spec(state.back), jax.tree.map(_apart, beside)))
+        x, micro = locally(recall, order, state.kept, beside, out=(spec_of(state.back), jax.tree.map(_apart, beside)))
         # the chunk once more, now with what its backward pass needs
         y, pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
 
@@ -303,7 +303,7 @@ class _Run:
             grad = jnp.where(last, to_y, back[0, 0])
             return jnp.where(order.busy[0] != 0, grad, jnp.zeros((), grad.dtype))[None, None]  # idle: nothing is learned
 
-        to_stacks, to_x = pull(_locally(turn, order, to_y, state.back, out=_spec(state.back)))
+        to_stacks, to_x = pull(locally(turn, order, to_y, state.back, out=spec_of(state.back)))
         _, enter = jax.vjp(lambda tables: self._enter(tables, orders.returns), tables)
         entered = _from(to_x, 0)
         (from_entering,) = enter(jnp.where(orders.returns[1] != 0, entered, jnp.zeros((), entered.dtype)))
@@ -318,7 +318,7 @@ class _Run:
             state,
             back=_shift(to_x, -1),
             tables=total,
-            stacks=_locally(add, order, state.stacks, to_stacks, out=specs_of(state.stacks)),
+            stacks=locally(add, order, state.stacks, to_stacks, out=specs_of(state.stacks)),
             sums=jax.tree.map(jnp.add, state.sums, sums),
         )
 
@@ -347,8 +347,8 @@ class _Run:
         def pick(stacks, order):
             return jax.tree.map(lambda w: w[:, :, order.chunk[0]], stacks)
 
-        out = jax.tree.map(lambda w: PartitionSpec(*_spec(w).partitions[:2], *_spec(w).partitions[3:]), stacks)
-        return _locally(pick, stacks, order, out=out)
+        out = jax.tree.map(lambda w: PartitionSpec(*spec_of(w).partitions[:2], *spec_of(w).partitions[3:]), stacks)
+        return locally(pick, stacks, order, out=out)
 
     def _micro(self, which: jax.Array) -> Any:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which[0], keepdims=False), self.batch)
@@ -357,9 +357,9 @@ class _Run:
 # -- what each rank does by itself ---------------------------------------------------------------------------------------
 
 
-def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any]) -> Any:
-    """`sharding.on_each_device` inside a stage, which is mapped over dp and pp: these axes' parts are each device's own as
-    well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
+def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], *, axes: int = 2) -> Any:
+    """`sharding.on_each_device` inside a stage, which is mapped over that many axes (dp and pp in training): their parts are
+    each device's own as well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
 
     The backward pass begins with the forward one; what is kept is `args`.
     """
@@ -375,14 +375,14 @@ def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[.
 
     @jax.custom_vjp
     def run(*leaves: jax.Array) -> Any:
-        return _own(function, jax.tree.unflatten(tree, leaves), like)
+        return _own(function, jax.tree.unflatten(tree, leaves), like, axes)
 
     def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
 
     def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
         of_floats = iter(
-            _own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f))
+            _own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f), axes)
         )
         return tuple(next(of_floats) if f else None for f in floats)
 
@@ -390,13 +390,13 @@ def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[.
     return run(*leaves)
 
 
-def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], mapped_over: int = 0) -> Any:
-    """`function` in a region that is manual over every axis of the mesh, once both axes that are mapped over have come by."""
+def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int) -> Any:
+    """`function` in a region that is manual over every axis of the mesh, once all `axes` that are mapped over have come by."""
 
     @custom_vmap
     def run(*args: Any) -> Any:
         mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
-        every = {"axis_names": set(mesh.axis_names)} if mapped_over == 2 else {}
+        every = {} if axes else {"axis_names": set(mesh.axis_names)}
         region = jax.shard_map(
             function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)), check_vma=False, **every
         )
@@ -407,17 +407,17 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
         assert all(jax.tree.leaves(batched))
 
         def part(*args: Any) -> Any:
-            if jax.tree.leaves(args)[0].shape[0] > 1:  # the other axis has yet to come
+            if jax.tree.leaves(args)[0].shape[0] > 1:  # another axis has yet to come
                 return jax.vmap(function)(*args)
             return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda a: a[0], args)))
 
-        out = _own(part, args, like, mapped_over + 1)
+        out = _own(part, args, like, axes - 1)
         return out, jax.tree.map(lambda _: True, out)
 
     return run(*args)
 
 
-def _locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
+def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
     """`function` of each device's own parts of `args`; out: the layouts of what it returns."""
     mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
     return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=out, check_vma=False)(*args)
@@ -427,17 +427,17 @@ def _shift(x: jax.Array, by: int) -> jax.Array:
     """[d, P, ...]: each rank's part to the next rank (by=1) or the one before (-1), around."""
     ranks = x.shape[1]
     to = [(rank, (rank + by) % ranks) for rank in range(ranks)]
-    return _locally(lambda x: jax.lax.ppermute(x, "pp", to), x, out=_spec(x))
+    return locally(lambda x: jax.lax.ppermute(x, "pp", to), x, out=spec_of(x))
 
 
 def _from(x: jax.Array, rank: int) -> jax.Array:
     """[d, P, b, T, D]: that rank's part, on all of them: [B, T, D]."""
-    batch, _, _, tokens, _ = _spec(x).partitions
+    batch, _, _, tokens, _ = spec_of(x).partitions
 
     def tell(x):
         return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
 
-    return _locally(tell, x, out=PartitionSpec(batch, tokens, None))
+    return locally(tell, x, out=PartitionSpec(batch, tokens, None))
 
 
 def _micros(batch: Any) -> int:
@@ -451,13 +451,14 @@ def _picked(beside: Any, order: _Order) -> Any:
 
 def _apart(a: jax.Array) -> PartitionSpec:
     """The layout of `_picked` parts of an array [M, B, T]."""
-    return PartitionSpec("dp", "pp", None, _spec(a).partitions[2])
+    return PartitionSpec("dp", "pp", None, spec_of(a).partitions[2])
 
 
-def _spec(a: jax.Array) -> PartitionSpec:
+def spec_of(a: jax.Array) -> PartitionSpec:
+    """The layout that its type says."""
     return jax.typeof(a).sharding.spec
 
 
 def _dual(w: jax.Array) -> PartitionSpec:
     """The layout of w's gradient."""
-    return PartitionSpec(*_spec(w).partitions, unreduced=_spec(w).reduced)
+    return PartitionSpec(*spec_of(w).partitions, unreduced=spec_of(w).reduced)

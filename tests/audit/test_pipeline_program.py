@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 
 import pytest
 import steps
@@ -25,38 +24,16 @@ def on_cpus(schedule, chunks, micros, *, pp=4, tp=1, rows=2, remat="none"):
     return steps.compiled(trainer, rows=rows, tokens=64, accumulate=micros), mesh
 
 
-def trips(instruction):
-    """Of a loop."""
-    return int(re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.rest)[1])
-
-
-def flops(found, name="ENTRY"):
-    """Of all matrix products, loops taken as often as they run."""
-    shapes = {i.name: hlo.shapes(i.shape) for i in found[name]}
-    total = 0
-    for i in found[name]:
-        if i.opcode == "dot":
-            left = shapes[re.match(r"%?([\w.\-]+)", i.rest)[1]][0][1]
-            summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)[1]
-            outer = math.prod(hlo.shapes(i.shape)[0][1])
-            total += 2 * outer * math.prod(left[int(d)] for d in summed.split(","))
-        elif i.opcode == "while":
-            total += trips(i) * flops(found, re.search(r"body=%?([\w.\-]+)", i.rest)[1])
-        elif i.opcode in ("fusion", "call"):
-            total += sum(flops(found, called) for called in i.called)
-    return total
-
-
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
 def test_a_step_takes_the_ticks_of_the_formula(schedule, chunks):
     work = {}
     for micros in (8, 24):
         found = hlo.computations(on_cpus(schedule, chunks, micros)[0].as_text())
-        ticks = [trips(i) for i in found["ENTRY"] if i.opcode == "while"]
+        ticks = [hlo.trips(i) for i in found["ENTRY"] if i.opcode == "while"]
         assert ticks == [ticks for _, ticks in Schedule(schedule, 4, micros, chunks).phases]
-        work[micros] = flops(found)
+        work[micros] = hlo.flops(found)
     # a device's share of the blocks' products of a microbatch, F's once more than without stages, and of the head's
-    alone = [flops(hlo.computations(unpipelined(layers).as_text())) for layers in (8, 4)]
+    alone = [hlo.flops(hlo.computations(unpipelined(layers).as_text())) for layers in (8, 4)]
     blocks, head = 2 * (alone[0] - alone[1]), 2 * alone[1] - alone[0]
     each = (4 / 3 * blocks + head) / 4
     # (with chunks, the head's work is done at every tick)

@@ -1,0 +1,123 @@
+"""What generation over stages does, read from the compiled programs: on CPUs, and compiled for H200s."""
+
+import dataclasses
+import functools
+
+import pytest
+import tiny
+from conftest import shared
+
+from jaxtp import Llama, Rules, make_mesh, preset
+from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh, hlo
+from jaxtp.parallel.circulate import staged
+
+MIB = 2**20
+
+
+def model(config, mesh, *, sequence_parallel=False, dtype="float32") -> Llama:
+    rules = Rules().sequence_parallel() if sequence_parallel else Rules()
+    layout = staged(config, ranks=mesh.shape["pp"], rules=rules) if mesh.shape["pp"] > 1 else {"rules": rules}
+    return Llama(config, mesh=mesh, dtype=dtype, **layout)
+
+
+def step_flops(config, mesh, batch):
+    """Of the matrix products of a decode step on each device."""
+    found = hlo.computations(compile_decode(model(config, mesh), batch=batch, slots=128).as_text())
+    assert sum(i.opcode == "while" for i in found["ENTRY"]) == 1  # whose trips the compiler does not know
+    return hlo.flops(found)
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (4, 1), (2, 2)])
+def test_no_stage_idles_in_a_step(pp, tp):
+    """As many groups as stages: what all devices compute in a step is what one would, and no more."""
+    config = tiny.config(num_layers=8)
+    alone = step_flops(config, make_mesh(), 8)
+    assert step_flops(config, make_mesh(pp=pp, tp=tp), 8) * pp * tp == pytest.approx(alone, rel=1e-6)
+    # a single row takes as many ticks, each of a row
+    assert step_flops(config, make_mesh(pp=pp), 1) == pytest.approx(step_flops(config, make_mesh(), 1), rel=0.15)
+
+
+def test_the_cache_and_the_blocks_lie_with_their_stage():
+    config = tiny.config(num_layers=8)
+    one, four = (model(config, make_mesh(pp=pp)) for pp in (1, 4))
+    for report in (audit(compile_decode(m, batch=8, slots=128), m.layout.mesh) for m in (one, four)):
+        assert not any(c.kind == "all-gather" and c.bytes > 4096 for c in report.collectives)
+    held = [
+        sum(
+            a.dtype.itemsize * functools.reduce(int.__mul__, a.sharding.shard_shape(a.shape))
+            for pair in cache.layers
+            for a in pair
+        )
+        for cache in (one.empty_cache(8, 128), four.empty_cache(8, 128, groups=4))
+    ]
+    assert held[0] == 4 * held[1]
+
+
+# -- compiled for H200s --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpus(pp, tp):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
+    return gpu_mesh(shared("gpu_targets/h200.txtpb"), pp=pp, tp=tp)
+
+
+def check_decode(config, mesh, batch):
+    """Exactly the collectives of theory, all small, all in the loop; nothing copied; the cache updated where it is."""
+    llama, pp, tp = model(config, mesh, dtype="bfloat16"), mesh.shape["pp"], mesh.shape["tp"]
+    compiled = compile_decode(llama, batch=batch, slots=4096)
+    report = audit(compiled, mesh)
+    rows, residual = batch // pp, batch // pp * config.hidden_size * 2
+    assert all(c.loops == 1 and c.dtype in ("bf16", "f32+s32") for c in report.collectives)
+    found = {(c.kind, c.axes, c.bytes): 0 for c in report.collectives}
+    for c in report.collectives:
+        found[c.kind, c.axes, c.bytes] += 1
+    layers = len(llama.layers) * pp  # places, a tick of every stage each
+    assert found == {
+        ("all-reduce", ("tp",), residual): 2 * layers,
+        ("all-reduce", ("pp", "tp"), residual): pp,  # the embedding of what enters
+        ("all-reduce", ("pp",), residual): pp,  # what leaves, to the head that all ranks hold
+        ("collective-permute", ("pp",), residual): pp,
+        ("all-gather", ("pp", "tp"), rows * pp * tp * 8): pp,  # the best token of each device
+    }
+    assert " conditional(" not in compiled.as_text()
+    cache = batch // pp * layers * 2 * (config.num_kv_heads // tp) * 4096 * config.head_dim * 2
+    assert report.aliased_bytes >= cache
+    assert report.copies(MIB) == []
+    assert report.temp_bytes <= 2 * MIB + batch * MIB
+    return report
+
+
+@pytest.mark.parametrize("batch", [2, 8, 64])
+def test_decode(batch):
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=8, windows=())
+    check_decode(config, gpus(2, 4), batch)
+
+
+@pytest.mark.slow
+def test_decode_of_llama_70b_at_tp_4_and_pp_2():
+    config = preset("llama-3.1-70b")
+    report = check_decode(config, gpus(2, 4), 8)
+    weights = 2 * (80 * (8192 * (64 + 16) * 128 + 64 * 128 * 8192 + 3 * 8192 * 28672) + 2 * 128256 * 8192)
+    cache = 8 * 80 * 2 * 8 * 4096 * 128 * 2
+    assert report.argument_bytes == pytest.approx((weights + cache) / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_prefill(sequence_parallel):
+    config, mesh = dataclasses.replace(preset("llama-3.1-8b"), num_layers=8, windows=()), gpus(2, 4)
+    llama = model(config, mesh, sequence_parallel=sequence_parallel, dtype="bfloat16")
+    report = audit(compile_prefill(llama, batch=4, tokens=2048), mesh)
+    assert report.calls["__cudnn$fmhaSoftmax"] == 8
+    stream = 2 * 2048 * config.hidden_size * 2
+    sent = {c.axes: 0 for c in report.collectives}
+    for c in report.collectives:
+        sent[c.axes] += c.traffic
+    # a layer's two sums, and from stage to stage what each device has of the stream, for two groups
+    entering = 2 * stream * 3 // 4 if sequence_parallel else 0  # the embeddings, scattered over tokens
+    assert sent["tp",] == 2 * 8 * (2 * stream * 3 // 4) + entering
+    assert report.count("collective-permute") == 2
+    assert {c.bytes for c in report.collectives if c.kind == "collective-permute"} == {
+        stream // (4 if sequence_parallel else 1)
+    }
+    assert report.temp_bytes < 300 * MIB
