@@ -12,7 +12,7 @@ from jaxtp.draw import draw_schedule, draw_shardings
 from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
 from jaxtp.model import Cache, Llama
-from jaxtp.parallel.schedules import Schedule
+from jaxtp.parallel.schedules import Circulation, Schedule
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import Rules, describe
 
@@ -21,6 +21,7 @@ __all__ = [
     "LLM",
     "PRESETS",
     "Cache",
+    "Circulation",
     "CompletionOutput",
     "Llama",
     "Logprob",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
-from jaxtp.parallel.schedules import Schedule
+from jaxtp.parallel.schedules import Circulation, Schedule
 from jaxtp.sharding import variables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Bar = tuple[int, float, float, Any, int]  # rank, start, width, colour, number
 WIDTH, LABELS = 2.6, 16  # inches of one picture; blocks up to which each is labelled
 NUMBERED = 80  # ticks up to which microbatches are numbered
 
@@ -37,38 +39,53 @@ def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_schedule(schedule: Schedule) -> Figure:
-    """A pipeline schedule over time, a line for each rank: F blue, B orange (twice as long), numbered by microbatch and the
-    darker the later the chunk; what is blank is the bubble.
+def draw_schedule(schedule: Schedule | Circulation) -> Figure:
+    """A pipeline's schedule over time, a line for each rank; what is blank is the bubble.
+
+    Training: F blue, B orange (twice as long), numbered by microbatch and the darker the later the chunk. Generation: the ticks
+    numbered by group of rows.
     """
-    import matplotlib.pyplot as plt
     from matplotlib import colormaps
 
-    p, v = schedule.ranks, schedule.chunks
-    figure, axes = plt.subplots(figsize=(min(4 + 0.22 * len(schedule.kinds), 20), 0.9 + 0.32 * p), layout="constrained")
-    shades, start = {"F": colormaps["Blues"], "B": colormaps["Oranges"]}, 0.0
-    numbered = len(schedule.kinds) <= NUMBERED
+    blues, oranges = colormaps["Blues"], colormaps["Oranges"]
+    bars: list[Bar] = []
+    if isinstance(schedule, Circulation):
+        groups, ticks = schedule.groups, schedule.ranks - 1 + 3 * schedule.ranks
+        for tick, rank in itertools.product(range(ticks), range(schedule.ranks)):
+            if (group := schedule.group(tick, rank)) is not None:
+                bars.append((rank, tick, 1.0, blues(0.3 + 0.45 * group / max(groups - 1, 1)), group))
+        rows = f"{groups} group{'s' * (groups > 1)} of rows"
+        title = f"generation, {rows} on {schedule.ranks} stages: {schedule.idle:.0%} idle in the steady state"
+        return _timeline(bars, schedule.ranks, float(ticks), title, "ticks")
+    v, start = schedule.chunks, 0.0
     for tick, kind in enumerate(schedule.kinds):
         for part in kind:
             width = (1.0 if part == "F" else 2.0) / v
-            for rank in range(p):
+            for rank in range(schedule.ranks):
                 work = schedule.forward(tick, rank) if part == "F" else schedule.backward(tick, rank)
-                if work is None:
-                    continue
-                shade = shades[part](0.35 + 0.45 * work.chunk / max(v - 1, 1))
-                axes.barh(rank, width, left=start, height=0.92, color=shade, edgecolor="white", linewidth=0.6)
-                if numbered:
-                    axes.text(start + width / 2, rank, str(work.microbatch), ha="center", va="center", fontsize=6)
+                if work is not None:
+                    colour = (blues if part == "F" else oranges)(0.35 + 0.45 * work.chunk / max(v - 1, 1))
+                    bars.append((rank, start, width, colour, work.microbatch))
             start += width
-    axes.set(
-        xlim=(0, schedule.time()), ylim=(p - 0.4, -0.6), yticks=range(p), xlabel="time (F of a microbatch = 1)", ylabel="rank"
-    )
     chunks = f", {v} chunks a rank" if v > 1 else ""
-    axes.set_title(
+    title = (
         f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}, "
-        f"{schedule.in_flight(0)} inputs held on rank 0",
-        fontsize=9,
+        f"{schedule.in_flight(0)} inputs held on rank 0"
     )
+    return _timeline(bars, schedule.ranks, schedule.time(), title, "time (F of a microbatch = 1)")
+
+
+def _timeline(bars: Sequence[Bar], ranks: int, end: float, title: str, unit: str) -> Figure:
+    import matplotlib.pyplot as plt
+
+    steps = len({(start, width) for _, start, width, _, _ in bars})
+    figure, axes = plt.subplots(figsize=(min(4 + 0.22 * steps, 20), 0.9 + 0.32 * ranks), layout="constrained")
+    for rank, start, width, colour, number in bars:
+        axes.barh(rank, width, left=start, height=0.92, color=colour, edgecolor="white", linewidth=0.6)
+        if steps <= NUMBERED:
+            axes.text(start + width / 2, rank, str(number), ha="center", va="center", fontsize=6)
+    axes.set(xlim=(0, end), ylim=(ranks - 0.4, -0.6), yticks=range(ranks), xlabel=unit, ylabel="rank")
+    axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
@@ -83,6 +100,8 @@ def _draw(axes: Axes, weight: Any, *, title: str) -> None:
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         spans = [(s.indices(n)[0] / n, s.indices(n)[1] / n) for s, n in zip(index, array.shape, strict=True)]
         (top, bottom), (left, right) = spans[0], spans[-1] if len(spans) > 1 else (0.0, 1.0)
+        if dims[0] == "layers":  # each layer's first dim runs down within it
+            top, bottom = (top + (bottom - top) * at for at in spans[1])
         holders.setdefault((left, top, right - left, bottom - top), []).append(device.id)
     colours = colormaps["Set3"]
     for i, ((x, y, width, height), devices) in enumerate(sorted(holders.items(), key=lambda item: (item[0][1], item[0][0]))):

@@ -40,12 +40,11 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
 
     Raises FileNotFoundError where there is no such folder and no such repository can be had.
     """
-    path = Path(model).expanduser()
+    path, name = Path(model).expanduser(), str(model)
+    if name == "demo" and not (path / "config.json").exists():  # any other folder of that name is not meant
+        return DEMO
     if path.is_dir():
         return path
-    name = str(model)
-    if name == "demo":
-        return DEMO
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
             f"there is no checkpoint folder {path} (nor is it a hub id, which has the form org/name, or demo)"

@@ -129,7 +129,8 @@ class Circulation:
     period: int
 
     def __post_init__(self) -> None:
-        assert self.period % self.groups == 0, f"{self.groups} groups every {self.period} ticks would not keep their places"
+        if min(self.ranks, self.groups, self.period) < 1 or self.period % self.groups:
+            raise ValueError(f"{self.groups} groups that come every {self.period} ticks: the groups must divide the ticks")
 
     @classmethod
     def decode(cls, ranks: int, groups: int) -> Circulation:

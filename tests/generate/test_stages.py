@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtp import LLM, Llama, Rules, SamplingParams, describe, make_mesh
+from jaxtp import LLM, Llama, Rules, SamplingParams, describe, draw_schedule, make_mesh
 from jaxtp.generate.batch import batch_size, filling
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.schedules import Circulation
@@ -194,6 +194,18 @@ def test_circulation(ranks):
             assert idle == pytest.approx(ring.idle)
         assert Circulation.decode(ranks, groups).idle == (0 if count >= ranks else 1 - groups / ranks)
         assert Circulation.prefill(ranks, groups).idle == 0
+
+
+def test_groups_that_would_not_keep_their_places():
+    with pytest.raises(ValueError, match="3 groups that come every 4 ticks: the groups must divide the ticks"):
+        Circulation.decode(4, 3)
+
+
+def test_the_picture_of_a_circulation():
+    pytest.importorskip("matplotlib")
+    (axes,) = draw_schedule(Circulation.decode(4, 2)).axes
+    bars = {(int(bar.get_y() + 0.5), round(bar.get_x())) for bar in axes.patches}
+    assert bars == {(r, t) for r in range(4) for t in range(15) if Circulation.decode(4, 2).group(t, r) is not None}
 
 
 def test_a_group_comes_back_when_its_token_is_known():
