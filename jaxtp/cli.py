@@ -37,6 +37,8 @@ class Engine:
     """Stages that the layers are split into, one behind another."""
     data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
     """Groups of devices that share the batch."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """The sizes of the stages; default balanced."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's."""
     max_model_len: int | None = None

@@ -30,6 +30,8 @@ class Args:
     max_tokens: int = 128
     temperature: float = 0.0
     tp: int | None = None
+    pp: int = 1
+    """Stages that the layers are split into."""
     dp: int | None = None
     dummy: bool = False
     batch: int = 1
@@ -47,10 +49,11 @@ def main(args: Args) -> None:
         use_virtual_devices(args.virtual_devices)
     devices = len(jax.devices())
     config = preset(args.model) if args.dummy else ModelConfig.from_hf(hf.resolve(args.model))
-    tp = args.tp or max(size for size in config.legal_tp(devices) if devices % size == 0)
-    dp = args.dp or devices // tp
+    tp = args.tp or max(size for size in config.legal_tp(devices) if devices % (size * args.pp) == 0)
+    dp = args.dp or devices // (tp * args.pp)
     load_format = "dummy" if args.dummy else "auto"
-    llm = LLM(args.model, tensor_parallel_size=tp, data_parallel_size=dp, dtype=args.dtype, load_format=load_format)
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": args.pp, "data_parallel_size": dp}
+    llm = LLM(args.model, **sizes, dtype=args.dtype, load_format=load_format)
     prompts = [[(7 * i + j) % config.vocab_size for j in range(128)] for i in range(args.batch)] if args.dummy else args.prompt
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=args.dummy)
     if args.dummy:
@@ -59,7 +62,7 @@ def main(args: Args) -> None:
         if not args.dummy:
             print(f"{request.prompt}{request.outputs[0].text}\n")
     if args.audit:
-        compiled = compile_decode(llm.model, batch=dp * -(-len(prompts) // dp), slots=1024)
+        compiled = compile_decode(llm.model, batch=len(prompts), slots=1024)
         print(audit(compiled, llm.model.layout.mesh, name="one decode step"))
 
 

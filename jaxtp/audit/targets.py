@@ -43,7 +43,7 @@ def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Me
 
 
 def compile_decode(model: Llama, *, batch: int, slots: int, features: Features = Features()) -> Any:
-    """The decode program for `batch` rows of `slots` slots, compiled; the model may be abstract."""
+    """The decode program for `batch` rows (rounded up as `LLM` does) of `slots` slots, compiled; the model may be abstract."""
     batch, groups = batch_size(model, batch)
     state = abstract_state(model, batch=batch, slots=slots, features=features, groups=groups)
     stop = (jax.ShapeDtypeStruct((batch // groups,), jnp.bool_, sharding=model.layout.sharding("batch")),) * groups

@@ -29,6 +29,7 @@ from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.parallel.circulate import staged, stages_of
+from jaxtp.parallel.stages import Stages
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
 from jaxtp.tp_plan import rules_from_plan
@@ -42,11 +43,12 @@ class LLM:
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
     tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used; with stages, groups of rows circulate
-    through them, at best as many as there are stages. dtype: "auto" is the checkpoint's. max_model_len: tokens of prompt and
-    completion together (default: the model's own). gpu_memory_utilization: the share of each device's memory that weights and
-    KV cache may take. max_num_seqs: rows that run together. max_num_batched_tokens: prompt tokens that
-    one prefill call takes. tp_plan, sequence_parallel, kernel: see `Llama.from_pretrained`. seed: of requests that have
-    none. Over several processes (`distributed.processes`) each of them makes the same calls; tp stays within a process unless
+    through them, at best as many as there are stages; layers_per_stage: their sizes (default: balanced). dtype: "auto" is
+    the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
+    gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
+    together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
+    `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
+    makes the same calls; tp stays within a process unless
     tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
     """
 
@@ -58,6 +60,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        layers_per_stage: Sequence[int] | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -94,6 +97,7 @@ class LLM:
                 load_format,
                 tp=tensor_parallel_size,
                 pp=pipeline_parallel_size,
+                sizes=layers_per_stage,
                 dp=data_parallel_size,
                 dtype=None if dtype == "auto" else dtype,
                 tp_plan=tp_plan,
@@ -253,7 +257,7 @@ class LLM:
     def _say_idle(self, batch: Batch) -> None:
         """What a batch wastes that is too small for the stages."""
         stages, groups, rows = self.model.stages, batch.groups, len(batch.rows)
-        if groups < stages and groups not in self._idle_said:
+        if self._progress and groups < stages and groups not in self._idle_said:
             self._idle_said.add(groups)
             few, enough = f"{rows} row{'s' * (rows > 1)}", stages * self.model.layout.parts("batch")
             logger.warning(
@@ -331,6 +335,7 @@ def _load(
     *,
     tp: int,
     pp: int,
+    sizes: Sequence[int] | None,
     dp: int,
     dtype: str | None,
     tp_plan: str | Mapping[str, str],
@@ -355,7 +360,8 @@ def _load(
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     check_layout(config, tp, rules)
-    layout = staged(config, ranks=pp, rules=rules) if pp > 1 else {"rules": rules}
+    stages = Stages.split(config.num_layers, ranks=pp, sizes=sizes)
+    layout = staged(stages, rules=rules) if pp > 1 else {"rules": rules}
     layout |= {"mesh": make_mesh(dp=dp, pp=pp, tp=tp, tp_across_nodes=across), "kernel": kernel}
     dtype = dtype or config.dtype or "float32"
     if load_format == "dummy":

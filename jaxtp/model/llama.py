@@ -292,7 +292,7 @@ def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple
         return config.windows[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
 
     for stack in stacks or tuple((i,) for i in range(config.num_layers)):
-        first, *others = [layer for layer in stack if layer is not None]
+        first, *others = [layer for layer in stack if layer is not None] or [0]  # a place that is empty on every rank
         different = [layer for layer in others if kind(layer) != kind(first)]
         if different:
             raise ValueError(

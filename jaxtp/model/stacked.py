@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.model.layers import Step
 from jaxtp.model.llama import Llama
-from jaxtp.sharding import variables
+from jaxtp.sharding import on_each_device, variables
 
 Params = dict[str, jax.Array]
 BLOCK = "layers.*."
@@ -145,7 +145,10 @@ class Stacked:
         return nnx.merge(self._whole, jax.tree.unflatten(self._all, leaves))
 
     def stack(self, model: Llama) -> Params:
-        """The weights of a loaded model as parameters. They are taken over: the model is empty afterwards."""
+        """The weights of a loaded model as parameters. They are taken over: the model is empty afterwards.
+
+        Those of a model in stages lie as its stages do: on each rank of pp its own layers.
+        """
         found: dict[str, list[Any]] = {}
         for path, weight in variables(model):
             found.setdefault(generic(path)[0], []).append(weight)
@@ -154,7 +157,8 @@ class Stacked:
             arrays = [weight.get_value() for weight in found[name]]
             if spec.dims[0] == "layers":
                 sharding = NamedSharding(self.layout.mesh, spec.spec)
-                params[name] = jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)(*arrays)
+                join = _join if model.stacks else jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)
+                params[name] = join(*arrays)
                 for array in arrays:  # one parameter at a time is there twice
                     array.delete()
             else:
@@ -166,10 +170,12 @@ class Stacked:
         """How often each KV head stands in the weights: more than once where tp exceeds them."""
         return self.specs()[BLOCK + "attention.qkv"].shape[1] // self.config.num_kv_heads
 
-    def unstack(self, params: Params, *, dtype: jnp.dtype) -> Llama:
-        """A Llama with these parameters in `dtype` (copies)."""
-        mesh = self.layout.mesh
-        model = Llama(self.config, mesh=mesh, rules=self.layout.rules, dtype=jnp.dtype(dtype).name)
+    def unstack(self, params: Params, *, dtype: jnp.dtype, **layout: Any) -> Llama:
+        """A Llama with these parameters in `dtype` (copies). layout: what else `Llama` is to be told, such as its stages, in
+        whose order the parameters then are.
+        """
+        layout = {"rules": self.layout.rules, **layout}
+        model = Llama(self.config, mesh=self.layout.mesh, dtype=jnp.dtype(dtype).name, **layout)
         each: dict[str, list[jax.Array]] = {}
         for path, weight in variables(model):
             name, layer = generic(path)
@@ -178,10 +184,25 @@ class Stacked:
                 weight.set_value(cast(params[name]))
                 continue
             if name not in each:
-                split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
-                each[name] = split(params[name])
+                if model.stacks:
+                    each[name] = _split(params[name].astype(dtype), len(model.layers))
+                else:
+                    split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
+                    each[name] = split(params[name])
             weight.set_value(each[name][layer])
         return model
+
+
+@jax.jit
+def _join(*blocks: jax.Array) -> jax.Array:
+    """Blocks [P, ...] over pp -> [P·n, ...]: each rank's layers one behind another."""
+    return on_each_device(lambda *layers: jnp.concatenate(layers), blocks, lambda *blocks: blocks[0])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(stack: jax.Array, n: int) -> list[jax.Array]:
+    """The other way round."""
+    return on_each_device(lambda layers: jnp.split(layers, n), (stack,), lambda stack: [stack] * n)
 
 
 def _alike(windows: tuple[int | None, ...]) -> Iterator[tuple[int | None, int, int]]:

@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxtp.config import ModelConfig
 from jaxtp.model import Cache, Llama
 from jaxtp.model.layers import residual_dim
 from jaxtp.parallel.pipeline import locally, mapped, spec_of
@@ -29,10 +28,9 @@ from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, names, reshard
 
 
-def staged(config: ModelConfig, *, ranks: int, rules: Rules) -> dict[str, Any]:
-    """The arguments of a `Llama` whose layers stand in that many stages. Raises ValueError where there are too few."""
-    stages = Stages.split(config.num_layers, ranks=ranks)
-    held = np.array(stages.rows, dtype=object).reshape(ranks, stages.slots)
+def staged(stages: Stages, *, rules: Rules) -> dict[str, Any]:
+    """The arguments of a `Llama` whose layers stand in these stages."""
+    held = np.array(stages.rows, dtype=object).reshape(stages.ranks, -1)
     stacks = tuple(tuple(block) for block in held.T.tolist())
     return {"rules": rules.pipeline_parallel(), "stacks": stacks, "region": functools.partial(mapped, axes=1)}
 

@@ -23,6 +23,7 @@ from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
@@ -153,9 +154,11 @@ class Run:
         return self.trainer.freeze(self._weights(self.config.model.dtype)) if self.trainer.adapters else None
 
     def _weights(self, dtype: str) -> Params:
-        place: dict[str, Any] = {"mesh": self.mesh, "rules": self._rules, "dtype": dtype}
+        pipeline = self.trainer.pipeline  # each of its ranks reads, or makes, its own layers
+        layout = staged(pipeline.stages, rules=self._rules) if pipeline else {"rules": self._rules}
+        place: dict[str, Any] = {"mesh": self.mesh, "dtype": dtype, **layout}
         if self._start:
-            return self.stacked.stack(Llama.load(self._start, self.model_config, **place, kernel=None, progress=True))
+            return self.stacked.stack(Llama.load(self._start, self.model_config, **place, progress=True))
         return self.stacked.stack(Llama.random(self.model_config, **place, seed=self.config.seed))
 
     # -- running -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
+from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.pipeline import Parts, Pipeline, mapped
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters
@@ -172,8 +173,9 @@ class Trainer:
         return {path: self._place(path, weights.pop(path), w.dtype, w.sharding) for path, w in wanted.items()}
 
     def _place(self, path: str, weight: jax.Array, dtype: Any, sharding: NamedSharding) -> jax.Array:
-        """A weight in the model's order of layers, cast, and laid out as it is kept."""
-        if not self.pipeline or self.pipeline.in_order or not path.startswith(BLOCK):
+        """A weight cast, and laid out as it is kept. One that lies over pp is in the order of stages, others in the model's."""
+        ready = weight.sharding.spec[:1] == ("pp",)  # type: ignore[attr-defined]
+        if not self.pipeline or self.pipeline.in_order or ready or not path.startswith(BLOCK):
             return jax.device_put(weight.astype(dtype), sharding)
         arrange = self.pipeline.arrange
         return jax.jit(lambda w: jax.sharding.auto_axes(arrange, out_sharding=sharding)(w.astype(dtype)))(weight)
@@ -209,8 +211,11 @@ class Trainer:
 
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype) -> Llama:
         """The model as trained so far (a copy), adapters merged."""
-        params = self.in_order(self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params)
-        return self.stacked.unstack(params, dtype=dtype)
+        params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
+        if self.pipeline and self.pipeline.stages.chunks == 1:
+            layout = staged(self.pipeline.stages, rules=self.stacked.layout.rules)
+            return self.stacked.unstack(params, dtype=dtype, **layout)
+        return self.stacked.unstack(self.in_order(params), dtype=dtype)
 
     def in_order(self, params: Params) -> Params:
         """Stacks in the model's order of layers, all of them on every rank, whatever the pipeline."""

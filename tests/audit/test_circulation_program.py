@@ -10,13 +10,18 @@ from conftest import shared
 from jaxtp import Llama, Rules, make_mesh, preset
 from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh, hlo
 from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.stages import Stages
 
 MIB = 2**20
 
 
 def model(config, mesh, *, sequence_parallel=False, dtype="float32") -> Llama:
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
-    layout = staged(config, ranks=mesh.shape["pp"], rules=rules) if mesh.shape["pp"] > 1 else {"rules": rules}
+    layout = (
+        staged(Stages.split(config.num_layers, ranks=mesh.shape["pp"]), rules=rules)
+        if mesh.shape["pp"] > 1
+        else {"rules": rules}
+    )
     return Llama(config, mesh=mesh, dtype=dtype, **layout)
 
 

@@ -12,6 +12,7 @@ from jaxtp import LLM, Llama, Rules, SamplingParams, describe, draw_schedule, ma
 from jaxtp.generate.batch import batch_size, filling
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.schedules import Circulation
+from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import rows, variables
 
 MESHES = [
@@ -118,12 +119,12 @@ def test_nothing_compiles_twice(llm):
 
 
 def test_fewer_rows_than_stages_say_what_they_waste(folder, caplog):
-    llm = LLM(folder, progress=False, pipeline_parallel_size=4)
+    llm = LLM(folder, pipeline_parallel_size=4)
     with caplog.at_level(logging.WARNING, "jaxtp"):
         llm.generate([[5]], SamplingParams(max_tokens=2))
         llm.generate([[6]], SamplingParams(max_tokens=2))
         llm.generate([[5]] * 4, SamplingParams(max_tokens=2))
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "1 row on pp=4: each stage works in 1 of 4 ticks, 4 rows would keep all busy"
     ]
 
@@ -135,16 +136,25 @@ def test_uneven_stages_are_told(stories, caplog):
     assert "60.0%" in describe(llm.model).note
 
 
+def test_stages_of_given_sizes(folder, plain):
+    llm = LLM(folder, progress=False, pipeline_parallel_size=2, layers_per_stage=[1, 3])
+    assert llm.model.stacks == ((0, 1), (None, 2), (None, 3))
+    asked = several(3, seed=12)
+    assert tokens(llm.generate(*asked)) == tokens(plain.generate(*asked))
+
+
 def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"pp=8 .* makes 8 stages of 4 layers; legal pp with them: 1, 2, 3, 4"):
         LLM(folder, progress=False, pipeline_parallel_size=8)
     with pytest.raises(ValueError, match="pp=4 × tp=4 needs 16 devices, 8 are there"):
         LLM(folder, progress=False, pipeline_parallel_size=4, tensor_parallel_size=4)
+    with pytest.raises(ValueError, match=r"layers_per_stage=\[3, 2\] makes 5 layers; the model has 4"):
+        LLM(folder, progress=False, pipeline_parallel_size=2, layers_per_stage=[3, 2])
     config = tiny.config(num_layers=4)
     pattern = dataclasses.replace(config, windows=(8, None, None, None))
     with pytest.raises(ValueError, match="a stage must hold a whole number of the pattern"):
-        Llama(pattern, mesh=make_mesh(pp=2), **staged(pattern, ranks=2, rules=Rules()))
-    stacks = staged(config, ranks=2, rules=Rules())
+        Llama(pattern, mesh=make_mesh(pp=2), **staged(Stages.split(4, ranks=2), rules=Rules()))
+    stacks = staged(Stages.split(4, ranks=2), rules=Rules())
     different = Rules(overrides=(("layers.3.mlp.down", (("mlp", None),)),)).pipeline_parallel()
     with pytest.raises(ValueError, match=r"layers 1 and 3 would stand in the same place .* differ"):
         Llama(config, mesh=make_mesh(pp=2), **{**stacks, "rules": different})
@@ -160,7 +170,9 @@ def test_a_checkpoint_of_stages_is_the_same_checkpoint(folder, llm, plain, tmp_p
 def test_random_weights_do_not_depend_on_stages():
     config = tiny.config(num_layers=5)
     one = dict(variables(Llama.random(config)))
-    for path, weight in variables(Llama.random(config, mesh=make_mesh(pp=3), **staged(config, ranks=3, rules=Rules()))):
+    for path, weight in variables(
+        Llama.random(config, mesh=make_mesh(pp=3), **staged(Stages.split(5, ranks=3), rules=Rules()))
+    ):
         array = np.asarray(weight.get_value())
         for name, row in zip(rows(path, weight), array if "layers" in path else [array], strict=True):
             expected = np.zeros_like(row) if name is None else np.asarray(one[name].get_value())

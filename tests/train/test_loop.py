@@ -125,6 +125,18 @@ def test_a_run_leaves_a_pipeline_and_comes_to_one(text, tmp_path):
     assert Llama.from_pretrained(tmp_path / "also", progress=False).config.num_layers == 5
 
 
+@pytest.mark.slow
+def test_text_is_sampled_from_the_stages(text, tmp_path):
+    model = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 5}}
+    found = []
+    for i, parallel in enumerate(({"dp": 1}, {"pp": 2, "tp": 2, "accumulate": 2}, PIPELINES["dp 2 × pp 2, uneven, v 2"])):
+        log = {"sample_every": 4, "sample_prompt": "a", "tensorboard": False}
+        train(config(text, tmp_path / str(i), parallel=parallel, model=model, steps=4, log=log))
+        found.append([line["sample"] for line in lines(tmp_path / str(i)) if "sample" in line])
+    assert len(found[0]) == 1
+    assert found[0] == found[1] == found[2]
+
+
 def stopped(text, folder, model, parallel=None):
     """A run on one device, or some, of which nothing after step 8 is left."""
     train(config(text, folder, model=model, parallel=parallel or {"dp": 1}))
