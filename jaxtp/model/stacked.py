@@ -179,16 +179,15 @@ class Stacked:
         each: dict[str, list[jax.Array]] = {}
         for path, weight in variables(model):
             name, layer = generic(path)
+            cast = jax.jit(lambda w: w.astype(dtype), out_shardings=weight.get_value().sharding)
             if layer is None:
-                cast = jax.jit(lambda w: w.astype(dtype), out_shardings=weight.get_value().sharding)
                 weight.set_value(cast(params[name]))
                 continue
-            if name not in each:
-                if model.stacks:
-                    each[name] = _split(params[name].astype(dtype), len(model.layers))
-                else:
-                    split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
-                    each[name] = split(params[name])
+            if name not in each and model.stacks:
+                each[name] = _split(cast(params[name]), len(model.layers))
+            elif name not in each:
+                split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
+                each[name] = split(params[name])
             weight.set_value(each[name][layer])
         return model
 
