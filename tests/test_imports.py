@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOMS = ["log", "tables", "config", "presets", "mesh", "distributed", "sharding", "tp_plan", "ops", "checkpoint", "model",
-         "parallel", "draw", "generate", "train", "audit", "cli", "__main__"]  # fmt: skip
+         "parallel", "draw", "plan", "generate", "train", "audit", "cli", "__main__"]  # fmt: skip
 PACKAGE = Path(__file__).parents[1] / "jaxtp"
 
 

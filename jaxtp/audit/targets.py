@@ -21,18 +21,18 @@ from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, prefill_ticks
+from jaxtp.plan import hardware
 
 
 def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
-    target: the file that describes the GPU (XLA's GpuTargetConfigProto as text). Needs the compiler's plugin
-    (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises RuntimeError without it.
+    target: the name of a GPU ("H200"; see `plan.hardware.GPUS`), or the file that describes one (XLA's GpuTargetConfigProto as
+    text). Needs the compiler's plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises RuntimeError without it.
     """
+    text = Path(target).read_text() if Path(target).is_file() else hardware.gpu(str(target)).target()
     try:
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=Path(target).read_text(), topology=f"1x1x{dp * pp * tp}"
-        )
+        topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise RuntimeError(
             f"cannot compile for GPUs here: {error}. The plugins jax-cuda13-plugin and jax-cuda13-pjrt of jax "

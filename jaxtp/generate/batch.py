@@ -33,9 +33,12 @@ class Batch:
         self.features = features(rows)
         self.longest = max(len(row.prompt) for row in rows)
         self.total = max(len(row.prompt) + row.max_tokens for row in rows)
+        # of a row's tokens the newest needs no slot yet; where groups circulate, it is on its way into one
+        self.outside = 0 if model.stacks else 1
         largest = chunk_size(self.size, chunk_tokens)
         if model.stacks:
-            largest = min(largest, filling(self.longest, model.stages, self.groups, self.size // self.groups))
+            each = self.size // self.groups // model.layout.parts("batch")
+            largest = min(largest, filling(self.longest, model.stages, self.groups, each))
         self.chunks = buckets.chunks(self.longest, largest=largest, alike=bool(model.stacks))
         start, tokens = self.chunks[-1]
         self.slots = buckets.slots(start + tokens, max(self.total, start + tokens))
@@ -47,8 +50,7 @@ class Batch:
         yield
         while not all(row.finished for row in self.rows):
             open_rows = [row for row in self.rows if not row.finished]
-            # the newest token is not in the cache yet; where groups circulate, the next one is on its way into it
-            room = state.cache.slots - max(row.length for row in open_rows) + (0 if self.model.stacks else 1)
+            room = state.cache.slots - max(row.length for row in open_rows) + self.outside
             wanted = min(steps, room, max(row.max_tokens - len(row.output.token_ids) for row in open_rows))
             if wanted == 0:
                 state = self.grow(state)
@@ -64,7 +66,7 @@ class Batch:
         state, _ = self.begin()
         while True:
             state, _ = self.decode(state, 1)
-            if state.cache.slots >= self.total - 1:
+            if state.cache.slots >= self.total - self.outside:
                 return
             state = self.grow(state)
 
@@ -219,12 +221,11 @@ def features(rows: Sequence[Row]) -> Features:
 
 
 def filling(longest: int, ranks: int, groups: int, rows: int) -> int:
-    """Prompt tokens of a row in one chunk, so that chunks fill a pipeline: the ranks wait for each other through at most a
-    quarter of the time, as far as chunks keep enough tokens for a GPU to be busy.
+    """Prompt tokens of a row in one chunk, so that chunks fill a pipeline: its ranks idle for about a fifth of the time, as far
+    as chunks keep enough tokens for a GPU to be busy. rows: of a group, on one device.
     """
     chunks = -(-4 * (ranks - 1) // groups)
-    each = max(-(-longest // chunks), -(-BUSY_TOKENS // rows), buckets.MIN_TOKENS)
-    return 1 << (each - 1).bit_length()
+    return buckets.bucket(max(-(-longest // chunks), -(-BUSY_TOKENS // rows)), least=buckets.MIN_TOKENS)
 
 
 def chunk_size(rows: int, chunk_tokens: int) -> int:

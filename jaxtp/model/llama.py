@@ -172,6 +172,10 @@ class Llama(nnx.Module):
 
         run: another way to go through the blocks than one after another (without a cache), as training has.
         """
+        if self.stacks:
+            raise ValueError(
+                f"this model's layers stand in {self.stages} stages, which LLM runs; for logits load it without pp"
+            )
         place, shape = self.layout.place, tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

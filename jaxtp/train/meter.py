@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxtp.config import ModelConfig
 from jaxtp.log import logger
+from jaxtp.plan import hardware
 
 
 class Meter:
@@ -26,7 +27,7 @@ class Meter:
         self._seconds, self._steps = self._seconds + seconds, self._steps + 1
 
     def take(self) -> dict[str, float]:
-        """The rates, and starts anew. MFU is of the device kinds in `PEAK` only."""
+        """The rates, and starts anew. MFU is of GPUs that `plan.hardware` knows."""
         if not self._steps:
             return {}
         rate = self._tokens * self._steps / self._seconds
@@ -41,13 +42,10 @@ class Meter:
         return values
 
 
-# bf16 operations a second without sparsity, from NVIDIA's data sheets
-PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
-
-
 def peak_flops(device: jax.Device) -> float | None:
-    """Those of `PEAK`; None for a kind of device that it lacks."""
-    return next((flops for name, flops in PEAK.items() if name in device.device_kind), None)
+    """Dense bfloat16 operations a second, by its data sheet; None for a device that `plan.hardware` does not know."""
+    gpu = hardware.of_device(device.device_kind)
+    return None if gpu is None else gpu.tflops * 1e12
 
 
 def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:

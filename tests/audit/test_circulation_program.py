@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import tiny
-from conftest import shared
 
 from jaxtp import Llama, Rules, make_mesh, preset
 from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh, hlo
@@ -64,7 +63,7 @@ def test_the_cache_and_the_blocks_lie_with_their_stage():
 @functools.cache
 def gpus(pp, tp):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
-    return gpu_mesh(shared("gpu_targets/h200.txtpb"), pp=pp, tp=tp)
+    return gpu_mesh("H200", pp=pp, tp=tp)
 
 
 def check_decode(config, mesh, batch):

@@ -1,14 +1,12 @@
 """The programs that eight H200s would run, compiled here and read: communication, memory, copies, kernels.
 
-Needs XLA's plugin for GPUs (`pip install -e ".[gpu-compiler]"` and cuDNN) and the description of the GPU, which stands
-beside the project.
+Needs XLA's plugin for GPUs (`pip install -e ".[gpu-compiler]"` and cuDNN).
 """
 
 import dataclasses
 import functools
 
 import pytest
-from conftest import shared
 
 from jaxtp import Llama, Rules, preset
 from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh
@@ -22,7 +20,7 @@ MIB = 2**20
 
 @functools.cache
 def mesh(tp: int):
-    return gpu_mesh(shared("gpu_targets/h200.txtpb"), tp=tp)
+    return gpu_mesh("H200", tp=tp)
 
 
 def model(name: str, tp: int, *, sequence_parallel: bool = False, layers: int | None = None) -> Llama:

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import steps
-from conftest import shared
 
 from jaxtp import preset
 from jaxtp.audit import audit, gpu_mesh
@@ -32,7 +31,7 @@ def compiled(
     layers: int = LAYERS,
     tokens: int = TOKENS,
 ):
-    mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=DP, tp=TP)
+    mesh = gpu_mesh("H200", dp=DP, tp=TP)
     config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=layers, windows=())
     trainer = steps.trainer(config, mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat)
     return audit(steps.compiled(trainer, rows=ROWS, tokens=tokens, accumulate=accumulate), mesh), trainer

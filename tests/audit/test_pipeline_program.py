@@ -8,7 +8,6 @@ import math
 import pytest
 import steps
 import tiny
-from conftest import shared
 
 from jaxtp import Schedule, make_mesh, preset
 from jaxtp.audit import audit, gpu_mesh, hlo
@@ -78,7 +77,7 @@ SMALL = 2**22  # the batch itself, its token ids; a microbatch of activations is
 @functools.cache
 def on_gpus(name="llama-3.1-8b", layers=8, micros=8, *, dp=1, pp=4, tp=2, rows=1, tokens=1024, remat="save-dots", **pipeline):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
-    mesh = gpu_mesh(shared("gpu_targets/h200.txtpb"), dp=dp, pp=pp, tp=tp)
+    mesh = gpu_mesh("H200", dp=dp, pp=pp, tp=tp)
     config = preset(name)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers, windows=())
     trainer = steps.trainer(config, mesh, sequence_parallel=True, zero=1, remat=remat, **pipeline)
