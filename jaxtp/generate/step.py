@@ -93,11 +93,15 @@ def prefill(model: Llama, cache: Cache, last: jax.Array, tokens: jax.Array, star
 
 def begin(model: Llama, last: tuple[jax.Array, ...], state: State, *, features: Features) -> tuple[State, Made]:
     """The first token of every row, from the last hidden state [B, D] of its prompt; stages get their first work."""
-    found = [_emit(model, x[:, None], group, features) for x, group in zip(last, state.groups, strict=True)]
+    found: list[Any] = []
+    for x, group in zip(last, state.groups, strict=True):
+        x = circulate.after(x, found[-1][1]) if found else x
+        found.append(_emit(model, x[:, None], group, features))
     groups, tokens, logprobs = zip(*found, strict=True)
     state = replace(state, groups=groups)
     if model.stacks:
-        state = replace(state, between=nothing(model, rows=len(tokens[0]), tokens=1))
+        between = nothing(model, rows=len(tokens[0]), tokens=1)
+        state = replace(state, between=circulate.after(between, tokens[-1]))
         for tick in range(model.stages - 1):
             state, _ = _tick(model, state, tick)
     tokens, logprobs = jax.tree.map(lambda a: a[:, None], (tokens, logprobs))

@@ -20,12 +20,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxtp.mesh import platform
 from jaxtp.model import Cache, Llama
 from jaxtp.model.layers import residual_dim
 from jaxtp.parallel.pipeline import locally, mapped, spec_of
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, names, reshard
+
+NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
 
 def staged(stages: Stages, *, rules: Rules) -> dict[str, Any]:
@@ -63,7 +66,8 @@ def decode_tick(
     positions = jnp.where(busy[:, None], lengths, cache.slots)[:, :, None]  # who idles writes into no slot
     tokens = None if entering is None else entering[:, None]
     cache, y = _stage(model, cache, x, tokens, positions, lengths + 1, place=ring.place(tick))
-    return cache, _onward(y), model.norm(_left(y, positions >= 0))
+    x, out = _passed(y, positions >= 0)
+    return cache, x, model.norm(out)
 
 
 def prefill_ticks(
@@ -89,9 +93,9 @@ def prefill_ticks(
         positions = start[:, None, None] + jnp.arange(T, dtype=jnp.int32)
         positions = reshard(jnp.broadcast_to(positions, (ranks, B, T)), P(*spec_of(x)[:2], None), model.layout.mesh)
         cache, y = _stage(model, cache, x, tokens[tick], positions, lengths, place=ring.place(tick))
+        x, out = _passed(y, positions == lengths[:, :, None] - 1)
         leaving = (tick + 1 - ranks) % groups
-        found[leaving] = found[leaving] + model.norm(_left(y, positions == lengths[:, :, None] - 1))[:, 0]
-        x = _onward(y)
+        found[leaving] = found[leaving] + model.norm(out)[:, 0]
     return replace(cache, fresh=False), tuple(found), x
 
 
@@ -115,7 +119,7 @@ def _stage(
 ) -> tuple[Cache, jax.Array]:
     """Every rank's stage once: x [P, B, T, D], into the first rank tokens [B, T]; positions [P, B, T], lengths [P, B]."""
     if entering is not None:
-        x = locally(_enter, x, model.embedded(entering), out=spec_of(x))
+        x = locally(_enter, x, model.embedded(after(entering, x)), out=spec_of(x))
     blocks = [nnx.split(block) for block in model.layers]
     filled = [None if None not in stack else [layer is not None for layer in stack] for stack in model.stacks]
     mine = slice(place * len(blocks), (place + 1) * len(blocks))
@@ -139,10 +143,29 @@ def _enter(x: jax.Array, entering: jax.Array) -> jax.Array:
     return jnp.where(jax.lax.axis_index("pp") == 0, entering, x[0])[None]
 
 
-def _onward(y: jax.Array) -> jax.Array:
-    """Each rank's result to the next rank; the first one's is nobody's."""
+def _passed(y: jax.Array, here: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what each rank has from the one before, what the last rank has to tell: see `_left`)."""
     to = [(rank, rank + 1) for rank in range(y.shape[0] - 1)]
-    return locally(lambda y: jax.lax.ppermute(y, "pp", to), y, out=spec_of(y))
+    x = locally(lambda y: jax.lax.ppermute(y, "pp", to), y, out=spec_of(y))
+    out = _left(after(y, x), here)
+    return after(x, out), out
+
+
+def after(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x; on CPUs only once `other` is there.
+
+    XLA:CPU begins collectives that do not depend on one another in an order that may differ from device to device, and each
+    blocks its thread: devices would wait for each other forever. A comparison that never holds makes x depend on the other.
+    """
+    if platform(jax.typeof(x).sharding.mesh) != "cpu":
+        return x
+
+    def local(x, other):
+        one = other.ravel()[0]
+        bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
+        return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
+
+    return locally(local, x, other, out=spec_of(x))
 
 
 def _left(y: jax.Array, here: jax.Array) -> jax.Array:
