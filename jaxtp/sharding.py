@@ -314,8 +314,7 @@ def describe(model: nnx.Module) -> Description:
     places, layers = sum(map(len, stacks)), sum(layer is not None for stack in stacks for layer in stack)
     note = None
     if places > layers:
-        waste = f"{places / layers - 1:.1%} of the blocks' time and memory"
-        note = f"{layers} layers in {places} places: stages are uneven, and {waste} is for empty ones"
+        note = f"{layers} layers in {places} places: empty ones add {places / layers - 1:.1%} to the blocks' time and memory"
     return Description(f"weights on {axes}", tuple(weights(model)), note)
 
 
@@ -324,7 +323,7 @@ def variables(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
     return [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
-def rows(path: str, weight: nnx.Variable) -> list[str | None]:
+def layers_of(path: str, weight: nnx.Variable) -> list[str | None]:
     """The layers' weights that stand in a stack, by path ("layers.1.mlp.down"; None: no layer in that row); of any other
     weight itself.
     """

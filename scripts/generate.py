@@ -49,6 +49,8 @@ def main(args: Args) -> None:
         use_virtual_devices(args.virtual_devices)
     devices = len(jax.devices())
     config = preset(args.model) if args.dummy else ModelConfig.from_hf(hf.resolve(args.model))
+    if devices % args.pp:
+        raise SystemExit(f"--pp {args.pp} does not divide {devices} devices")
     tp = args.tp or max(size for size in config.legal_tp(devices) if devices % (size * args.pp) == 0)
     dp = args.dp or devices // (tp * args.pp)
     load_format = "dummy" if args.dummy else "auto"

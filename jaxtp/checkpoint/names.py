@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtp.config import ModelConfig
-from jaxtp.sharding import rows
+from jaxtp.sharding import layers_of
 
 Index = tuple[slice, ...]
 
@@ -93,7 +93,7 @@ class Part:
 
 def made_of(config: ModelConfig, path: str, weight: nnx.Variable) -> tuple[tuple[int, ...], list[tuple[Part, ...]]]:
     """(the shape of a stack's rows, the tensors of each; none where no layer stands); of any other weight its own."""
-    shape, found = weight.get_value().shape, rows(path, weight)
+    shape, found = weight.get_value().shape, layers_of(path, weight)
     each = shape[1:] if weight.get_metadata()["stack"] else shape
     return each, [() if name is None else parts(config, name, each) for name in found]
 

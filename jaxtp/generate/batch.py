@@ -31,17 +31,12 @@ class Batch:
         self.model, self.programs, self.rows = model, programs, rows
         self.size, self.groups = batch_size(model, len(rows))
         self.features = features(rows)
-        self.longest = max(len(row.prompt) for row in rows)
         self.total = max(len(row.prompt) + row.max_tokens for row in rows)
         # of a row's tokens the newest needs no slot yet; where groups circulate, it is on its way into one
         self.outside = 0 if model.stacks else 1
-        largest = chunk_size(self.size, chunk_tokens)
-        if model.stacks:
-            each = self.size // self.groups // model.layout.parts("batch")
-            largest = min(largest, filling(self.longest, model.stages, self.groups, each))
-        self.chunks = buckets.chunks(self.longest, largest=largest, alike=bool(model.stacks))
-        start, tokens = self.chunks[-1]
-        self.slots = buckets.slots(start + tokens, max(self.total, start + tokens))
+        self.chunks = chunks(model, rows, chunk_tokens)
+        filled = sum(self.chunks[-1])
+        self.slots = buckets.slots(filled, max(self.total, filled))
 
     def run(self, *, steps: int = CALL_TOKENS, show: bool = False) -> Iterator[None]:
         """Generates until every row has ended; yields whenever the rows have new tokens."""
@@ -218,6 +213,21 @@ def features(rows: Sequence[Row]) -> Features:
         min_tokens=any(p.min_tokens for p in params),
         logprobs=max(logprobs, default=None),
     )
+
+
+def chunks(model: Llama, rows: Sequence[Row], chunk_tokens: int) -> list[tuple[int, int]]:
+    """How the prompts of a batch are prefilled: see `buckets.chunks`."""
+    (size, groups), longest = batch_size(model, len(rows)), max(len(row.prompt) for row in rows)
+    largest = chunk_size(size, chunk_tokens)
+    if model.stacks:
+        largest = min(largest, filling(longest, model.stages, groups, size // groups // model.layout.parts("batch")))
+    return buckets.chunks(longest, largest=largest, alike=bool(model.stacks))
+
+
+def slots_needed(model: Llama, rows: Sequence[Row], chunk_tokens: int) -> int:
+    """Slots of the cache that a batch comes to take, of all its rows together."""
+    most = max(sum(chunks(model, rows, chunk_tokens)[-1]), *(len(row.prompt) + row.max_tokens for row in rows))
+    return batch_size(model, len(rows))[0] * buckets.bucket(most, least=buckets.MIN_SLOTS)
 
 
 def filling(longest: int, ranks: int, groups: int, rows: int) -> int:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
-from jaxtp.generate import buckets, memory
-from jaxtp.generate.batch import Batch, batch_size
+from jaxtp.generate import memory
+from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.outputs import RequestOutput
 from jaxtp.generate.params import SamplingParams
 from jaxtp.generate.programs import Programs
@@ -43,13 +43,13 @@ class LLM:
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
     tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used; with stages, groups of rows circulate
-    through them, at best as many as there are stages; layers_per_stage: their sizes (default: balanced). dtype: "auto" is
-    the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
+    through them, at best as many as there are stages. layers_per_stage: the sizes of the stages (default: balanced). dtype:
+    "auto" is the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
     together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
     `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
-    makes the same calls; tp stays within a process unless
-    tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
+    makes the same calls; tp stays within a process unless tp_across_nodes. Raises FileNotFoundError or ValueError, before any
+    device work where it can be known then.
     """
 
     def __init__(
@@ -256,7 +256,8 @@ class LLM:
 
     def _say_idle(self, batch: Batch) -> None:
         """What a batch wastes that is too small for the stages."""
-        stages, groups, rows = self.model.stages, batch.groups, len(batch.rows)
+        stages, rows = self.model.stages, len(batch.rows)
+        groups = -(-rows * batch.groups // batch.size)  # those that hold any row
         if self._progress and groups < stages and groups not in self._idle_said:
             self._idle_said.add(groups)
             few, enough = f"{rows} row{'s' * (rows > 1)}", stages * self.model.layout.parts("batch")
@@ -265,9 +266,7 @@ class LLM:
             )
 
     def _fits(self, rows: Sequence[Row]) -> bool:
-        total = max(len(row.prompt) + row.max_tokens for row in rows)
-        needed = batch_size(self.model, len(rows))[0] * buckets.bucket(total, least=buckets.MIN_SLOTS)
-        return needed <= self.budget.cache_tokens
+        return slots_needed(self.model, rows, self.max_num_batched_tokens) <= self.budget.cache_tokens
 
     def _report(self, seconds: float) -> None:
         mesh = {axis: size for axis, size in self.model.layout.mesh.shape.items() if size > 1}

@@ -66,7 +66,7 @@ class Made:
     count: jax.Array
 
 
-def empty(model: Llama, *, batch: int, slots: int, groups: int) -> Cache:
+def empty(model: Llama, *, batch: int, slots: int, groups: int = 1) -> Cache:
     """A cache with nothing in it."""
     return model.empty_cache(batch, slots, groups=groups).zeros()
 

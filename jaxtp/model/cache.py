@@ -1,7 +1,8 @@
 """The KV cache: for each layer one array of keys and one of values, [B, K, S, H], sharded over rows (dp) and heads (tp).
 
-Where blocks are stacks, one layer for each of P ranks of pp, its arrays are too: [P, B, K, S, H], sharded over pp, and there is
-one for each of M groups of rows, which go through the stages one behind another: all blocks of one, then of the next.
+Where blocks are stacks, one layer for each of P ranks of pp, its arrays are too: [P, B, K, S, H], sharded over pp. Rows then go
+through the stages in M groups, and there are M times as many arrays: all blocks' of one place, then of the next
+(`parallel.schedules.Circulation.place`).
 
 B batch (of a group), K KV heads (as held: at least tp), S slots, H head_dim.
 """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Part, made_of
@@ -26,7 +26,7 @@ from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Region, Rules, check_layout, names, on_each_device, rows, variables
+from jaxtp.sharding import Layout, Region, Rules, check_layout, layers_of, names, on_each_device, variables
 from jaxtp.tp_plan import rules_from_plan
 
 Stacks = tuple[tuple[int | None, ...], ...]
@@ -64,7 +64,9 @@ class Llama(nnx.Module):
         split = {"dp", "tp", *names(rules.axis("layers"))}
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
-            raise ValueError(f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp")
+            raise ValueError(
+                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, and pp by LLM"
+            )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
@@ -105,27 +107,47 @@ class Llama(nnx.Module):
         return cls.load(folder, config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel, progress=progress)
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, *, mesh: Mesh, dtype: str, progress: bool, **layout: Any) -> Llama:
-        """The same where config and layout (`rules`, `kernel`, …) are known: reads the folder's weights onto the mesh."""
-        model = cls(config, mesh=mesh, dtype=dtype, **layout)
+    def load(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        mesh: Mesh,
+        rules: Rules,
+        dtype: str,
+        kernel: Kernel | None = None,
+        region: Region = on_each_device,
+        stacks: Stacks = (),
+        progress: bool,
+    ) -> Llama:
+        """The same where config and layout are known: reads the folder's weights onto the mesh."""
+        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, region=region, stacks=stacks)
         hf.load(model, config, folder, progress=progress)
         model.source = str(folder)
         return model
 
     @classmethod
     def random(
-        cls, config: ModelConfig, *, mesh: Mesh | None = None, dtype: str = "float32", seed: int = 0, **layout: Any
+        cls,
+        config: ModelConfig,
+        *,
+        mesh: Mesh | None = None,
+        rules: Rules = Rules(),
+        dtype: str = "float32",
+        kernel: Kernel | None = None,
+        region: Region = on_each_device,
+        stacks: Stacks = (),
+        seed: int = 0,
     ) -> Llama:
-        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0.
-
-        layout: `rules`, `kernel` and the like, as `Llama` takes them.
-        """
-        model = cls(config, mesh=mesh or make_mesh(), dtype=dtype, **layout)
+        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
+        mesh = mesh or make_mesh()
+        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, region=region, stacks=stacks)
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
-            mine = [None if name is None else keys[name] for name in rows(path, weight)]
-            weight.set_value(_random(mine, *made_of(config, path, weight), weight.get_value(), "norm" in path))
+            each, tensors = made_of(config, path, weight)
+            here = [keys[name or path] for name in layers_of(path, weight)]  # any key where no layer stands
+            weight.set_value(_random(here, each, tensors, weight.get_value(), "norm" in path))
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -260,17 +282,14 @@ def _compiled(
 
 
 def _random(
-    keys: list[jax.Array | None],
-    each: tuple[int, ...],
-    tensors: list[tuple[Part, ...]],
-    abstract: jax.ShapeDtypeStruct,
-    norm: bool,
+    keys: list[jax.Array], each: tuple[int, ...], tensors: list[tuple[Part, ...]], abstract: jax.ShapeDtypeStruct, norm: bool
 ) -> jax.Array:
     """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
     is laid out. keys, each, tensors: for each row its key, all their shape, and what `names.made_of` says.
     """
+    made_of = next(parts for parts in tensors if parts)
 
-    def one(key: Any, made_of: tuple[Part, ...]) -> jax.Array:
+    def one(key: jax.Array) -> jax.Array:
         out = jnp.zeros(each, abstract.dtype)
         for i, part in enumerate(made_of):
             shape = part.shape(each)
@@ -281,11 +300,17 @@ def _random(
             out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)
         return out
 
-    def make(keys: list[jax.Array | None]) -> jax.Array:
-        drawn = [one(key, made_of) for key, made_of in zip(keys, tensors, strict=True)]
-        return drawn[0] if len(each) == abstract.ndim else jnp.stack(drawn)
+    def stack(keys: jax.Array, there: jax.Array) -> jax.Array:  # each rank draws its own
+        drawn = jax.vmap(one)(keys)
+        return jnp.where(there.reshape(-1, *[1] * len(each)), drawn, jnp.zeros((), drawn.dtype))
 
-    return jax.jit(make, out_shardings=abstract.sharding)(keys)
+    sharding: Any = abstract.sharding
+    if len(each) == abstract.ndim:
+        return jax.jit(one, out_shardings=sharding)(keys[0])
+    over = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    there = np.array([bool(parts) for parts in tensors])
+    draw = jax.jit(jax.sharding.auto_axes(stack, out_sharding=sharding))
+    return draw(jax.device_put(jnp.stack(keys), over), jax.device_put(there, over))
 
 
 def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:

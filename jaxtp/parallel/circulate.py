@@ -11,6 +11,7 @@ P ranks, M groups; B rows of a group, T tokens of each, S slots of the cache, D 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -39,9 +40,13 @@ def staged(stages: Stages, *, rules: Rules) -> dict[str, Any]:
 
 
 def stages_of(model: Llama) -> Stages:
-    """The stages that a `Llama` with stacks stands in."""
-    sizes = [sum(layer is not None for layer in rank) for rank in zip(*model.stacks, strict=True)]
-    return Stages(len(sizes), 1, tuple(sizes))
+    """The stages that a `Llama` with stacks stands in. Raises ValueError where a row would not go through them in order."""
+    ranks = [[layer for layer in rank if layer is not None] for rank in zip(*model.stacks, strict=True)]
+    if list(itertools.chain(*ranks)) != list(range(model.config.num_layers)):
+        raise ValueError(
+            f"the layers of its ranks are {ranks}; generation needs one chunk of layers a rank, in the model's order"
+        )
+    return Stages(len(ranks), 1, tuple(map(len, ranks)))
 
 
 def between(model: Llama, rows: int, tokens: int) -> jax.ShapeDtypeStruct:

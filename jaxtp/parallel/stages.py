@@ -29,11 +29,13 @@ class Stages:
     @classmethod
     def split(cls, layers: int, *, ranks: int, chunks: int = 1, sizes: Sequence[int] | None = None) -> Stages:
         """Balanced stages, or those of `sizes`. Raises ValueError, with the legal values, where layers do not fit."""
+        if ranks < 1:
+            raise ValueError(f"pp={ranks} must be at least 1")
         stages = ranks * chunks
         if stages > layers:
             legal = ", ".join(str(n) for n in range(1, layers // chunks + 1))
             raise ValueError(
-                f"pp={ranks} with {chunks} chunk{'s' * (chunks > 1)} a rank makes {stages} stages of {layers} layers; "
+                f"pp={ranks}{f' with {chunks} chunks a rank' * (chunks > 1)} makes {stages} stages of {layers} layers; "
                 + (f"legal pp with them: {legal}" if legal else f"the most chunks for {layers} layers: {layers}")
             )
         if sizes is None:
@@ -89,5 +91,5 @@ class Stages:
     def told(self) -> str:
         """The split and its cost, in words."""
         sizes = ", ".join(map(str, self.sizes))
-        cost = "" if self.even else f"; uneven: {self.waste:.1%} of the blocks' time and memory is for empty slots"
+        cost = "" if self.even else f"; uneven: empty slots add {self.waste:.1%} to the blocks' time and memory"
         return f"{sum(self.sizes)} layers on {len(self.sizes)} stages ({sizes}){cost}"

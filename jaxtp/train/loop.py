@@ -300,7 +300,7 @@ class Run:
 
     def _sample(self, state: State, frozen: Params | None, number: int, report: Report) -> None:
         log = self.config.log
-        model = self.trainer.model(state, frozen, dtype=self.stacked.layout.dtype)
+        model = self.trainer.model(state, frozen, dtype=self.stacked.layout.dtype, staged=True)
         llm = LLM(model, tokenizer=self.tokenizer, progress=False)
         prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
         made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]

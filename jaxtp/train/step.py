@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
-from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Parts, Pipeline, mapped
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters
@@ -151,7 +151,9 @@ class Trainer:
     # -- programs ------------------------------------------------------------------------------------------------------
 
     def begin(self, params: Params) -> State:
-        """The first state, from parameters of any layout and dtype, which are taken over one by one."""
+        """The first state, from parameters of any dtype, which are taken over one by one. Stacks that lie over pp are in the
+        order of the stages, others in the model's.
+        """
         layouts = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         kept = {}
         for path in list(params):
@@ -209,11 +211,15 @@ class Trainer:
         nats = jax.lax.map(lambda micro: self._loss(ready, micro)[1], batch)
         return nats.sum(), batch.weights.sum()
 
-    def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype) -> Llama:
-        """The model as trained so far (a copy), adapters merged."""
+    def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, staged: bool = False) -> Llama:
+        """The model as trained so far (a copy), adapters merged.
+
+        staged: in the stages of its pipeline, for `LLM` alone to run. Where a rank has several chunks, and without it, all
+        layers stand on every rank.
+        """
         params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
-        if self.pipeline and self.pipeline.stages.chunks == 1:
-            layout = staged(self.pipeline.stages, rules=self.stacked.layout.rules)
+        if staged and self.pipeline and self.pipeline.stages.chunks == 1:
+            layout = in_stages(self.pipeline.stages, rules=self.stacked.layout.rules)
             return self.stacked.unstack(params, dtype=dtype, **layout)
         return self.stacked.unstack(self.in_order(params), dtype=dtype)
 

@@ -255,7 +255,7 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"model": {"shape": {"vocab_size": 50}}}, "the data holds token .*, but the model's vocabulary has 50"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
-        ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4 .* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
+        ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4.* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
         (
             {
                 "parallel": {"pp": 2, "layers_per_stage": [1, 2]},
