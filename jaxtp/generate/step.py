@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
 from jaxtp.parallel import circulate
+from jaxtp.parallel.pipeline import after
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.sharding import reshard, zeros
 
@@ -95,13 +96,13 @@ def begin(model: Llama, last: tuple[jax.Array, ...], state: State, *, features: 
     """The first token of every row, from the last hidden state [B, D] of its prompt; stages get their first work."""
     found: list[Any] = []
     for x, group in zip(last, state.groups, strict=True):
-        x = circulate.after(x, found[-1][1]) if found else x
+        x = after(x, found[-1][1]) if found else x
         found.append(_emit(model, x[:, None], group, features))
     groups, tokens, logprobs = zip(*found, strict=True)
     state = replace(state, groups=groups)
     if model.stacks:
         between = nothing(model, rows=len(tokens[0]), tokens=1)
-        state = replace(state, between=circulate.after(between, tokens[-1]))
+        state = replace(state, between=after(between, tokens[-1]))
         for tick in range(model.stages - 1):
             state, _ = _tick(model, state, tick)
     tokens, logprobs = jax.tree.map(lambda a: a[:, None], (tokens, logprobs))

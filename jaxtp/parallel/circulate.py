@@ -21,15 +21,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxtp.mesh import platform
 from jaxtp.model import Cache, Llama
 from jaxtp.model.layers import residual_dim
-from jaxtp.parallel.pipeline import locally, mapped, spec_of
+from jaxtp.parallel.pipeline import after, locally, mapped, spec_of
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, names, reshard
-
-NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
 
 def staged(stages: Stages, *, rules: Rules) -> dict[str, Any]:
@@ -154,23 +151,6 @@ def _passed(y: jax.Array, here: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = locally(lambda y: jax.lax.ppermute(y, "pp", to), y, out=spec_of(y))
     out = _left(after(y, x), here)
     return after(x, out), out
-
-
-def after(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x; on CPUs only once `other` is there.
-
-    XLA:CPU begins collectives that do not depend on one another in an order that may differ from device to device, and each
-    blocks its thread: devices would wait for each other forever. A comparison that never holds makes x depend on the other.
-    """
-    if platform(jax.typeof(x).sharding.mesh) != "cpu":
-        return x
-
-    def local(x, other):
-        one = other.ravel()[0]
-        bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
-        return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
-
-    return locally(local, x, other, out=spec_of(x))
 
 
 def _left(y: jax.Array, here: jax.Array) -> jax.Array:

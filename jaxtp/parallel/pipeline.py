@@ -27,12 +27,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtp.mesh import platform
 from jaxtp.model.stacked import Spec
 from jaxtp.parallel.schedules import Kind, Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import specs_of
 
 Arrays = dict[str, jax.Array]
+NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ class _Run:
         return state, None
 
     def _forward(self, state: _State, orders: _Orders, tables: Arrays, stacks: Arrays) -> _State:
-        entering, beside = self._enter(tables, orders.enters), self.parts.needed(self.batch)
+        entering, beside = self._enter(tables, after(orders.enters, state.back)), self.parts.needed(self.batch)
         keep = self.schedule.name != "forward"
 
         def take(order, entering, forth, kept, beside):
@@ -281,7 +283,7 @@ class _Run:
         state = replace(state, forth=_shift(y, 1), kept=kept)
         if keep:
             return state
-        sums = self._leave(tables, _from(y, self.stages.ranks - 1), orders.leaves)
+        sums = self._leave(tables, _from(after(y, state.forth), self.stages.ranks - 1), orders.leaves)
         return replace(state, sums=jax.tree.map(jnp.add, state.sums, sums))
 
     def _backward(self, state: _State, orders: _Orders, tables: Arrays, stacks: Arrays) -> _State:
@@ -292,6 +294,7 @@ class _Run:
 
         x, micro = locally(recall, order, state.kept, beside, out=(spec_of(state.back), jax.tree.map(_apart, beside)))
         # the chunk once more, now with what its backward pass needs
+        x = after(x, state.forth)
         y, pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
 
         sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, _from(y, ranks - 1))
@@ -305,7 +308,8 @@ class _Run:
 
         to_stacks, to_x = pull(locally(turn, order, to_y, state.back, out=spec_of(state.back)))
         _, enter = jax.vjp(lambda tables: self._enter(tables, orders.returns), tables)
-        entered = _from(to_x, 0)
+        to_before = _shift(to_x, -1)
+        entered = _from(after(to_x, to_before), 0)
         (from_entering,) = enter(jnp.where(orders.returns[1] != 0, entered, jnp.zeros((), entered.dtype)))
         total = {
             path: g + to_tables[path].astype(g.dtype) + from_entering[path].astype(g.dtype) for path, g in state.tables.items()
@@ -316,7 +320,7 @@ class _Run:
 
         return replace(
             state,
-            back=_shift(to_x, -1),
+            back=to_before,
             tables=total,
             stacks=locally(add, order, state.stacks, to_stacks, out=specs_of(state.stacks)),
             sums=jax.tree.map(jnp.add, state.sums, sums),
@@ -421,6 +425,23 @@ def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
     """`function` of each device's own parts of `args`; out: the layouts of what it returns."""
     mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
     return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=out, check_vma=False)(*args)
+
+
+def after(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x; on CPUs only once `other` is there.
+
+    XLA:CPU begins collectives that do not depend on one another in an order that may differ from device to device, and each
+    blocks its thread: devices would wait for each other forever. A comparison that never holds makes x depend on the other.
+    """
+    if platform(jax.typeof(x).sharding.mesh) != "cpu":
+        return x
+
+    def local(x, other):
+        one = other.ravel()[0]
+        bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
+        return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
+
+    return locally(local, x, other, out=spec_of(x))
 
 
 def _shift(x: jax.Array, by: int) -> jax.Array:

@@ -78,6 +78,7 @@ def test_prompts_go_through_the_stages_in_chunks(folder, plain, more, count):
     assert tokens(chunked.generate(*asked)) == tokens(plain.generate(*asked))
 
 
+@pytest.mark.slow
 def test_the_cache_grows_while_tokens_are_on_their_way(llm, plain):
     asked = [[5, 6, 7], [9] * 40, [8, 8]], SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     found = tokens(llm.generate(*asked))

@@ -66,6 +66,7 @@ def test_gradients_and_losses_are_those_of_one_device(case, reference):
     np.testing.assert_allclose(again, losses, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_other_optimisers_see_the_same_matrices(name, reference):
     settings = Optimizer(name=name, learning_rate=1e-2, warmup_steps=2)

@@ -193,6 +193,7 @@ def test_fine_tuning_starts_from_a_checkpoint(text, tmp_path):
     assert made.train().losses[0][1] > 1
 
 
+@pytest.mark.slow
 def test_lora_goes_on_anywhere_and_is_exported_merged(text, tmp_path):
     tiny.checkpoint(tmp_path / "model")
     changes = {"model": {"start": str(tmp_path / "model"), "dtype": "float32"}, "lora": {"rank": 4}}

@@ -81,6 +81,7 @@ def test_steps_are_the_same_everywhere(alone, options):
     np.testing.assert_allclose(curve(lora=EVERYTHING, **options), alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_merged_model_is_the_adapted_one():
     made = run(lora=SOME, mesh={"dp": 2, "tp": 2}, zero=3)
     before = {path: np.asarray(weight) for path, weight in made.frozen.items()}
@@ -111,6 +112,7 @@ def test_what_is_held(zero, dp):
     assert sum(a.size for a in jax.tree.leaves(made.state.opt) if a.ndim) == 2 * expected
 
 
+@pytest.mark.slow
 def test_a_step_computes_no_gradient_of_a_frozen_kernel():
     batch = rows(0)
     flops = {}
@@ -135,6 +137,7 @@ def test_settings_that_cannot_be(settings, message):
         Lora(**settings)
 
 
+@pytest.mark.slow
 def test_copies_of_a_kv_head_stay_equal():
     made = run(mesh={"tp": 8}, lora=EVERYTHING)
     for i in range(3):
@@ -146,6 +149,7 @@ def test_copies_of_a_kv_head_stay_equal():
         np.testing.assert_array_equal(b[:, 0::2], b[:, 1::2])
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_in_stages():
     def of(**options):
         made = run(tiny.config(num_layers=4), lora=EVERYTHING, **options)
