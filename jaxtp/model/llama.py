@@ -300,8 +300,8 @@ def _random(
             out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)
         return out
 
-    def stack(keys: jax.Array, there: jax.Array) -> jax.Array:  # each rank draws its own
-        drawn = jax.vmap(one)(keys)
+    def stack(keys: jax.Array, there: jax.Array) -> jax.Array:
+        drawn = jax.vmap(lambda key: one(jax.random.wrap_key_data(key)))(keys)
         return jnp.where(there.reshape(-1, *[1] * len(each)), drawn, jnp.zeros((), drawn.dtype))
 
     sharding: Any = abstract.sharding
@@ -309,8 +309,10 @@ def _random(
         return jax.jit(one, out_shardings=sharding)(keys[0])
     over = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
     there = np.array([bool(parts) for parts in tensors])
-    draw = jax.jit(jax.sharding.auto_axes(stack, out_sharding=sharding))
-    return draw(jax.device_put(jnp.stack(keys), over), jax.device_put(there, over))
+    draw = jax.sharding.auto_axes(stack, out_sharding=sharding)
+    with jax.set_mesh(sharding.mesh):  # each rank draws its own
+        own = jax.jit(lambda keys, there: draw(jax.sharding.reshard(keys, over), jax.sharding.reshard(there, over)))
+        return own(np.stack([jax.random.key_data(key) for key in keys]), there)
 
 
 def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:
