@@ -287,7 +287,7 @@ def _random(
     """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
     is laid out. keys, each, tensors: for each row its key, all their shape, and what `names.made_of` says.
     """
-    made_of = next(parts for parts in tensors if parts)
+    made_of: tuple[Part, ...] = next((parts for parts in tensors if parts), ())  # none: a place that is empty everywhere
 
     def one(key: jax.Array) -> jax.Array:
         out = jnp.zeros(each, abstract.dtype)
