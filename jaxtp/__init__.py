@@ -13,6 +13,7 @@ from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, Sampli
 from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
 from jaxtp.model import Cache, Llama
 from jaxtp.parallel.schedules import Circulation, Schedule
+from jaxtp.planner import Plan, plan
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import Rules, describe
 
@@ -26,6 +27,7 @@ __all__ = [
     "Llama",
     "Logprob",
     "ModelConfig",
+    "Plan",
     "RequestOutput",
     "Rules",
     "SamplingParams",
@@ -34,6 +36,7 @@ __all__ = [
     "draw_schedule",
     "draw_shardings",
     "make_mesh",
+    "plan",
     "preset",
     "use_virtual_devices",
 ]

@@ -39,6 +39,8 @@ class Engine:
     """Groups of devices that share the batch."""
     layers_per_stage: tuple[int, ...] | None = None
     """The sizes of the stages; default balanced."""
+    plan: Literal["auto"] | None = None
+    """auto: all devices at hand, in the layout that `jaxtp plan` holds best for one request."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's."""
     max_model_len: int | None = None
@@ -292,7 +294,92 @@ class Export:
         train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step)
 
 
-VERBS: dict[str, Callable[..., Any]] = {"generate": Generate, "chat": Chat, "train": Train, "export": Export}
+@dataclass(frozen=True)
+class PlanVerb:
+    """Every way to run a model on given GPUs: what fits, what it costs, which is best and why. Needs no GPU."""
+
+    model: tyro.conf.Positional[str]
+    """Preset (llama-3.1-70b) or checkpoint folder, of which config.json is read."""
+    gpus: str
+    """Such as 8xH100, or 2x8xH100 for two nodes of eight."""
+    task: Literal["generate", "train"] = "generate"
+    objective: Literal["latency", "throughput", "memory"] | None = None
+    """What is best; default latency to generate, throughput to train."""
+    batch: int | None = None
+    """Prompts at once (default 1; for throughput as many as fit), or rows of an update (default 64)."""
+    prompt_len: int = 1024
+    """Tokens of a prompt."""
+    output_len: int = 256
+    """Tokens of a completion."""
+    seq_len: int = 4096
+    """Tokens of a row to train on."""
+    max_model_len: int | None = None
+    """Tokens of a request at most, for the concurrency; default prompt and output."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    gpu_memory_utilization: float | None = None
+    """Share of each GPU that may be used; default 0.9 to generate, 0.95 to train."""
+    interconnect: Literal["nvlink", "pcie"] | None = None
+    """What joins the GPUs of a node; default the best that they have."""
+    network: Literal["infiniband", "infiniband-hdr", "ethernet-100"] = "infiniband"
+    """What joins nodes."""
+    gpu_file: Path | None = None
+    """YAML with more GPUs, or other figures of known ones."""
+    tp_across_nodes: Flag = False
+    """Let tensor parallelism go over the network."""
+    all: Flag = False
+    """Show every layout, and every reason against one."""
+    json: Flag = False
+    """Print all of it as JSON."""
+    plot: Path | None = None
+    """Write a picture: latency against throughput, or where the time of a training step goes."""
+    compile: Flag = False
+    """Compile the best plan's programs for these GPUs, and show the predictions beside what the compiler says."""
+    virtual: Flag = False
+    """With --compile: for virtual CPU devices instead."""
+
+    def run(self) -> None:
+        """Plans and prints."""
+        from jaxtp.planner import plan
+
+        self._check()
+        shown = {"model", "gpus", "gpu_memory_utilization", "all", "json", "plot", "compile", "virtual"}
+        asked: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown}
+        plans = plan(self.model, self.gpus, utilization=self.gpu_memory_utilization, **asked)
+        if self.plot:
+            plans.draw().savefig(self.plot, dpi=150)
+        if self.json:
+            print(json.dumps(plans.records(), indent=1))
+        else:
+            plans.print(every=self.all)
+        if self.compile:
+            self._compile(plans.best)
+
+    def _check(self) -> None:
+        """Raises ValueError for flags that contradict each other."""
+        if self.virtual and not self.compile:
+            raise ValueError("--virtual says what to --compile for")
+        if self.json and self.compile:
+            raise ValueError("--json and --compile exclude one another")
+        if self.task == "train" and self.max_model_len:
+            raise ValueError("--max-model-len is of generation; --task train has --seq-len")
+
+    def _compile(self, best: Any) -> None:
+        from jaxtp import use_virtual_devices
+
+        if self.virtual:
+            use_virtual_devices(best.split.size)
+        from jaxtp.audit.check import check
+
+        check(best, virtual=self.virtual).print()
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "generate": Generate,
+    "chat": Chat,
+    "train": Train,
+    "export": Export,
+    "plan": PlanVerb,
+}
 
 
 def main() -> None:

@@ -54,16 +54,20 @@ def computations(text: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def walk(found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 0) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction that runs as one, with how many loops it stands in: not the insides of fusions and reductions."""
+def walk(
+    found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 0, times: int = 1
+) -> Iterator[tuple[Instruction, int, int]]:
+    """Every instruction that runs as one, with how many loops it stands in and how often it runs: not the insides of fusions
+    and reductions.
+    """
     for instruction in found[name]:
-        yield instruction, loops
+        yield instruction, loops, times
         if instruction.opcode == "while":
             for part in re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest):
-                yield from walk(found, part, loops + 1)
+                yield from walk(found, part, loops + 1, times * trips(instruction))
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in instruction.called:
-                yield from walk(found, called, loops)
+                yield from walk(found, called, loops, times)
 
 
 def trips(loop: Instruction) -> int:
@@ -73,7 +77,9 @@ def trips(loop: Instruction) -> int:
 
 
 def flops(found: dict[str, list[Instruction]], name: str = "ENTRY") -> int:
-    """Of all matrix products of a computation, loops taken as often as they run. (GPUs' are calls of libraries by then.)"""
+    """Of all matrix products of a computation, cuDNN's attention among them (as if without a mask), loops taken as often as
+    they run. A product with a single row may be none by then, but a sum.
+    """
     shaped = {i.name: shapes(i.shape) for i in found[name]}
     total = 0
     for i in found[name]:
@@ -82,6 +88,11 @@ def flops(found: dict[str, list[Instruction]], name: str = "ENTRY") -> int:
             assert left, i.rest
             dims = [int(d) for d in contracted[1].split(",")] if contracted else []
             total += 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shaped[left[1]][0][1][d] for d in dims)
+        elif match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.rest):
+            scores = re.search(r'intermediate_tensor_shape": \{"element_type": "\w+", "dimensions": \[([^\]]*)\]', i.rest)
+            assert scores, i.rest
+            products = 5 if match[1] else 2
+            total += 2 * products * math.prod(int(n) for n in re.findall(r"\d+", scores[1])) * shapes(i.shape)[0][1][-1]
         elif i.opcode == "while":
             total += trips(i) * sum(flops(found, body) for body in re.findall(r"body=%?([\w.\-]+)", i.rest))
         elif i.opcode in ("fusion", "call"):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from jaxtp.audit import hlo
+from jaxtp.planner import collectives
 from jaxtp.tables import Shown
 
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
@@ -25,27 +26,13 @@ _NEUTRAL = ("parameter", "bitcast", "constant", "tuple", "get-tuple-element", "b
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One collective of a program.
-
-    kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute". axes: the mesh axes whose
-    devices it joins. bytes: of the whole array (an all-gather's result, a reduce-scatter's operand). devices: how many it
-    joins. loops: how many loops it stands in.
+class Collective(collectives.Collective):
+    """One collective of a program. loops: how many loops it stands in; times: how often it is done (once in a loop whose trips
+    the compiler does not know).
     """
 
-    kind: str
-    axes: tuple[str, ...]
-    dtype: str
-    bytes: int
-    devices: int
     loops: int
-
-    @property
-    def traffic(self) -> int:
-        """Bytes that one device sends in a ring: 2(n-1)/n of an all-reduce, (n-1)/n of a gather, scatter or all-to-all."""
-        if self.kind == "collective-permute":
-            return self.bytes
-        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.devices - 1) // self.devices
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class Write:
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth."""
+    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth; flops: see `hlo.flops`."""
 
     name: str
     collectives: tuple[Collective, ...]
@@ -74,6 +61,7 @@ class Report(Shown):
     output_bytes: int
     temp_bytes: int
     aliased_bytes: int
+    flops: int
     writes: tuple[Write, ...]
 
     def count(self, kind: str, *, axis: str | None = None, dtype: str | None = None, loops: int | None = None) -> int:
@@ -118,12 +106,12 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
     text = compiled.as_text()
     found = hlo.computations(text)
     memory = compiled.memory_analysis()
-    collectives, kernels, calls, writes = [], Counter[int](), Counter[str](), []
-    for instruction, loops in hlo.walk(found):
+    sent, kernels, calls, writes = [], Counter[int](), Counter[str](), []
+    for instruction, loops, times in hlo.walk(found):
         kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
         if kind in KINDS:
             if not instruction.opcode.endswith("-done"):
-                collectives.append(_collective(kind, instruction, found, dict(mesh.shape), loops))
+                sent.append(_collective(kind, instruction, found, dict(mesh.shape), loops, times))
             continue
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             continue
@@ -137,19 +125,25 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
     title = re.search(r"HloModule ([\w.\-]+)", text)
     return Report(
         name=name or (title[1].removeprefix("jit_") if title else "program"),
-        collectives=tuple(collectives),
+        collectives=tuple(sent),
         kernels=dict(kernels),
         calls=dict(calls),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
+        flops=hlo.flops(found),
         writes=tuple(sorted(writes, key=lambda write: -write.bytes)),
     )
 
 
 def _collective(
-    kind: str, instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]], sizes: dict[str, int], loops: int
+    kind: str,
+    instruction: hlo.Instruction,
+    found: dict[str, list[hlo.Instruction]],
+    sizes: dict[str, int],
+    loops: int,
+    times: int,
 ) -> Collective:
     pairs = kind == "collective-permute"
     joined = hlo.groups(instruction.rest)
@@ -158,7 +152,8 @@ def _collective(
     done = next((i for c in found.values() for i in c if i.opcode == f"{kind}-done" and _operand(i, instruction.name)), None)
     result = done or instruction
     size = result.bytes * (devices if kind == "reduce-scatter" else 1)
-    return Collective(kind, axes, "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)})), size, devices, loops)
+    dtypes = "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)}))
+    return Collective(kind, axes, dtypes, size, devices, loops, times)
 
 
 def _operand(instruction: hlo.Instruction, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles generation's programs from shapes alone: for the devices at hand, or for GPUs that are not there."""
+"""Compiles programs from shapes alone: for the devices at hand, or for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -14,23 +14,33 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from jaxtp.config import ModelConfig
 from jaxtp.generate.batch import batch_size
 from jaxtp.generate.programs import Programs
 from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
+from jaxtp.model.stacked import Stacked
 from jaxtp.ops.sampling import Features
-from jaxtp.parallel.circulate import between, prefill_ticks
-from jaxtp.plan import hardware
+from jaxtp.parallel.circulate import between, prefill_ticks, staged
+from jaxtp.parallel.pipeline import Pipeline
+from jaxtp.planner import Split, hardware
+from jaxtp.train.loss import Batch
+from jaxtp.train.optim import Optimizer, transformation
+from jaxtp.train.step import Trainer
 
 
-def gpu_mesh(target: str | Path, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
+def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
-    target: the name of a GPU ("H200"; see `plan.hardware.GPUS`), or the file that describes one (XLA's GpuTargetConfigProto as
-    text). Needs the compiler's plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises RuntimeError without it.
+    target: a GPU, or the name of one ("H200"; see `planner.hardware.GPUS`), or the file that describes one (XLA's
+    GpuTargetConfigProto as text). Needs the compiler's plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises
+    RuntimeError without it.
     """
-    text = Path(target).read_text() if Path(target).is_file() else hardware.gpu(str(target)).target()
+    if isinstance(target, hardware.GPU):
+        text = target.target()
+    else:
+        text = Path(target).read_text() if Path(target).is_file() else hardware.gpu(str(target)).target()
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -65,6 +75,34 @@ def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None 
             return Programs(model).compile(prefill, cache, last, ids, number, donate=(0, 1))
         args = cache, (last,) * groups, between(model, rows, tokens), (ids,) * groups, number, number
         return Programs(model).compile(prefill_ticks, *args, donate=(0, 1, 2))
+
+
+def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 1) -> Any:
+    """The training step for `accumulate` microbatches of `rows` rows of `tokens` tokens, compiled."""
+    layout = trainer.stacked.layout
+    place = layout.sharding(None, "batch", "tokens")
+    ints, floats = (_abstract((accumulate, rows, tokens), dtype, place) for dtype in (jnp.int32, jnp.float32))
+    with jax.set_mesh(layout.mesh), not_cached():
+        step = jax.jit(trainer.step, donate_argnums=0)
+        return step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
+
+
+def abstract_llama(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Llama:
+    """A model without weights, laid out as `split` says, to generate with."""
+    layout = staged(split.stages(config), rules=split.rules) if split.pp > 1 else {"rules": split.rules}
+    return Llama(config, mesh=mesh, dtype=dtype, **layout)
+
+
+def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Trainer:
+    """AdamW on a model without weights, laid out as `split` says."""
+    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules, dtype=dtype))
+    pipeline = Pipeline(mesh, split.stages(config), split.schedule) if split.pp > 1 else None
+    optimizer = transformation(Optimizer(), 100, stacked.specs())
+    return Trainer(stacked, optimizer, None, pipeline, zero=split.zero, remat=split.remat)
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtp.generate import buckets
+from jaxtp import buckets
 from jaxtp.generate.programs import Programs
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS, Group, Made, State, begin, decode, empty, nothing, prefill
@@ -19,7 +19,6 @@ from jaxtp.parallel.circulate import drain, prefill_ticks
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.sharding import fetch, put
 
-BUSY_TOKENS = 512  # what a stage should have in one tick of prefill
 STOP_STRING_STEPS = 8  # the host looks for stop strings this often
 
 
@@ -218,9 +217,9 @@ def features(rows: Sequence[Row]) -> Features:
 def chunks(model: Llama, rows: Sequence[Row], chunk_tokens: int) -> list[tuple[int, int]]:
     """How the prompts of a batch are prefilled: see `buckets.chunks`."""
     (size, groups), longest = batch_size(model, len(rows)), max(len(row.prompt) for row in rows)
-    largest = chunk_size(size, chunk_tokens)
+    largest = buckets.chunk_size(size, chunk_tokens)
     if model.stacks:
-        largest = min(largest, filling(longest, model.stages, groups, size // groups // model.layout.parts("batch")))
+        largest = min(largest, buckets.filling(longest, model.stages, groups, size // groups // model.layout.parts("batch")))
     return buckets.chunks(longest, largest=largest, alike=bool(model.stacks))
 
 
@@ -228,17 +227,3 @@ def slots_needed(model: Llama, rows: Sequence[Row], chunk_tokens: int) -> int:
     """Slots of the cache that a batch comes to take, of all its rows together."""
     most = max(sum(chunks(model, rows, chunk_tokens)[-1]), *(len(row.prompt) + row.max_tokens for row in rows))
     return batch_size(model, len(rows))[0] * buckets.bucket(most, least=buckets.MIN_SLOTS)
-
-
-def filling(longest: int, ranks: int, groups: int, rows: int) -> int:
-    """Prompt tokens of a row in one chunk, so that chunks fill a pipeline: its ranks idle for about a fifth of the time, as far
-    as chunks keep enough tokens for a GPU to be busy. rows: of a group, on one device.
-    """
-    chunks = -(-4 * (ranks - 1) // groups)
-    return buckets.bucket(max(-(-longest // chunks), -(-BUSY_TOKENS // rows)), least=buckets.MIN_TOKENS)
-
-
-def chunk_size(rows: int, chunk_tokens: int) -> int:
-    """Prompt tokens of each row in one prefill call: a power of two, so that all chunks but the last are alike."""
-    each = max(chunk_tokens // rows, buckets.MIN_TOKENS)
-    return 1 << (each.bit_length() - 1)

@@ -7,7 +7,7 @@ import itertools
 import json
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
+from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.outputs import RequestOutput
 from jaxtp.generate.params import SamplingParams
@@ -30,6 +31,7 @@ from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.parallel.circulate import staged, stages_of
 from jaxtp.parallel.stages import Stages
+from jaxtp.planner import Split
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
 from jaxtp.tp_plan import rules_from_plan
@@ -42,9 +44,10 @@ class LLM:
 
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
-    tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used; with stages, groups of rows circulate
-    through them, at best as many as there are stages. layers_per_stage: the sizes of the stages (default: balanced). dtype:
-    "auto" is the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
+    tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used, or as many as `plan` says: "auto" takes
+    all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
+    rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
+    dtype: "auto" is the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
     together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
     `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
@@ -61,6 +64,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         layers_per_stage: Sequence[int] | None = None,
+        plan: Choice | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -87,7 +91,16 @@ class LLM:
                 raise ValueError(f"{name}={value} must be at least 1")
         if max_model_len is not None and not isinstance(max_model_len, int):
             raise TypeError(f"max_model_len={max_model_len!r} must be an int")
+        split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
+        if plan is not None and (split != Split() or isinstance(model, Llama)):
+            raise ValueError("plan says how the model is split; it goes with no parallel sizes and no loaded model")
         memory.reserve(gpu_memory_utilization)
+
+        def planned(config: ModelConfig, dtype: str) -> Split:
+            if plan is None:
+                return split
+            return split_of(plan, config, dtype=dtype, utilization=gpu_memory_utilization, max_model_len=max_model_len)
+
         start = time.perf_counter()
         self.model = (
             model
@@ -95,10 +108,8 @@ class LLM:
             else _load(
                 model,
                 load_format,
-                tp=tensor_parallel_size,
-                pp=pipeline_parallel_size,
+                planned,
                 sizes=layers_per_stage,
-                dp=data_parallel_size,
                 dtype=None if dtype == "auto" else dtype,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
@@ -331,11 +342,9 @@ class _Timer:
 def _load(
     model: str | Path,
     load_format: str,
+    planned: Callable[[ModelConfig, str], Split],
     *,
-    tp: int,
-    pp: int,
     sizes: Sequence[int] | None,
-    dp: int,
     dtype: str | None,
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
@@ -358,11 +367,13 @@ def _load(
     source = preset(str(model)).to_hf() if folder is None else folder
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
-    check_layout(config, tp, rules)
-    stages = Stages.split(config.num_layers, ranks=pp, sizes=sizes)
-    layout = staged(stages, rules=rules) if pp > 1 else {"rules": rules}
-    layout |= {"mesh": make_mesh(dp=dp, pp=pp, tp=tp, tp_across_nodes=across), "kernel": kernel}
     dtype = dtype or config.dtype or "float32"
+    split = planned(config, dtype)
+    check_layout(config, split.tp, rules)
+    stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
+    layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
+    mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp, tp_across_nodes=across)
+    layout |= {"mesh": mesh, "kernel": kernel}
     if load_format == "dummy":
         made = Llama.random(config, dtype=dtype, **layout)
         made.source = str(folder) if folder else None

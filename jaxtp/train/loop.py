@@ -26,6 +26,7 @@ from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
+from jaxtp.planner.work import check_rows
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
@@ -74,13 +75,7 @@ class Run:
         self._profile = Profile(config.log.profile_steps, self.folder)
         across = parallel.tp_across_nodes
         self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, tp=parallel.tp, tp_across_nodes=across)
-        dp, rows = self.mesh.shape["dp"], data.batch_size // parallel.accumulate
-        if rows % dp:
-            legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-            raise ValueError(
-                f"dp={dp} does not divide the {rows} rows of a microbatch (data.batch_size={data.batch_size}, "
-                f"parallel.accumulate={parallel.accumulate}); legal dp: {legal}"
-            )
+        check_rows(data.batch_size, parallel.accumulate, self.mesh.shape["dp"])
         start = hf.resolve(config.model.start) if config.model.start else None
         self.tokenizer = self._tokenizer(start)
         eos = self.tokenizer.eos_id if self.tokenizer else None

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxtp.buckets import LOGITS_TOKENS
 from jaxtp.model.stacked import Params, Stacked
 
-CHUNK, SMALLEST = 512, 32  # tokens of a row whose logits exist at a time; below the smallest, all of them do
+SMALLEST = 32  # tokens of a row whose logits exist at a time; below, all of them do
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class Batch:
 
 
 def cross_entropy(
-    stacked: Stacked, params: Params, x: jax.Array, batch: Batch, *, z_loss: float = 0.0, chunk: int = CHUNK
+    stacked: Stacked, params: Params, x: jax.Array, batch: Batch, *, z_loss: float = 0.0, chunk: int = LOGITS_TOKENS
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, nats) [B]: each row's sums of weight · (-log p(label) + z_loss · log² Z), and of the first term alone.
 

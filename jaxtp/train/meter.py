@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from jaxtp.config import ModelConfig
 from jaxtp.log import logger
-from jaxtp.plan import hardware
+from jaxtp.planner import hardware
+from jaxtp.planner.cost import train_flops
 
 
 class Meter:
@@ -27,7 +28,7 @@ class Meter:
         self._seconds, self._steps = self._seconds + seconds, self._steps + 1
 
     def take(self) -> dict[str, float]:
-        """The rates, and starts anew. MFU is of GPUs that `plan.hardware` knows."""
+        """The rates, and starts anew. MFU is of GPUs that `planner.hardware` knows."""
         if not self._steps:
             return {}
         rate = self._tokens * self._steps / self._seconds
@@ -43,21 +44,9 @@ class Meter:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 operations a second, by its data sheet; None for a device that `plan.hardware` does not know."""
+    """Dense bfloat16 operations a second, by its data sheet; None for a device that `planner.hardware` does not know."""
     gpu = hardware.of_device(device.device_kind)
     return None if gpu is None else gpu.tflops * 1e12
-
-
-def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:
-    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone
-    (4 where weights are frozen; adapters' own are not counted).
-
-    The embedding is looked up, not multiplied; the head is.
-    """
-    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
-    each = 4.0 if frozen else 6.0
-    return each * weights + attention, each * weights
 
 
 class Profile:

@@ -28,6 +28,7 @@ from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Parts, Pipeline, mapped
+from jaxtp.planner.work import check_zero
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -80,16 +81,8 @@ class Trainer:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero={self.zero} must be 0, 1, 2 or 3")
-        if self.pipeline and self.zero > 1:
-            raise ValueError(
-                f"zero={self.zero} would scatter or gather over dp at every microbatch of a pipeline; with pp use zero 0 or 1"
-            )
-        dp, width = self.stacked.layout.mesh.shape["dp"], self.stacked.config.hidden_size
-        if self.zero and width % dp:
-            legal = ", ".join(str(n) for n in range(1, min(width, 1024) + 1) if width % n == 0)
-            raise ValueError(f"zero={self.zero}: dp={dp} does not divide hidden_size {width}; legal dp: {legal}")
+        mesh = self.stacked.layout.mesh.shape
+        check_zero(self.stacked.config, zero=self.zero, dp=mesh["dp"], pp=mesh["pp"])
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 

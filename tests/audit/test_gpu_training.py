@@ -10,8 +10,8 @@ import steps
 
 from jaxtp import preset
 from jaxtp.audit import audit, gpu_mesh
+from jaxtp.planner import Split, Training, memory
 from jaxtp.train.lora import Lora
-from jaxtp.train.memory import step_memory
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
 
@@ -153,8 +153,9 @@ def test_the_peak_is_that_of_the_formula(zero, remat, sequence_parallel, accumul
     settings = {"remat": remat, "sequence_parallel": sequence_parallel, "accumulate": accumulate}
     report, trainer = compiled(zero, **settings, layers=32, tokens=4096)
     peak = report.argument_bytes + report.temp_bytes + report.output_bytes - report.aliased_bytes
-    found = step_memory(trainer, rows=ROWS, length=4096, accumulate=accumulate)
-    parts = [found.state, found.working, found.activations, found.logits, found.total, peak]
+    split = Split(dp=DP, tp=TP, zero=zero, remat=remat, sequence_parallel=sequence_parallel, microbatches=accumulate)
+    found = memory.training(trainer.stacked.config, split, Training(ROWS * accumulate, 4096))
+    parts = [found.state, found.weights + found.gradients, found.activations, found.workspace, found.total, peak]
     cells = [zero, remat, "yes" if sequence_parallel else "no", accumulate, *(f"{part / 2**30:.1f}" for part in parts)]
     print(f"\n| {' | '.join(map(str, cells))} | {peak / found.total - 1:+.1%} |")
     assert peak == pytest.approx(found.total, rel=0.1)

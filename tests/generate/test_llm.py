@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtp import LLM, Llama, SamplingParams, make_mesh
-from jaxtp.generate import buckets
+from jaxtp import LLM, Llama, SamplingParams, buckets, make_mesh
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from jaxtp import LLM, Llama, Rules, SamplingParams, describe, draw_schedule, make_mesh
-from jaxtp.generate.batch import Batch, batch_size, filling, slots_needed
+from jaxtp.buckets import filling
+from jaxtp.generate.batch import Batch, batch_size, slots_needed
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.parallel.stages import Stages

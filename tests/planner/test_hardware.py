@@ -7,8 +7,8 @@ from conftest import shared
 
 from jaxtp import Llama, preset
 from jaxtp.audit import audit, compile_decode, gpu_mesh
-from jaxtp.plan import hardware
-from jaxtp.plan.hardware import GPUS, gpu, of_device
+from jaxtp.planner import hardware
+from jaxtp.planner.hardware import GPUS, gpu, of_device
 
 
 @pytest.mark.parametrize(

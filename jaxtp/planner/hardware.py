@@ -23,7 +23,8 @@ class GPU:
     tflops: bfloat16, accumulated in float32; tflops_fp8: None where it has none. gib: memory that programs see. bandwidth:
     of that memory, GB/s. nvlink: GB/s to all others of its domain together, None without; domain: how many GPUs that joins.
     pcie: GB/s to the host. capability, cores, fpus (float32 lanes of a core), l2_mib, shared_kib (of a core), threads (of a
-    core), links: what a compiler wants to know.
+    core), links: what a compiler wants to know. efficiency: what programs reach, as a share of what an H200 reaches of its own
+    data sheet (`cost.MATMUL`, `cost.COPY`); fitted to published figures, see docs/planner.md.
     """
 
     name: str
@@ -41,6 +42,7 @@ class GPU:
     shared_kib: int
     threads: int
     links: int
+    efficiency: float = 1.0
 
     def target(self) -> str:
         """The description of this GPU that XLA compiles for (a GpuTargetConfigProto as text), for CUDA 13 and cuDNN 9.10."""
@@ -138,6 +140,11 @@ def of_device(kind: str) -> GPU | None:
     if "A100" in words:
         return GPUS["A100-40" if any(word.startswith("40") for word in words) else "A100-80"]
     return GPUS[max(candidates, key=len)] if candidates else None
+
+
+def cpu(memory: float) -> GPU:
+    """A stand-in for one of a host's virtual CPU devices that may take so many bytes, so that layouts can be compared."""
+    return dataclasses.replace(GPUS["A10G"], name="CPU", gib=memory / 2**30, tflops=0.5, bandwidth=30, pcie=5)
 
 
 def load(path: str | Path) -> dict[str, GPU]:

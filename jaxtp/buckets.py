@@ -6,6 +6,8 @@ A bucket is 1, 1.25, 1.5 or 1.75 times a power of two: at most a fifth of it is 
 from __future__ import annotations
 
 MIN_TOKENS, MIN_SLOTS = 32, 128
+LOGITS_TOKENS = 512  # of a row in training, whose logits exist at a time
+BUSY_TOKENS = 512  # what a stage should have in one tick of prefill
 
 
 def bucket(size: int, *, least: int) -> int:
@@ -47,3 +49,17 @@ def chunks(length: int, *, largest: int, alike: bool = False) -> list[tuple[int,
         found.append((start, size))
         start += size
     return found
+
+
+def filling(longest: int, ranks: int, groups: int, rows: int) -> int:
+    """Prompt tokens of a row in one chunk, so that chunks fill a pipeline: its ranks idle for about a fifth of the time, as far
+    as chunks keep enough tokens for a GPU to be busy. rows: of a group, on one device.
+    """
+    chunks = -(-4 * (ranks - 1) // groups)
+    return bucket(max(-(-longest // chunks), -(-BUSY_TOKENS // rows)), least=MIN_TOKENS)
+
+
+def chunk_size(rows: int, chunk_tokens: int) -> int:
+    """Prompt tokens of each row in one prefill call: a power of two, so that all chunks but the last are alike."""
+    each = max(chunk_tokens // rows, MIN_TOKENS)
+    return 1 << (each.bit_length() - 1)

@@ -1,0 +1,49 @@
+"""The layout for the devices at hand: what `LLM(plan="auto")` takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from jaxtp.config import ModelConfig
+from jaxtp.generate import memory
+from jaxtp.log import logger
+from jaxtp.planner import Cluster, Plan, Split, hardware, plan
+from jaxtp.planner.cluster import cluster
+
+Choice = Literal["auto"] | Plan
+
+
+def at_hand(utilization: float) -> Cluster:
+    """The devices that JAX sees, as the planner knows them. Raises ValueError for GPUs that it does not."""
+    device, count, nodes = jax.devices()[0], jax.device_count(), jax.process_count()
+    if device.platform == "cpu":
+        known = {"CPU": hardware.cpu(memory.available() / jax.local_device_count())}
+        return cluster(f"{nodes}x{count // nodes}xCPU", known=known)
+    gpu = hardware.of_device(device.device_kind)
+    if gpu is None:
+        raise ValueError(f'plan="auto" knows no {device.device_kind}; say tensor_parallel_size and the like, or give a Plan')
+    return cluster(f"{nodes}x{count // nodes}x{gpu.name}")
+
+
+def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: float, max_model_len: int | None) -> Split:
+    """The split of a plan, or of the best one (for the time of a single request) on the devices at hand."""
+    if isinstance(choice, Plan):
+        if choice.refused:
+            raise ValueError(f"this plan cannot be: {choice.refused}")
+        return choice.split
+    if choice != "auto":
+        raise ValueError(f'plan={choice!r} must be "auto" or a Plan, such as jaxtp.plan(...).best')
+    total = min(max_model_len or 1280, config.max_position_embeddings)
+    plans = plan(
+        config,
+        at_hand(utilization),
+        prompt_len=max(1, total * 4 // 5),
+        output_len=max(1, total // 5),
+        dtype=dtype,
+        utilization=utilization,
+    )
+    best = plans.best
+    logger.info("plan: %s, predicted %.2f ms a token", best.split.told(), 1e3 * best.step.total)
+    return best.split

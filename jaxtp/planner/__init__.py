@@ -1,0 +1,10 @@
+"""What fits, what it costs and what is best: pure arithmetic over a model, GPUs and a way to split the work. Touches no device.
+
+B batch, T tokens of a row, D embed, N query heads, K KV heads, H head_dim, F mlp, V vocabulary, L layers.
+"""
+
+from jaxtp.planner.cluster import Cluster, cluster
+from jaxtp.planner.search import Plan, Plans, plan
+from jaxtp.planner.work import Generation, Split, Training
+
+__all__ = ["Cluster", "Generation", "Plan", "Plans", "Split", "Training", "cluster", "plan"]

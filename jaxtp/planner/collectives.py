@@ -1,0 +1,146 @@
+"""What a program communicates, by theory: exactly what `audit` then finds in the compiled one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtp.config import ModelConfig
+from jaxtp.planner import memory
+from jaxtp.planner.work import Split
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective.
+
+    kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute". axes: the mesh axes whose
+    devices it joins. bytes: of the whole array (an all-gather's result, a reduce-scatter's operand). devices: how many it
+    joins.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    devices: int
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that one device sends in a ring: 2(n-1)/n of an all-reduce, (n-1)/n of a gather, scatter or all-to-all."""
+        if self.kind == "collective-permute":
+            return self.bytes
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.devices - 1) // self.devices
+
+
+Program = Counter[Collective]  # how often each is done
+
+DTYPES = {2: "bf16", 4: "f32"}
+
+
+def decode(config: ModelConfig, split: Split, *, batch: int, size: int) -> Program:
+    """Of one decode step for all rows of a batch; size: bytes of an element."""
+    rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
+    say = _Say(split, DTYPES[size])
+    stream, places = rows * config.hidden_size * size, split.stages(config).slots * split.pp
+    say.reduce("tp", stream, times=2 * places)
+    both = ("pp", "tp")
+    say.reduce(both, stream, times=groups)  # the embedding
+    if split.pp > 1:
+        say.reduce("pp", stream, times=groups)  # the last stage's output, for the head that all of them hold
+        say("collective-permute", "pp", stream, times=split.pp)
+    # the best token of each device's part of the vocabulary, and its logit
+    say("all-gather", both, 8 * rows * split.pp * split.tp, dtype="f32+s32", times=groups)
+    say.reduce("dp", 1, dtype="pred", times=groups)  # whether all rows have ended
+    return say.program
+
+
+def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, size: int) -> Program:
+    """Of one prefill chunk of `tokens` tokens of every row (in stages: of a tick for each group)."""
+    rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
+    say = _Say(split, DTYPES[size])
+    D, blocks = config.hidden_size, split.stages(config).slots
+    stream, scattered = rows * tokens * D * size, split.sequence_parallel and tokens % split.tp == 0
+    both = ("pp", "tp")
+    if scattered:
+        say("all-gather", "tp", stream, times=2 * blocks * groups)
+        say("reduce-scatter", "tp", stream, times=2 * blocks * groups)
+    else:
+        say.reduce("tp", stream, times=2 * blocks * groups)
+    if split.pp == 1:
+        if scattered:
+            say("reduce-scatter", "tp", stream)
+            say.reduce("tp", rows * D * 4, dtype="f32")  # the last tokens of the prompts
+        else:
+            say.reduce("tp", stream)
+    else:
+        part = split.tp if scattered else 1
+        say.reduce(both, stream, times=groups)
+        say("collective-permute", "pp", stream // part, times=groups)
+    return say.program
+
+
+def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, size: int) -> Program:
+    """Of one update. (Over dp XLA joins what is sent at the same time: there the bytes are what counts.)"""
+    say = _Say(split, DTYPES[size])
+    D, rows = config.hidden_size, batch // split.microbatches // split.dp
+    stream, scattered = rows * seq_len * D * size, split.sequence_parallel and seq_len % split.tp == 0
+    again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat]
+    # how often tokens go through how many layers forward and back, and how often a layer's forward sums are made
+    turns, layers, sums = split.microbatches, split.stages(config).slots, 2 + again
+    if split.pp > 1:  # its backward pass begins with a forward pass; a peeled last tick has nothing to hand on
+        turns, sums = turns * split.chunks + split.pp - 1, 4 + again
+    spare = int(split.peeled)
+    both, part = ("pp", "tp"), stream // split.tp if scattered else stream
+    if scattered:  # inputs of products are gathered for each pass, and once more for their gradients, unless they were kept
+        gathers = sums - again + (2 if split.remat == "none" else 4)
+        say("all-gather", "tp", stream, times=turns * (gathers * layers + 2))
+        say("reduce-scatter", "tp", stream, times=turns * ((sums + 2) * layers + 2))
+        say.reduce("tp", rows * D * size, times=turns * 2 * layers + (2 if split.pp > 1 and split.dp == 1 else turns))  # norms
+        say.reduce("pp", part, times=2 * turns)  # what enters, and the gradient that the head gives
+    else:
+        say.reduce("tp", stream, times=turns * (sums + 2) * layers)
+        say.reduce(both, stream, times=2 * turns)
+    if split.pp > 1:
+        say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
+        say("collective-permute", "pp", part, times=2 * turns - spare)
+    # the largest logit, the sum of exponentials and the label's logit, and the last two once more
+    say.reduce(both, 4 * rows * seq_len, dtype="f32", times=5 * turns - 3 * spare)
+    _over_dp(say, config, split, size)
+    return say.program
+
+
+def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
+    """Gradients, and weights that are kept in shares."""
+    held, M = memory.params(config, split), split.microbatches
+    if split.zero == 0:
+        say.reduce("dp", 4 * held.total, dtype="f32")
+    elif split.zero == 3:
+        layers = config.num_layers * M
+        say("all-gather", "dp", size * held.block, times=layers if split.remat == "none" else 2 * layers)
+        say("reduce-scatter", "dp", size * held.block, times=layers)
+        for table in (held.embed, held.head, held.norm):
+            say("all-gather", "dp", size * table, times=M)
+            say("reduce-scatter", "dp", size * table, times=M)
+    else:
+        say("all-gather", "dp", size * held.total)
+        say("reduce-scatter", "dp", 4 * held.total, dtype="f32", times=M if split.zero == 2 else 1)
+
+
+class _Say:
+    """Collects collectives; what would join a single device is none."""
+
+    def __init__(self, split: Split, dtype: str) -> None:
+        self._axes, self._dtype = split.axes, dtype
+        self.program: Program = Counter()
+
+    def __call__(self, kind: str, axes: str | tuple[str, ...], size: int, *, dtype: str | None = None, times: int = 1) -> None:
+        over = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if self._axes[a] > 1)
+        if over and times and size:
+            joined = 2 if kind == "collective-permute" else math.prod(self._axes[a] for a in over)
+            self.program[Collective(kind, over, dtype or self._dtype, size, joined)] += times
+
+    def reduce(self, axes: str | tuple[str, ...], size: int, **more: Any) -> None:
+        self("all-reduce", axes, size, **more)

@@ -1,0 +1,180 @@
+"""How long work takes: each product by the rate of its operations or of its bytes, whichever is slower, and what is sent.
+
+What GPUs reach of their data sheets was measured on an H200 (matrix products of 8192 columns and rows, copies); what one kind
+of GPU reaches of that is `GPU.efficiency`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from jaxtp.config import ModelConfig
+from jaxtp.planner import collectives, memory
+from jaxtp.planner.cluster import Cluster
+from jaxtp.planner.collectives import Program
+from jaxtp.planner.work import Generation, Split, Training
+
+MATMUL, COPY = 0.79, 0.90  # of the data sheet: 780 of 989 TFLOP/s, 4.3 of 4.8 TB/s
+ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a causal mask (arXiv:2407.08608, figures 5 and 6)
+KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds by part.
+
+    weights: products with weights, or reading them. attention: among tokens, or reading the cache. other: norms, activations,
+    rotations. communication: what nothing hides. launch: from kernel to kernel. optimizer: of an update. bubble: waiting for
+    other stages.
+    """
+
+    weights: float = 0.0
+    attention: float = 0.0
+    other: float = 0.0
+    communication: float = 0.0
+    launch: float = 0.0
+    optimizer: float = 0.0
+    bubble: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    def share(self, part: str) -> float:
+        """Of the whole."""
+        return getattr(self, part) / self.total
+
+    def __add__(self, other: Time) -> Time:
+        return Time(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Time:
+        return Time(*(times * part for part in dataclasses.astuple(self)))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates of each device, and a split of a model over them."""
+
+    config: ModelConfig
+    split: Split
+    cluster: Cluster
+    size: int  # bytes of an element
+
+    @property
+    def flops(self) -> float:
+        """Operations a second of matrix products."""
+        return self.cluster.gpu.tflops * 1e12 * MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else 8)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.cluster.gpu.bandwidth * 1e9 * COPY * self.cluster.gpu.efficiency
+
+    def product(self, rows: float, inner: int, columns: int) -> float:
+        """[rows, inner] x [inner, columns]."""
+        moved = self.size * (rows * inner + inner * columns + rows * columns)
+        return max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
+
+    def sent(self, program: Program) -> float:
+        """All collectives of a program, one after another."""
+        axes = self.split.axes
+        return sum(times * self.cluster.seconds(collective, axes) for collective, times in program.items())
+
+    def products(self, tokens: float, *, down: bool = True) -> float:
+        """Of one layer with its weights; down: the last of them, which nothing has to compute again."""
+        config, tp = self.config, self.split.tp
+        D, queries, mlp = config.hidden_size, config.num_heads * config.head_dim // tp, config.intermediate_size // tp
+        qkv = queries + 2 * memory.kv_heads(config, tp) * config.head_dim
+        return (
+            self.product(tokens, D, qkv)
+            + self.product(tokens, queries, D)
+            + self.product(tokens, D, 2 * mlp)
+            + down * self.product(tokens, mlp, D)
+        )
+
+    def layer(self, rows: int, tokens: int, cached: float) -> Time:
+        """One layer of `tokens` tokens of each of `rows` rows, after (and among) `cached` tokens in each."""
+        config, tp = self.config, self.split.tp
+        D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
+        kv, mlp, count = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp, rows * tokens
+        seen = cached if tokens == 1 else tokens / 2  # a causal mask
+        scores = 4 * count * seen * queries / (self.flops * ATTENTION / MATMUL)
+        read = self.size * 2 * rows * (cached if tokens == 1 else tokens) * kv / self.bandwidth
+        stream = 10 * D / (tp if self.split.sequence_parallel and tokens > 1 else 1)  # two norms, two sums
+        moved = self.size * count * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
+        return Time(weights=self.products(count), attention=max(scores, read), other=moved, launch=KERNELS * LAUNCH)
+
+    def head(self, rows: float) -> float:
+        """Of `rows` tokens."""
+        parts = self.split.tp * self.split.pp
+        return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts))
+
+
+def decode(machine: Machine, task: Generation, *, cached: float | None = None) -> Time:
+    """One step: a token for every row, after `cached` tokens (default: on average over the work)."""
+    config, split = machine.config, machine.split
+    cached = task.prompt_len + task.output_len / 2 if cached is None else cached
+    rows, groups = split.rows(task.batch) // split.dp // split.groups(task.batch), split.groups(task.batch)
+    busy = machine.layer(rows, 1, cached) * split.stages(config).slots
+    head = Time(weights=groups * machine.head(rows), launch=KERNELS * LAUNCH * groups)
+    sent = Time(communication=machine.sent(collectives.decode(config, split, batch=task.batch, size=machine.size)))
+    idle = Time(bubble=(split.pp - groups) * busy.total)
+    return busy * groups + idle + head + sent
+
+
+def prefill(machine: Machine, task: Generation) -> Time:
+    """All prompts, to the first token of each."""
+    config, split = machine.config, machine.split
+    groups = split.groups(task.batch)
+    rows = split.rows(task.batch) // split.dp // groups
+    parts = split.chunks_of(task)
+    chunks, chunk = len(parts), parts[0][1]
+    # chunks after the first attend to what is cached as well: on the whole, as if in one piece
+    one = machine.layer(rows, chunk, chunk)
+    busy = dataclasses.replace(one, attention=one.attention * chunks) * split.stages(config).slots
+    sent = collectives.prefill(config, split, batch=task.batch, tokens=chunk, size=machine.size)
+    busy = (busy * groups + Time(communication=machine.sent(sent))) * chunks
+    waiting = (split.pp - 1) / (groups * chunks)
+    return busy + Time(bubble=waiting * busy.total, weights=groups * machine.head(rows))
+
+
+def train(machine: Machine, task: Training) -> Time:
+    """One update."""
+    config, split = machine.config, machine.split
+    M, pp = split.microbatches, split.pp
+    rows = task.batch // M // split.dp
+    held, tokens = memory.params(config, split), rows * task.seq_len
+    layers = split.stages(config).slots * split.chunks
+    forward = machine.layer(rows, task.seq_len, task.seq_len)
+    # what the backward pass computes again; in a pipeline it begins with a forward pass in any case
+    once_more = dataclasses.replace(forward, weights=machine.products(tokens, down=False))
+    again = {
+        "none": Time(),
+        "save-dots": Time(other=forward.other),
+        "save-attention": dataclasses.replace(once_more, attention=0.0),
+        "full": once_more,
+    }[split.remat]
+    once = forward * (4 if pp > 1 else 3) + again
+    head = Time(weights=4 * machine.head(tokens))
+    sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, size=machine.size)
+    within = Program({c: n for c, n in sent.items() if "dp" not in c.axes})
+    over = Program({c: n for c, n in sent.items() if "dp" in c.axes})  # nothing goes on beside it
+    busy = (once * layers + head) * M
+    bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
+    update = 28.0 * held.total / (split.dp if split.zero else 1) / machine.bandwidth
+    return busy + Time(communication=machine.sent(within) + machine.sent(over), bubble=bubble, optimizer=update)
+
+
+def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:
+    """Operations to train on one token: with causal attention (PaLM's MFU, halved for the mask), and 6 a weight alone
+    (4 where weights are frozen; adapters' own are not counted).
+
+    The embedding is looked up, not multiplied; the head is.
+    """
+    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
+    each = 4.0 if frozen else 6.0
+    return each * weights + attention, each * weights

@@ -1,0 +1,194 @@
+"""What each device holds, by formula: weights, KV cache, activations, optimiser states. Bytes throughout.
+
+Against the compiler's own figures: docs/planner.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtp import buckets
+from jaxtp.config import ModelConfig
+from jaxtp.planner.work import SIZES, Generation, Split, Training
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables."""
+
+    block: int
+    blocks: int
+    embed: int
+    head: int
+    norm: int
+
+    @property
+    def stacked(self) -> int:
+        """Of all blocks."""
+        return self.block * self.blocks
+
+    @property
+    def tables(self) -> int:
+        """Of all but the blocks."""
+        return self.embed + self.head + self.norm
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.stacked + self.tables
+
+
+def params(config: ModelConfig, split: Split) -> Params:
+    """What each device holds of the weights, whole over dp."""
+    D, H, tp = config.hidden_size, config.head_dim, split.tp
+    kv = kv_heads(config, tp)
+    queries, mlp = config.num_heads * H // tp, config.intermediate_size // tp
+    rows = queries + 2 * kv * H
+    block = rows * D + D * queries + 3 * mlp * D + 2 * D
+    block += config.qkv_bias * rows + config.o_bias * D + config.mlp_bias * (2 * mlp + D) + config.qk_norm * 2 * H
+    stages = split.stages(config)
+    table = math.ceil(config.vocab_size / (tp * split.pp)) * D
+    return Params(block, stages.slots * split.chunks, table, 0 if config.tie_word_embeddings else table, D)
+
+
+def kv_heads(config: ModelConfig, tp: int) -> int:
+    """KV heads on each device: where tp exceeds them, each stands on several."""
+    return max(config.num_kv_heads, tp) // tp
+
+
+def slot(config: ModelConfig, split: Split, dtype: str) -> int:
+    """Of one token's keys and values on each device of its row."""
+    return 2 * split.stages(config).slots * kv_heads(config, split.tp) * config.head_dim * SIZES[dtype]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    weights: in the computing dtype. kv: the cache of the work at hand. state: parameters, moments (float32). gradients: with
+    the weights at work in a step. activations: kept for the backward pass. workspace: what programs need while they run.
+    """
+
+    weights: float = 0.0
+    kv: float = 0.0
+    state: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    workspace: float = 0.0
+
+    @property
+    def arguments(self) -> float:
+        """What is held between steps."""
+        return (self.state or self.weights) + self.kv
+
+    @property
+    def temporary(self) -> float:
+        """What a step needs beside it."""
+        return self.total - self.arguments
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.weights + self.kv + self.state + self.gradients + self.activations + self.workspace
+
+
+def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
+    """Of a batch at its end, when its cache has the slots for all its tokens."""
+    size = SIZES[task.dtype]
+    rows = split.rows(task.batch) // split.dp
+    return Memory(
+        weights=size * params(config, split).total,
+        kv=rows * task.slots * slot(config, split, task.dtype),
+        workspace=prefill_workspace(
+            config, split, rows=rows // split.groups(task.batch), tokens=split.chunks_of(task)[0][1], size=size
+        ),
+    )
+
+
+def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
+    """Tokens that the caches of all dp groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
+    free = int(memory * task.utilization) - SIZES[task.dtype] * params(config, split).total
+    return free // slot(config, split, task.dtype) * split.dp
+
+
+def decode_workspace(config: ModelConfig, split: Split, *, rows: int, slots: int) -> float:
+    """Temporary memory of a decode step for `rows` rows of a group on each device: the logits, and attention's scores. (A few
+    MiB at most; XLA may cut long sums into parts, which takes some more.)
+    """
+    logits = 4 * rows * math.ceil(config.vocab_size / (split.tp * split.pp))
+    return logits + 1.5 * 4 * rows * slots * (config.num_heads // split.tp)
+
+
+def prefill_workspace(config: ModelConfig, split: Split, *, rows: int, tokens: int, size: int) -> float:
+    """Temporary memory of a prefill chunk of `tokens` tokens of `rows` rows on each device: gate, up and their product beside
+    the residual stream, or what attention brings back to it.
+    """
+    tp, count = split.tp, rows * tokens
+    stream, mlp = count * config.hidden_size * size, count * config.intermediate_size // tp * size
+    qkv = count * (config.num_heads // tp + 2 * kv_heads(config, tp)) * config.head_dim * size
+    shared = tp == 1 or (split.sequence_parallel and tokens % tp == 0)
+    return max(3 * mlp + stream, 0 if shared else 3 * stream + 2 * qkv)
+
+
+def products(config: ModelConfig, split: Split) -> int:
+    """Weights of a layer's products on each device: half the operations for a token."""
+    tp, queries = split.tp, config.num_heads // split.tp
+    heads = 2 * queries + 2 * kv_heads(config, tp)
+    return (heads * config.head_dim + 3 * config.intermediate_size // tp) * config.hidden_size
+
+
+def training(config: ModelConfig, split: Split, task: Training) -> Memory:
+    """Of an update."""
+    size, held = SIZES[task.dtype], params(config, split)
+    everything, dp, tp = held.total, split.dp, split.tp
+    tokens = task.batch // split.microbatches // dp * task.seq_len
+    kept = kept_a_layer(config, split, tokens=tokens, size=size)
+    logits = (
+        4 * tokens // task.seq_len * min(buckets.LOGITS_TOKENS, task.seq_len) * math.ceil(config.vocab_size / (tp * split.pp))
+    )
+    state = 12 * everything / (dp if split.zero else 1)
+    if (
+        split.pp > 1
+    ):  # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
+        stash = tokens * config.hidden_size / (tp if split.sequence_parallel else 1) * size
+        activations = held.blocks / split.chunks * kept + split.pipeline().in_flight(0) * stash
+        return Memory(
+            weights=size * everything,
+            state=state,
+            gradients=(4 + size) * everything + 4 * held.tables,
+            activations=activations,
+            workspace=logits + (size * everything + activations if split.peeled else 0),
+        )
+    weights, gradients = float(size * everything), float(size * everything)
+    if split.zero == 3:  # the blocks' in shares, one layer of them whole; the tables whole, their gradients in float32 as well
+        weights = size * (held.tables + held.block)
+        gradients = weights + 4 * held.tables + size * held.stacked / dp
+        if split.remat == "none":  # those that were gathered stay for the backward pass
+            weights += size * held.stacked
+    if split.microbatches > 1:
+        gradients += 4 * everything / (dp if split.zero >= 2 else 1)  # the sums, in float32
+    activations = config.num_layers * kept
+    if split.zero == 0:  # the backward pass is over, and all gradients become float32, those of the MLPs last
+        mlp = 3 * config.intermediate_size // tp * config.hidden_size * config.num_layers
+        gradients = max(gradients, 4 * everything + size * mlp - weights - activations - logits)
+    return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits)
+
+
+def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int) -> float:
+    """What a layer keeps of `tokens` tokens on a device for the backward pass."""
+    tp = split.tp
+    # the residual stream and its norms are whole on every tp device, but for sequence parallelism
+    whole = tokens * config.hidden_size
+    stream = whole / (tp if split.sequence_parallel else 1)
+    heads = config.num_heads * config.head_dim
+    qkv = tokens * (heads + 2 * max(config.num_kv_heads, tp) * config.head_dim) / tp
+    out = tokens * (heads + 4 / size * config.num_heads) / tp  # with the logarithm of the softmax's sum, in float32
+    mlp = tokens * config.intermediate_size / tp
+    kept = {
+        "none": 4 * stream + 2 * whole + qkv + out + 3 * mlp,  # the inputs of products, gathered
+        "save-dots": 2 * stream + qkv + out + 2 * mlp,
+        "save-attention": stream + out,
+        "full": stream,
+    }
+    return size * kept[split.remat]

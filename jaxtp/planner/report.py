@@ -1,0 +1,264 @@
+"""Plans to look at: a table, the reasons, and a picture of latency against throughput."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from jaxtp.planner.cost import Time
+from jaxtp.planner.work import Generation, Training
+from jaxtp.tables import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from jaxtp.planner.search import Plan
+
+GIB = 2**30
+SHOWN = 8  # plans of a table, unless all are asked for
+
+
+class Plans(list["Plan"], Shown):
+    """All plans, the best first; behind those that can be, those that cannot. Prints, and shows in a notebook, as a table."""
+
+    def __init__(self, plans: Iterable[Plan], objective: str) -> None:
+        super().__init__(plans)
+        self.objective = objective
+
+    __str__ = Shown.__str__
+    __repr__ = Shown.__repr__
+
+    @property
+    def best(self) -> Plan:
+        """The first."""
+        return self[0]
+
+    @property
+    def legal(self) -> list[Plan]:
+        """Those that can be."""
+        return [plan for plan in self if plan.fits]
+
+    @property
+    def refused(self) -> list[Plan]:
+        """Those that cannot be; `Plan.refused` says why."""
+        return [plan for plan in self if not plan.fits]
+
+    def distinct(self) -> list[Plan]:
+        """The best of each mesh."""
+        seen: dict[Any, Plan] = {}
+        for plan in self.legal:
+            seen.setdefault(tuple(plan.split.axes.values()), plan)
+        return list(seen.values())
+
+    def table(self, *, every: bool = False) -> Table:
+        """The best plan of each mesh and why the others lose; every: all plans, and all that are refused."""
+        first, best = self.best, self.best
+        training = isinstance(first.task, Training)
+        shown = self.legal if every else self.distinct()[:SHOWN]
+        table = Table(title=f"{first.model} on {first.cluster}: {_asked(first)}, by {self.objective}", caption=self._caption())
+        for column in ["#", "layout"] + ["ZeRO", "remat", "micro-\nbatches", "schedule"] * training:
+            table.add_column(column)
+        numbers = ["GiB of\neach GPU"]
+        numbers += ["s a step", "tokens/s\na GPU", "MFU"] if training else ["KV cache,\ntokens", "rows", "to first\ntoken, ms"]
+        numbers += [] if training else ["ms a\ntoken", "tokens/s\na GPU"]
+        for column in [*numbers, "sent", "idle"]:
+            table.add_column(column, justify="right")
+        table.add_column("why")
+        for number, plan in enumerate(shown, 1):
+            table.add_row(str(number), *_cells(plan), why(plan, best))
+        possible = {plan.split.told() for plan in self.legal}
+        refused = self.refused if every else [p for p in _reasons(self.refused) if p.split.told() not in possible]
+        if refused:
+            table.add_section()
+        for plan in refused:
+            blank = [""] * (len(table.columns) - 3)
+            table.add_row("-", plan.split.told(), *blank, plan.refused)
+        return table
+
+    def draw(self) -> Figure:
+        """Latency against throughput: a line for each mesh, a point for each number of rows; the frontier is marked. Training:
+        the time of a step by part. Needs matplotlib (extra `notebook`).
+        """
+        return _bars(self) if isinstance(self.best.task, Training) else _curves(self)
+
+    def _caption(self) -> str:
+        counts = Counter(plan.fits for plan in self)
+        return f"{counts[True]} layouts can be, {counts[False]} cannot; times are predictions"
+
+    def records(self) -> list[dict[str, Any]]:
+        """All of them as plain numbers, for JSON."""
+        return [plan.record() for plan in self]
+
+
+def _asked(plan: Plan) -> str:
+    task = plan.task
+    if isinstance(task, Training):
+        return f"updates from {task.batch} rows of {task.seq_len:,} tokens"
+    return f"prompts of {task.prompt_len:,} tokens, {task.output_len:,} more each"
+
+
+def _cells(plan: Plan) -> list[str]:
+    split, held = plan.split, f"{plan.memory.total / GIB:.1f}"
+    layout = split.told() + " + sequence parallel" * split.sequence_parallel
+    idle, sent = (f"{plan.step.share(part):.0%}" for part in ("bubble", "communication"))
+    rate = plan.tokens_per_second / plan.cluster.size
+    if isinstance(plan.task, Training):
+        schedule = f"{split.schedule}{f', {split.chunks} chunks' * (split.chunks > 1)}" if split.pp > 1 else ""
+        choice = [str(split.zero), split.remat, str(split.microbatches), schedule]
+        return [layout, *choice, held, f"{plan.seconds:.2f}", f"{rate:,.0f}", f"{plan.mfu:.0%}", sent, idle]
+    times = f"{1e3 * plan.prefill.total:,.0f}", f"{1e3 * plan.step.total:.2f}"
+    return [layout, held, f"{plan.kv_tokens:,}", str(plan.task.batch), *times, f"{rate:,.1f}", sent, idle]
+
+
+def why(plan: Plan, best: Plan) -> str:
+    """Why a plan is not the best, or what speaks for it."""
+    notes = _notes(plan)
+    if plan is best:
+        return "; ".join(["the best", *notes])
+    slower = plan.seconds / plan.task.batch / (best.seconds / best.task.batch)
+    if slower > 1.005:
+        mine, its = (_whole(p) * (1 / p.task.batch) for p in (plan, best))
+        growth = {part.name: getattr(mine, part.name) - getattr(its, part.name) for part in dataclasses.fields(Time)}
+        part = max(growth, key=growth.__getitem__)
+        notes.insert(0, f"{slower:.2f}x the time: {WORDS[part]}")
+    elif plan.memory.total > 1.005 * best.memory.total:
+        notes.insert(0, f"as fast, {(plan.memory.total - best.memory.total) / GIB:.1f} GiB more")
+    else:
+        notes.insert(0, "as good" if slower > 0.995 else f"{slower:.2f}x the time, but {plan.memory.total / GIB:.1f} GiB")
+    return "; ".join(notes)
+
+
+WORDS = {
+    "weights": "reading and multiplying weights",
+    "attention": "attention",
+    "other": "what tp does not share out (norms, the residual stream)",
+    "communication": "communication",
+    "launch": "starting kernels",
+    "optimizer": "the optimiser",
+    "bubble": "stages that wait",
+}
+
+
+def _whole(plan: Plan) -> Time:
+    if isinstance(plan.task, Generation):
+        return plan.prefill + plan.step * (plan.task.output_len - 1)
+    return plan.step
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What the guides' rules say of it."""
+    notes, split, config = [], plan.split, plan.config
+    slowest = plan.cluster.crosses("tp", split.axes)
+    if slowest and slowest != "NVLink":
+        notes.append(f"tp goes over {slowest}")
+    if split.tp > config.num_kv_heads:
+        notes.append(f"each KV head stands {split.tp // config.num_kv_heads} times")
+    stages = split.stages(config)
+    if not stages.even:
+        notes.append(f"uneven stages add {stages.waste:.0%}")
+    if split.pp > 1 and plan.cluster.crosses("pp", split.axes) not in ("NVLink", "PCIe"):
+        notes.append("stages, not tp, cross nodes")
+    return notes
+
+
+def _reasons(refused: Sequence[Plan]) -> list[Plan]:
+    """One for each mesh: what came closest, of those that only want too much memory."""
+
+    def far(plan: Plan) -> tuple[bool, float]:
+        full = bool(plan.refused and plan.refused.startswith("needs"))
+        return not full, plan.memory.total if full else 0.0
+
+    meshes = {tuple(plan.split.axes.values()) for plan in refused}
+    closest = (min((p for p in refused if tuple(p.split.axes.values()) == mesh), key=far) for mesh in meshes)
+    return sorted(closest, key=lambda plan: plan.split.tp)
+
+
+# -- a picture -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A layout with some rows: seconds a token of each row, tokens a second of each GPU."""
+
+    plan: Plan
+    latency: float
+    throughput: float
+
+
+def points(plans: Plans) -> list[Point]:
+    """Every mesh with 1, 2, 4, ... rows, as far as the cache holds them."""
+    found = []
+    for plan in plans.distinct():
+        task = plan.task
+        assert isinstance(task, Generation), "a picture of latency and throughput is of generation"
+        rows = 1
+        while rows <= max(1, plan.concurrency):
+            at = dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))
+            found.append(Point(at, at.step.total, at.tokens_per_second / at.cluster.size))
+            rows *= 2
+    return found
+
+
+def frontier(found: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both."""
+    best: list[Point] = []
+    for point in sorted(found, key=lambda p: (p.latency, -p.throughput)):
+        if not best or point.throughput > best[-1].throughput:
+            best.append(point)
+    return best
+
+
+def _curves(plans: Plans) -> Figure:
+    import matplotlib.pyplot as plt
+
+    first = plans.best
+    found = points(plans)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for plan in plans.distinct():
+        mine = [p for p in found if p.plan.split == plan.split]
+        axes.plot([1e3 * p.latency for p in mine], [p.throughput for p in mine], "o-", ms=3, lw=1, label=plan.split.told())
+    edge = frontier(found)
+    axes.plot(
+        [1e3 * p.latency for p in edge], [p.throughput for p in edge], color="0.75", lw=7, alpha=0.6, zorder=0, label="frontier"
+    )
+    for point in edge:
+        axes.annotate(
+            str(point.plan.task.batch),
+            (1e3 * point.latency, point.throughput),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=6,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="ms a token of each row", ylabel="tokens/s a GPU")
+    axes.set_title(f"{first.model} on {first.cluster}: {_asked(first)}\nnumbers: rows at once", fontsize=9)
+    axes.grid(alpha=0.3, which="both", lw=0.5)
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def _bars(plans: Plans) -> Figure:
+    import matplotlib.pyplot as plt
+
+    shown = plans.distinct()[:SHOWN]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(shown)), layout="constrained")
+    left = [0.0] * len(shown)
+    for part in WORDS:
+        widths = [getattr(plan.step, part) for plan in shown]
+        axes.barh(range(len(shown)), widths, left=left, label=part, height=0.7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(yticks=range(len(shown)), xlabel="seconds of a step")
+    axes.set_yticklabels([f"{plan.split.told()}, {plan.split.remat}" for plan in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(f"{plans.best.model} on {plans.best.cluster}: {_asked(plans.best)}", fontsize=9)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,287 @@
+"""`plan`: every legal way to split a model over given GPUs, what each takes and costs, and which is best."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jaxtp.config import ModelConfig
+from jaxtp.planner import cost, hardware, memory
+from jaxtp.planner.cluster import Cluster, cluster
+from jaxtp.planner.cost import Machine, Time
+from jaxtp.planner.memory import Memory
+from jaxtp.planner.report import Plans
+from jaxtp.planner.work import SIZES, Generation, Remat, Split, Task, Training, problem
+from jaxtp.presets import PRESETS, preset
+
+Objective = Literal["latency", "throughput", "memory"]
+CHUNKS = (2, 4)  # of layers on a pipeline's rank, that are tried
+MOST_GPUS = 4096  # up to which it is tried how many would do
+MOST_ROWS = 256  # rows that run together: LLM's max_num_seqs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to do some work: what each device holds, and how long it takes. Where it cannot be, `refused` says why."""
+
+    model: str
+    config: ModelConfig
+    cluster: Cluster
+    split: Split
+    task: Task
+    refused: str | None = None
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Bytes on each device."""
+        if isinstance(self.task, Training):
+            return memory.training(self.config, self.split, self.task)
+        return memory.generation(self.config, self.split, self.task)
+
+    @property
+    def limit(self) -> float:
+        """Bytes of each device that the work may take."""
+        return self.cluster.memory * self.task.utilization
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.refused is None
+
+    @functools.cached_property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV caches of all devices hold together."""
+        assert isinstance(self.task, Generation)
+        return memory.capacity(self.config, self.split, self.task, self.cluster.memory)
+
+    @property
+    def concurrency(self) -> float:
+        """Requests of full length that fit at once."""
+        assert isinstance(self.task, Generation)
+        return self.kv_tokens / self.task.request
+
+    @property
+    def machine(self) -> Machine:
+        """The rates that it is reckoned with."""
+        return Machine(self.config, self.split, self.cluster, SIZES[self.task.dtype])
+
+    @functools.cached_property
+    def prefill(self) -> Time:
+        """Seconds to the first token."""
+        assert isinstance(self.task, Generation)
+        return cost.prefill(self.machine, self.task)
+
+    @functools.cached_property
+    def step(self) -> Time:
+        """Seconds of a decode step, or of an update."""
+        if isinstance(self.task, Training):
+            return cost.train(self.machine, self.task)
+        return cost.decode(self.machine, self.task)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole work: prompts and completions, or an update."""
+        if isinstance(self.task, Training):
+            return self.step.total
+        return self.prefill.total + (self.task.output_len - 1) * self.step.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs: tokens made, or learned from."""
+        if isinstance(self.task, Training):
+            return self.task.batch * self.task.seq_len / self.seconds
+        return self.task.batch * self.task.output_len / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the data sheet says, of an update."""
+        assert isinstance(self.task, Training)
+        flops = cost.train_flops(self.config, self.task.seq_len)[0]
+        return self.tokens_per_second * flops / self.cluster.size / (self.cluster.gpu.tflops * 1e12)
+
+    @property
+    def communication(self) -> float:
+        """Its share of the time of a step."""
+        return self.step.share("communication")
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain numbers, for JSON. Bytes and seconds."""
+        found: dict[str, Any] = {
+            "model": self.model,
+            "gpus": str(self.cluster),
+            "split": dataclasses.asdict(self.split),
+            "task": {"kind": type(self.task).__name__.lower(), **dataclasses.asdict(self.task)},
+            "refused": self.refused,
+        }
+        if self.split.cp == self.split.ep == 1 and not problem(self.config, self.split, self.task):
+            found |= {"memory": {**dataclasses.asdict(self.memory), "total": self.memory.total}}
+            found |= {"step": {**dataclasses.asdict(self.step), "total": self.step.total}}
+            found |= {"seconds": self.seconds, "tokens_per_second": self.tokens_per_second}
+            if isinstance(self.task, Training):
+                found |= {"mfu": self.mfu}
+            else:
+                found |= {"prefill": {**dataclasses.asdict(self.prefill), "total": self.prefill.total}}
+                found |= {"kv_tokens": self.kv_tokens, "concurrency": self.concurrency}
+        return found
+
+
+def plan(
+    model: str | Path | ModelConfig,
+    gpus: str | Cluster,
+    *,
+    task: Literal["generate", "train"] = "generate",
+    batch: int | None = None,
+    prompt_len: int = 1024,
+    output_len: int = 256,
+    seq_len: int = 4096,
+    max_model_len: int | None = None,
+    dtype: str = "bfloat16",
+    objective: Objective | None = None,
+    utilization: float | None = None,
+    interconnect: str | None = None,
+    network: str = "infiniband",
+    gpu_file: str | Path | None = None,
+    tp_across_nodes: bool = False,
+) -> Plans:
+    """Every way to run a model on GPUs, the best first, and behind them those that cannot be, with the reason.
+
+    model: the name of a preset, a checkpoint folder (its config.json), or a `ModelConfig`. gpus: "8xH100", "2x8xH100" (nodes x
+    GPUs of each). task: "generate" completes `batch` prompts of `prompt_len` tokens by `output_len`; batch None: 1 for latency,
+    else as many as the cache holds, at most 256. "train" updates from `batch` rows (default 64) of `seq_len` tokens.
+    objective: what is best, "latency" (generate's default: seconds until all is done), "throughput" (train's: tokens a second)
+    or "memory" (the least on each GPU). interconnect, network: see `cluster`. gpu_file: YAML with more GPUs, see
+    `hardware.load`.
+
+    Raises ValueError for what it does not know, with near names, and where nothing fits, with the number of GPUs that would do.
+    """
+    objective = objective or ("throughput" if task == "train" else "latency")
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective={objective!r} must be one of {', '.join(get_args(Objective))}")
+    if task not in ("generate", "train"):
+        raise ValueError(f'task={task!r} must be "generate" or "train"')
+    known = hardware.load(gpu_file) if gpu_file else hardware.GPUS
+    where = gpus if isinstance(gpus, Cluster) else cluster(gpus, interconnect=interconnect, network=network, known=known)
+    name, config = _model(model)
+    share = {} if utilization is None else {"utilization": utilization}
+    wanted: Task
+    if task == "train":
+        wanted = Training(batch or 64, seq_len, dtype, **share)
+    else:
+        wanted = Generation(batch or 1, prompt_len, output_len, max_model_len, dtype, **share)
+        if wanted.total > config.max_position_embeddings and config.rope.kind != "dynamic":
+            raise ValueError(
+                f"prompt_len + output_len = {wanted.total} exceeds the model's max_position_embeddings="
+                f"{config.max_position_embeddings}"
+            )
+    per_node = None if tp_across_nodes else where.per_node
+    fill = batch is None and task == "generate" and objective == "throughput"
+    found = [_judged(name, config, where, split, wanted, per_node, fill=fill) for split in splits(where.size, task=wanted)]
+    plans = Plans(sorted(found, key=functools.partial(_rank, objective)), objective)
+    if not plans.legal:
+        raise ValueError(_nothing(plans, where, per_node))
+    return plans
+
+
+def splits(devices: int, *, task: Task) -> Iterator[Split]:
+    """Every way to split work over that many devices, legal or not."""
+    for dp, pp, tp in itertools.product(_divisors(devices), repeat=3):
+        if dp * pp * tp != devices:
+            continue
+        for parallel in (False, True) if tp > 1 else (False,):
+            base = Split(dp=dp, pp=pp, tp=tp, sequence_parallel=parallel)
+            if isinstance(task, Generation):
+                if not parallel:  # the same bytes: for generation there is nothing to gain
+                    yield base
+                continue
+            shapes: list[dict[str, Any]] = [{}]
+            if pp > 1:
+                shapes = [{"schedule": "1f1b"}, {"schedule": "gpipe"}]
+                shapes += [{"schedule": "interleaved_1f1b", "chunks": v} for v in CHUNKS]
+            zeros = (0, 1, 2, 3) if dp > 1 else (0,)
+            for micro, zero, remat, shape in itertools.product(_divisors(task.batch), zeros, get_args(Remat), shapes):
+                yield dataclasses.replace(base, microbatches=micro, zero=zero, remat=remat, **shape)
+
+
+def _judged(
+    name: str, config: ModelConfig, where: Cluster, split: Split, task: Task, per_node: int | None, *, fill: bool
+) -> Plan:
+    plan = Plan(name, config, where, split, task)
+    refused = problem(config, split, task, per_node=per_node)
+    if refused:
+        return dataclasses.replace(plan, refused=refused)
+    if fill and isinstance(task, Generation):
+        rows = MOST_ROWS
+        while rows > 1 and not _fits(plan := dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))):
+            rows //= 2
+    if _fits(plan):
+        return plan
+    part = max(dataclasses.asdict(plan.memory).items(), key=lambda item: item[1])
+    refused = (
+        f"needs {plan.memory.total / 2**30:.1f} GiB of the {plan.limit / 2**30:.1f} that may be used of each GPU "
+        f"(most of it, {part[1] / 2**30:.1f}: {part[0]})"
+    )
+    return dataclasses.replace(plan, refused=refused)
+
+
+def _fits(plan: Plan) -> bool:
+    """Generation's workspace is what weights and cache leave of a GPU; training has one limit for all."""
+    if isinstance(plan.task, Training):
+        return plan.memory.total <= plan.limit
+    return plan.memory.arguments <= plan.limit and plan.memory.total <= plan.cluster.memory
+
+
+def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
+    """The key to sort by: what fits first; equals in the order of simplicity."""
+    if plan.refused:
+        return (1, plan.split.pp, plan.split.tp)
+    first = {
+        "latency": plan.seconds,
+        "throughput": -plan.tokens_per_second,
+        "memory": plan.memory.total,
+    }[objective]
+    split = plan.split
+    return (0, float(f"{first:.4g}"), plan.memory.total, split.pp, split.sequence_parallel, split.zero)
+
+
+def _nothing(plans: Plans, where: Cluster, per_node: int | None) -> str:
+    """Why nothing fits, and how many GPUs would do."""
+    sample, full = plans[0], [plan for plan in plans if plan.refused and plan.refused.startswith("needs")]
+    closest = min(full, key=lambda plan: plan.memory.total) if full else sample
+    why, hint = (
+        f"{closest.split.told()} {closest.refused}" if full else str(sample.refused),
+        f"nor would {MOST_GPUS} of them do",
+    )
+    gpus = 2 * where.size
+    while gpus <= MOST_GPUS:
+        more = where.of(gpus)
+        tried = (
+            _judged(sample.model, sample.config, more, split, sample.task, per_node, fill=False)
+            for split in splits(gpus, task=sample.task)
+        )
+        if any(plan.fits for plan in tried):
+            hint = f"{gpus} of them would do"
+            break
+        gpus *= 2
+    return f"{sample.model} cannot be run so on {where}: {why}; {hint}"
+
+
+def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
+    if isinstance(model, ModelConfig):
+        return model.model_type, model
+    if str(model) in PRESETS:
+        return str(model), preset(str(model))
+    if Path(model).exists():
+        return str(model), ModelConfig.from_hf(model)
+    near = difflib.get_close_matches(str(model).lower(), PRESETS, n=3, cutoff=0.4)
+    hint = f"near: {', '.join(near)}; all" if near else "presets"
+    raise ValueError(f"no model is named {str(model)!r}, and no folder is there; {hint}: {', '.join(PRESETS)}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]

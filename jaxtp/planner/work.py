@@ -1,0 +1,211 @@
+"""What is asked of a model, and a way to split it over devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtp import buckets
+from jaxtp.config import ModelConfig
+from jaxtp.mesh import AXES
+from jaxtp.parallel.schedules import Circulation, Name, Schedule
+from jaxtp.parallel.stages import Stages
+from jaxtp.sharding import Rules, check_layout
+
+Remat = Literal["none", "full", "save-dots", "save-attention"]
+BATCHED = 8192  # tokens that one prefill call takes: LLM's max_num_batched_tokens
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`batch` prompts of `prompt_len` tokens, each completed by `output_len`.
+
+    max_model_len: tokens of a request at most, for which concurrency is told; default prompt and output. utilization: the
+    share of each GPU that weights and cache may take.
+    """
+
+    batch: int = 1
+    prompt_len: int = 1024
+    output_len: int = 256
+    max_model_len: int | None = None
+    dtype: str = "bfloat16"
+    utilization: float = 0.9
+
+    def __post_init__(self) -> None:
+        _positive(batch=self.batch, prompt_len=self.prompt_len, output_len=self.output_len)
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
+        _known(self.dtype)
+        if self.max_model_len is not None and self.max_model_len < self.total:
+            raise ValueError(f"max_model_len={self.max_model_len} is less than prompt_len + output_len = {self.total}")
+
+    @property
+    def total(self) -> int:
+        """Tokens of a row at its end."""
+        return self.prompt_len + self.output_len
+
+    @property
+    def slots(self) -> int:
+        """Of the cache of each row at its end."""
+        return buckets.bucket(self.total, least=buckets.MIN_SLOTS)
+
+    @property
+    def request(self) -> int:
+        """Tokens that are set aside for a request."""
+        return self.max_model_len or self.total
+
+
+@dataclass(frozen=True)
+class Training:
+    """Updates from `batch` rows of `seq_len` tokens, with AdamW on float32 parameters. utilization: as of `Generation`."""
+
+    batch: int = 64
+    seq_len: int = 4096
+    dtype: str = "bfloat16"
+    utilization: float = 0.95
+
+    def __post_init__(self) -> None:
+        _positive(batch=self.batch, seq_len=self.seq_len)
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
+        _known(self.dtype)
+
+
+Task = Generation | Training
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _known(dtype: str) -> None:
+    if dtype not in SIZES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(SIZES)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the work is spread: the axes of the mesh, and what else there is to choose. The last six are training's.
+
+    microbatches: of an update (and, in a pipeline, what goes through its stages). chunks: of layers on a pipeline's rank.
+    """
+
+    dp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    zero: int = 0
+    microbatches: int = 1
+    schedule: Name = "1f1b"
+    chunks: int = 1
+    remat: Remat = "none"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The mesh's sizes, in its order."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return self.dp * self.pp * self.cp * self.ep * self.tp
+
+    @property
+    def rules(self) -> Rules:
+        """The layout of weights and activations."""
+        rules = Rules().sequence_parallel() if self.sequence_parallel else Rules()
+        return rules.pipeline_parallel() if self.pp > 1 else rules
+
+    def stages(self, config: ModelConfig) -> Stages:
+        """Where layers stand."""
+        return Stages.split(config.num_layers, ranks=self.pp, chunks=self.chunks)
+
+    def pipeline(self) -> Schedule:
+        """Of the microbatches of an update."""
+        return Schedule(self.schedule, self.pp, self.microbatches, self.chunks)
+
+    @property
+    def peeled(self) -> bool:
+        """Whether a pipeline's first and last ticks are one each, which XLA takes out of their loops."""
+        return self.pp * self.chunks == 2 and self.pp > 1 and self.schedule != "gpipe"
+
+    def rows(self, batch: int) -> int:
+        """Rows of a batch to generate from, as they are padded: each group's on each device a power of two."""
+        return buckets.rows(batch, dp=self.dp * self.groups(batch))
+
+    def groups(self, batch: int) -> int:
+        """In how many groups the rows go through stages."""
+        return Circulation.groups_of(-(-batch // self.dp), self.pp)
+
+    def chunks_of(self, task: Generation) -> list[tuple[int, int]]:
+        """How prompts are prefilled, as `LLM` does: (start, tokens of each row) of each call."""
+        rows, groups = self.rows(task.batch), self.groups(task.batch)
+        largest = buckets.chunk_size(rows, BATCHED)
+        if self.pp > 1:
+            largest = min(largest, buckets.filling(task.prompt_len, self.pp, groups, rows // groups // self.dp))
+        return buckets.chunks(task.prompt_len, largest=largest, alike=self.pp > 1)
+
+    def told(self) -> str:
+        """In words, what differs from one device."""
+        sizes = [f"{axis}={size}" for axis, size in self.axes.items() if size > 1]
+        return " × ".join(sizes) or "1 GPU"
+
+
+def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> str | None:
+    """Why this model cannot be run so, in the words of what would refuse it; None where it can.
+
+    per_node: devices of a node, within which tp stays.
+    """
+    try:
+        check(config, split, task, per_node=per_node)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> None:
+    """The same as an error."""
+    if split.cp > 1 or split.ep > 1:
+        raise ValueError(f"{split.told()}: context and expert parallelism are not built yet; use dp, pp and tp")
+    if isinstance(task, Training):
+        if split.pp > 1:
+            split.pipeline()
+        check_rows(task.batch, split.microbatches, split.dp)
+    if per_node and split.tp > per_node:
+        raise ValueError(f"tp={split.tp} would join devices of several nodes, each of which has {per_node}, over the network")
+    check_layout(config, split.tp, split.rules)
+    stages = split.stages(config)
+    if isinstance(task, Training):
+        check_zero(config, zero=split.zero, dp=split.dp, pp=split.pp)
+    stages.alike(config.windows)
+
+
+def check_rows(batch: int, microbatches: int, dp: int) -> None:
+    """Raises ValueError where an update's rows cannot be cut into microbatches that dp divides."""
+    if batch % microbatches:
+        raise ValueError(f"{microbatches} microbatches must divide the {batch} rows of an update")
+    rows = batch // microbatches
+    if rows % dp:
+        legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise ValueError(
+            f"dp={dp} does not divide the {rows} rows of a microbatch ({batch} rows, {microbatches} microbatches); "
+            f"legal dp: {legal}"
+        )
+
+
+def check_zero(config: ModelConfig, *, zero: int, dp: int, pp: int) -> None:
+    """Raises ValueError where a ZeRO stage does not go with the rest."""
+    if zero not in (0, 1, 2, 3):
+        raise ValueError(f"zero={zero} must be 0, 1, 2 or 3")
+    if pp > 1 and zero > 1:
+        raise ValueError(
+            f"zero={zero} would scatter or gather over dp at every microbatch of a pipeline; with pp use zero 0 or 1"
+        )
+    if zero and config.hidden_size % dp:
+        legal = ", ".join(str(n) for n in range(1, min(config.hidden_size, 1024) + 1) if config.hidden_size % n == 0)
+        raise ValueError(f"zero={zero}: dp={dp} does not divide hidden_size {config.hidden_size}; legal dp: {legal}")

@@ -1,0 +1,95 @@
+"""GPUs by their names, and what collectives take on the links between them."""
+
+import pytest
+
+from jaxtp.planner import Split, cluster
+from jaxtp.planner.cluster import NVLINK4
+from jaxtp.planner.collectives import Collective
+
+MIB, GB = 2**20, 1e9
+
+
+@pytest.mark.parametrize(
+    ("spec", "nodes", "per_node", "gpu"),
+    [
+        ("8xH100", 1, 8, "H100"),
+        ("2x8xh100", 2, 8, "H100"),
+        ("H200", 1, 1, "H200"),
+        ("4 x A100-40", 1, 4, "A100-40"),
+        ("2×4×L40S", 2, 4, "L40S"),
+        ("2xRTX 4090", 1, 2, "RTX-4090"),
+    ],
+)
+def test_clusters_are_named_as_people_do(spec, nodes, per_node, gpu):
+    found = cluster(spec)
+    assert (found.nodes, found.per_node, found.gpu.name, found.size) == (nodes, per_node, gpu, nodes * per_node)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "said"),
+    [
+        ("8xH300", {}, "no GPU is named 'H300'; near: .*H100"),
+        ("eight H100", {}, "no GPU is named"),
+        ("8", {}, "'8' names no GPUs; such as 8xH100"),
+        ("0xH100", {}, "at least one node of one GPU"),
+        ("8xL40S", {"interconnect": "nvlink"}, "the L40S has no NVLink; interconnect: pcie"),
+        ("8xH100", {"interconnect": "wire"}, "must be one of nvlink, pcie"),
+        ("8xH100", {"network": "pigeons"}, "network='pigeons' must be one of infiniband"),
+    ],
+)
+def test_bad_input(spec, options, said):
+    with pytest.raises(ValueError, match=said):
+        cluster(spec, **options)
+
+
+@pytest.mark.parametrize(("mib", "bandwidth"), [(1, 75), (4, 145), (16, 256), (64, 369), (256, 442), (1024, 466)])
+def test_measured_bus_bandwidths_come_out_as_they_went_in(mib, bandwidth):
+    """bus bandwidth = 2 (n-1)/n * bytes / seconds, on eight GPUs."""
+    collective = Collective("all-reduce", ("tp",), "bf16", mib * MIB, 8)
+    seconds = cluster("8xH200").seconds(collective, Split(tp=8).axes)
+    assert 2 * 7 / 8 * mib * MIB / seconds / GB == pytest.approx(bandwidth, rel=1e-6)
+
+
+def test_time_grows_with_size_and_never_falls_below_the_latency():
+    times = [NVLINK4.seconds("all-reduce", size, 1.75 * size, 8) for size in (0, 2**10, 2**16, 2**20, 2**21, 2**26)]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(12e-6)
+
+
+def seconds(spec, split, axes, size=64 * MIB, kind="all-reduce", **options):
+    devices = 1
+    for axis in axes:
+        devices *= split.axes[axis]
+    return cluster(spec, **options).seconds(Collective(kind, axes, "bf16", size, devices), split.axes)
+
+
+def test_what_crosses_nodes_is_slow():
+    inside = seconds("2x8xH100", Split(dp=2, tp=8), ("tp",))
+    across = seconds("2x8xH100", Split(dp=2, tp=8), ("dp",))  # the same rank of each node
+    assert across > 4 * inside
+    # sixteen, in two levels: what is scattered within the nodes crosses them in eighths
+    both = seconds("2x8xH100", Split(tp=16), ("tp",))
+    assert inside < both < across
+
+
+def test_the_slowest_link_of_an_axis():
+    nodes = cluster("2x8xH100")
+    assert nodes.crosses("tp", Split(dp=2, tp=8).axes) == "NVLink"
+    assert nodes.crosses("dp", Split(dp=2, tp=8).axes) == "InfiniBand"
+    assert nodes.crosses("pp", Split(dp=2, tp=8).axes) == ""
+    assert cluster("8xL40S").crosses("tp", Split(tp=8).axes) == "PCIe"
+    # NVLink bridges join pairs: four go over PCIe
+    assert cluster("4xH100-PCIe").crosses("tp", Split(dp=2, tp=2).axes) == "NVLink"
+    assert cluster("4xH100-PCIe").crosses("tp", Split(tp=4).axes) == "PCIe"
+
+
+def test_pcie_and_slower_networks():
+    assert seconds("8xH100", Split(tp=8), ("tp",), interconnect="pcie") > 4 * seconds("8xH100", Split(tp=8), ("tp",))
+    split = Split(dp=2, tp=8)
+    times = [seconds("2x8xH100", split, ("dp",), network=name) for name in ("infiniband", "infiniband-hdr", "ethernet-100")]
+    assert times == sorted(times)
+
+
+def test_a_permute_takes_the_slowest_hop():
+    inside = seconds("8xH100", Split(pp=2, tp=4), ("pp",), kind="collective-permute")
+    assert seconds("2x8xH100", Split(pp=2, tp=8), ("pp",), kind="collective-permute") > 4 * inside

@@ -1,0 +1,263 @@
+"""`plan`: the best first, the reasons behind it, and nothing that the library would do otherwise."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jaxtp
+from jaxtp import LLM, SamplingParams
+from jaxtp.planner import Generation, Plan, Split, Training, cluster, cost, plan
+from jaxtp.planner.report import frontier, points, why
+from jaxtp.planner.search import splits
+from jaxtp.planner.work import problem
+from jaxtp.train import Run, train
+from jaxtp.train.config import parse
+
+CONFIG = tiny.config(num_layers=6, num_kv_heads=2)
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_comes_first():
+    for objective, key in (
+        ("latency", lambda p: p.seconds),
+        ("throughput", lambda p: -p.tokens_per_second),
+        ("memory", lambda p: p.memory.total),
+    ):
+        plans = plan("llama-3.1-70b", "8xH100", objective=objective)
+        values = [float(f"{key(p):.4g}") for p in plans.legal]
+        assert values == sorted(values)
+        assert plans.best is plans[0]
+        assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
+
+
+def test_one_request_wants_tensor_parallelism_and_many_want_less_of_it():
+    assert plan("llama-3.1-70b", "8xH100").best.split == Split(tp=8)
+    many = plan("llama-3.1-8b", "8xH100", objective="throughput").best
+    assert many.split.tp < 8
+    assert many.task.batch > 64
+    # no tp over the network: stages cross it
+    nodes = plan("llama-3.1-405b", "2x8xH100")
+    assert nodes.best.split == Split(pp=2, tp=8)
+    assert "stages, not tp, cross nodes" in why(nodes.best, nodes.best)
+
+
+def test_pcie_makes_communication_the_reason():
+    fast, slow = (plan("llama-3-70b", "8xH100", batch=32, interconnect=link) for link in ("nvlink", "pcie"))
+    mine = {str(p.split): p for p in slow.legal}
+    assert mine[str(Split(tp=8))].communication > 2 * fast.best.communication
+    assert "tp goes over PCIe" in why(mine[str(Split(tp=8))], slow.best)
+
+
+def test_copies_of_kv_heads_are_told():
+    plans = plan(dataclasses.replace(jaxtp.preset("qwen2.5-7b")), "8xH100", batch=4)
+    notes = {p.split.tp: why(p, plans.best) for p in plans.legal}
+    assert "each KV head stands" not in notes.get(4, "")
+    assert plan(dataclasses.replace(jaxtp.preset("tinyllama-1.1b")), "8xH100").best.split.tp == 8
+    eight = next(p for p in plan("tinyllama-1.1b", "8xH100").legal if p.split.tp == 8)
+    assert "each KV head stands 2 times" in why(eight, eight)
+
+
+def test_training_fits_or_says_by_how_much_it_does_not():
+    plans = plan("llama-3.1-8b", "8xH100", task="train", batch=32)
+    assert plans.best.split.dp * plans.best.split.tp * plans.best.split.pp == 8
+    assert 0.3 < plans.best.mfu < 0.8
+    assert all(p.memory.total <= p.limit for p in plans.legal)
+    over = [p for p in plans.refused if p.refused.startswith("needs")]
+    assert over
+    assert all(p.memory.total > p.limit for p in over)
+
+
+def test_times_are_sums_of_their_parts():
+    for p in (plan("llama-3.1-8b", "4xH200", batch=8).best, plan("llama-3.1-8b", "4xH200", task="train", batch=16).best):
+        assert p.step.total == pytest.approx(sum(dataclasses.astuple(p.step)))
+        assert all(part >= 0 for part in dataclasses.astuple(p.step))
+
+
+def test_decode_is_no_faster_than_reading_the_weights():
+    for model, gpu, tp in itertools.product(("llama-3.1-8b", "llama-3.1-70b"), ("H100", "H200", "B200"), (4, 8)):
+        p = Plan(model, jaxtp.preset(model), cluster(f"{tp}x{gpu}"), Split(tp=tp), Generation())
+        floor = (p.config.num_params - p.config.vocab_size * p.config.hidden_size) * 2 / tp / (p.cluster.gpu.bandwidth * 1e9)
+        assert p.step.total > floor
+
+
+def test_an_even_pipeline_wastes_only_its_bubble():
+    p = plan("llama-3.1-70b", "4x8xH100", task="train", batch=64, seq_len=4096)
+    for found in (f for f in p.legal if f.split.pp > 1):
+        rest = found.step.total - found.step.bubble - found.step.optimizer
+        assert found.step.bubble <= found.split.pipeline().bubble * rest
+
+
+# -- what is printed as legal builds and runs, what is refused the library refuses for the same reason --------------------
+
+
+ALL = [*splits(8, task=Generation()), *splits(6, task=Generation())]
+QUICK = ("tp=8", "dp=2 × pp=2 × tp=2", "pp=6", "pp=8", "tp=6", "pp=2 × tp=3")
+
+
+@pytest.mark.parametrize(
+    "split", [s if s.told() in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in ALL], ids=Split.told
+)
+def test_generation_agrees_with_llm(split, tmp_path_factory):
+    task = Generation(batch=3, prompt_len=8, output_len=4, dtype="float32")
+    sizes = {"tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "data_parallel_size": split.dp}
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+
+    def run():
+        return LLM(folder, load_format="dummy", dtype="float32", progress=False, **sizes)
+
+    refused = problem(CONFIG, split, task)
+    if refused is None:
+        out = run().generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=3, temperature=0))
+        assert [len(o.outputs[0].token_ids) for o in out] == [3, 3, 3]
+    else:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            run()
+        assert str(error.value) == refused
+
+
+TASK = Training(batch=8, seq_len=16, dtype="float32")
+SAMPLE = random.Random(0).sample([s for n in (8, 6) for s in splits(n, task=TASK)], 80)
+REFUSED = [s for s in SAMPLE if problem(CONFIG, s, TASK)]
+LEGAL = [s for s in SAMPLE if not problem(CONFIG, s, TASK)]
+
+
+def a_run(split, folder):
+    """What a YAML file with this split would say."""
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(3, 98, 4000).astype(np.int32))
+    sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
+    names = ("dp", "pp", "tp", "zero", "sequence_parallel", "remat", "schedule", "chunks")
+    return parse(
+        {
+            "folder": str(folder / "run"),
+            "steps": 2,
+            "model": {"dtype": "float32", "shape": {name: getattr(CONFIG, name) for name in sizes}},
+            "data": {"train": [str(folder / "ids.npy")], "sequence_length": TASK.seq_len, "batch_size": TASK.batch},
+            "parallel": {name: getattr(split, name) for name in names} | {"accumulate": split.microbatches},
+            "log": {"every": 1, "tensorboard": False},
+        }
+    )
+
+
+def test_what_is_refused_of_training_the_run_refuses_too(tmp_path):
+    assert len(REFUSED) > 20
+    for split in REFUSED:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            Run(a_run(split, tmp_path))
+        assert problem(CONFIG, split, TASK) in str(error.value)
+
+
+@pytest.mark.parametrize("split", LEGAL[:2] + [pytest.param(s, marks=pytest.mark.slow) for s in LEGAL[2:8]], ids=str)
+def test_training_as_planned_runs(split, tmp_path):
+    result = train(a_run(split, tmp_path))
+    assert result.losses[0][1] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.1)
+
+
+# -- LLM(plan=...) ---------------------------------------------------------------------------------------------------------
+
+
+def test_llm_takes_the_best_plan_for_the_devices_at_hand(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model")
+    mesh = LLM(folder, plan="auto", progress=False).model.layout.mesh
+    assert mesh.size == len(jax.devices())
+    alone = LLM(folder, progress=False).generate("ab", SamplingParams(max_tokens=4, temperature=0))
+    chosen = plan(folder, "4xH100", prompt_len=8, output_len=4)[1]
+    found = LLM(folder, plan=chosen, progress=False)
+    assert {a: n for a, n in found.model.layout.mesh.shape.items() if n > 1} == {
+        a: n for a, n in chosen.split.axes.items() if n > 1
+    }
+    same = found.generate("ab", SamplingParams(max_tokens=4, temperature=0))
+    assert same[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+
+def test_a_plan_and_sizes_contradict_each_other(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model")
+    with pytest.raises(ValueError, match="plan says how the model is split; it goes with no parallel sizes"):
+        LLM(folder, plan="auto", tensor_parallel_size=2, progress=False)
+    with pytest.raises(ValueError, match="plan='best' must be \"auto\" or a Plan"):
+        LLM(folder, plan="best", progress=False)
+    refused = plan("llama-3.1-70b", "8xH100").refused[0]
+    with pytest.raises(ValueError, match="this plan cannot be: needs"):
+        LLM(folder, plan=refused, progress=False)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "options", "said"),
+    [
+        (
+            "llama-3.1-7b",
+            "8xH100",
+            {},
+            "no model is named 'llama-3.1-7b', and no folder is there; near: llama-3.1-70b, llama-3.1-8b",
+        ),
+        ("llama-3.1-8b", "8xH10", {}, "no GPU is named 'H10'; near: .*H100"),
+        ("llama-3.1-405b", "8xH100", {}, "cannot be run so on 8xH100: .* needs .* GiB .*; 16 of them would do"),
+        ("llama-3.1-70b", "8xH100", {"task": "train"}, "cannot be run so on 8xH100: .*; 32 of them would do"),
+        ("llama-3.1-8b", "8xH100", {"objective": "speed"}, "objective='speed' must be one of latency, throughput, memory"),
+        ("llama-3.1-8b", "8xH100", {"task": "tune"}, 'task=\'tune\' must be "generate" or "train"'),
+        ("llama-3.1-8b", "8xH100", {"prompt_len": 0}, "prompt_len=0 must be at least 1"),
+        ("llama-2-7b", "8xH100", {"prompt_len": 9000}, "exceeds the model's max_position_embeddings=4096"),
+        ("llama-3.1-8b", "8xH100", {"max_model_len": 100}, "max_model_len=100 is less than prompt_len"),
+        ("llama-3.1-8b", "8xH100", {"utilization": 1.5}, r"utilization=1.5 must be in \(0, 1\]"),
+        ("llama-3.1-8b", "8xH100", {"dtype": "int4"}, "dtype='int4' must be one of float32"),
+    ],
+)
+def test_bad_input(model, gpus, options, said):
+    with pytest.raises(ValueError, match=said):
+        plan(model, gpus, **options)
+
+
+def test_the_number_of_gpus_that_would_do_does():
+    with pytest.raises(ValueError, match="16 of them would do"):
+        plan("llama-3.1-405b", "8xH100")
+    assert plan("llama-3.1-405b", "2x8xH100").best.fits
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_the_best_the_others_and_why_they_lose():
+    text = str(plan("llama-3.1-70b", "8xH100", batch=8))
+    for said in ("tp=8", "the best", "reading and", "layouts can be"):
+        assert said in text
+    assert "x the time" in " ".join(text.split())
+
+
+def test_json_holds_everything():
+    records = json.loads(json.dumps(plan("llama-3.1-70b", "8xH100", batch=8).records()))
+    best = records[0]
+    assert best["split"]["tp"] == 8
+    assert best["refused"] is None
+    assert {"weights", "kv", "total"} <= set(best["memory"])
+    assert best["step"]["total"] == pytest.approx(plan("llama-3.1-70b", "8xH100", batch=8).best.step.total)
+    assert any(record["refused"] for record in records)
+
+
+def test_the_frontier_is_of_those_that_no_other_beats():
+    found = points(plan("llama-3.1-8b", "8xH100"))
+    edge = frontier(found)
+    assert 3 < len(edge) < len(found)
+    for point in edge:
+        assert not any(p.latency < point.latency and p.throughput > point.throughput for p in found)
+
+
+def test_pictures():
+    for task in ("generate", "train"):
+        figure = plan("llama-3.1-8b", "8xH100", task=task, **({"batch": 32} if task == "train" else {})).draw()
+        assert figure.axes[0].get_title().startswith("llama-3.1-8b on 8xH100")
+
+
+def test_operations_of_training_are_those_of_the_products():
+    weights, _ = cost.train_flops(jaxtp.preset("llama-3.1-8b"), 0)
+    assert weights == 6 * (8030261248 - 128256 * 4096)
