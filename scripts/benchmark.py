@@ -71,9 +71,10 @@ def main(args: Args) -> None:
     """Measures every cell and prints the table."""
     # both libraries live on one GPU: JAX takes half of it, not three quarters
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
-    import jax
     import torch
     import transformers
+
+    from jaxtp.audit.rates import copy_rate, product_rate
 
     torch.manual_seed(0)
     rows, config = [], shape(args)
@@ -101,6 +102,8 @@ def main(args: Args) -> None:
             del theirs, ours
             gc.collect()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    import jax
+
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     print_table(rows, f"{device}, {versions}")
     if args.json:
@@ -209,42 +212,6 @@ class Theirs:
             return time.perf_counter() - start
 
         return generate(cell.new + 1) - generate(1) if cell.new else generate(1)
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of adding one to a large array in place."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.zeros(2**30 if jax.default_backend() == "gpu" else 2**26, jnp.bfloat16 if jax.default_backend() == "gpu" else "f4")
-    return 2 * x.nbytes / fastest(jax.jit(lambda x: x + 1, donate_argnums=0), x)
-
-
-def product_rate(dtype: str) -> float:
-    """Operations a second of a large square matrix product."""
-    import jax
-    import jax.numpy as jnp
-
-    size = 8192 if jax.default_backend() == "gpu" else 2048
-    x = jnp.ones((size, size), dtype)
-
-    def product(x):
-        return (jnp.einsum("IK,JK->IJ", x, x, preferred_element_type=jnp.float32) / size).astype(x.dtype)
-
-    return 2 * size**3 / fastest(jax.jit(product), x)
-
-
-def fastest(f, x) -> float:
-    """Seconds of the best of ten calls."""
-    import jax
-
-    y = jax.block_until_ready(f(x))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        y = jax.block_until_ready(f(y))
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def print_table(rows: list[dict], caption: str) -> None:

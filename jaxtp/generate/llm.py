@@ -128,6 +128,7 @@ class LLM:
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.timing = Timing(self)  # of the last call of `generate`
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
         self._idle_said: set[int] = set()  # what was said of stages that idle
@@ -145,7 +146,7 @@ class LLM:
         """
         requests, rows = self._requests_of(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        timer = _Timer(self)
+        timer = self.timing = Timing(self)
         with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
             task = bar.add_task("", total=len(rows))
             for batch in self._batches(rows):
@@ -292,8 +293,10 @@ class LLM:
         logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)
 
 
-class _Timer:
-    """Counts tokens and seconds of a call of `generate`, compilation apart."""
+class Timing:
+    """Tokens and seconds of a call of `generate`, compilation apart: prompt_tokens in `prefill` seconds, tokens in `decode`
+    seconds and `steps` steps, in which each device read `bytes`.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm

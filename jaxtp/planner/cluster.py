@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,6 +146,34 @@ def _spread(names: tuple[str, ...], sizes: tuple[int, ...], axes: tuple[str, ...
     group = devices[index].ravel()
     parts = [len(group), *(len(set((group // count).tolist())) for count in levels)]
     return tuple(below // above for below, above in itertools.pairwise(parts))
+
+
+def measured(path: str | Path) -> Cluster:
+    """The machine that `jaxtp doctor` wrote this profile of: the rates and bandwidths that it measured, in one node.
+
+    Raises FileNotFoundError, or ValueError for another file.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        reduces = [t for t in found["collectives"] if t["kind"] == "all-reduce"]
+        copies, products = ([*found[name].values()] for name in ("copies", "products"))
+        devices = found["devices"]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no profile of `jaxtp doctor`: {error!r}") from None
+    like = hardware.of_device(found["device"]) or hardware.GPUS["A10G"]
+    gpu = dataclasses.replace(
+        like,
+        name=found["device"].replace(" ", "-"),
+        tflops=statistics.median(products) / 1e12 / hardware.MATMUL,
+        bandwidth=statistics.median(copies) / 1e9 / hardware.COPY,
+        gib=(found["memory_bytes"] or like.gib * 2**30) / 2**30,
+        efficiency=1.0,
+    )
+    widest = max((t["devices"] for t in reduces), default=1)
+    wide = [t for t in reduces if t["devices"] == widest]
+    bus = tuple((t["bytes"] / MIB, 2e-9 * (widest - 1) / widest * t["bytes"] / t["seconds"]) for t in wide)
+    latency = min((1e6 * t["seconds"] for t in wide), default=0.0)
+    return Cluster(gpu, 1, devices, ((devices, Link("measured", latency, 0.0, bus or ((1.0, gpu.pcie),))),))
 
 
 def cluster(

@@ -77,8 +77,11 @@ def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, size:
             say.reduce("tp", stream)
     else:
         part = split.tp if scattered else 1
-        say.reduce(both, stream, times=groups)
+        if scattered:
+            say("reduce-scatter", "tp", stream, times=groups)
+        say.reduce("pp" if scattered else both, stream // part, times=groups)
         say("collective-permute", "pp", stream // part, times=groups)
+        say.reduce(both if scattered else "pp", rows * D * size, times=groups)  # the last tokens of the prompts
     return say.program
 
 

@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
-from jaxtp.planner import collectives, memory
+from jaxtp.planner import collectives, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
 from jaxtp.planner.work import Generation, Split, Training
 
-MATMUL, COPY = 0.79, 0.90  # of the data sheet: 780 of 989 TFLOP/s, 4.3 of 4.8 TB/s
 ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a causal mask (arXiv:2407.08608, figures 5 and 6)
 KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
 
@@ -66,12 +65,12 @@ class Machine:
     @property
     def flops(self) -> float:
         """Operations a second of matrix products."""
-        return self.cluster.gpu.tflops * 1e12 * MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else 8)
+        return self.cluster.gpu.tflops * 1e12 * hardware.MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else 8)
 
     @property
     def bandwidth(self) -> float:
         """Bytes a second."""
-        return self.cluster.gpu.bandwidth * 1e9 * COPY * self.cluster.gpu.efficiency
+        return self.cluster.gpu.bandwidth * 1e9 * hardware.COPY * self.cluster.gpu.efficiency
 
     def product(self, rows: float, inner: int, columns: int) -> float:
         """[rows, inner] x [inner, columns]."""
@@ -101,7 +100,7 @@ class Machine:
         D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
         kv, mlp, count = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp, rows * tokens
         seen = cached if tokens == 1 else tokens / 2  # a causal mask
-        scores = 4 * count * seen * queries / (self.flops * ATTENTION / MATMUL)
+        scores = 4 * count * seen * queries / (self.flops * ATTENTION / hardware.MATMUL)
         read = self.size * 2 * rows * (cached if tokens == 1 else tokens) * kv / self.bandwidth
         stream = 10 * D / (tp if self.split.sequence_parallel and tokens > 1 else 1)  # two norms, two sums
         moved = self.size * count * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import yaml
 
+MATMUL, COPY = 0.79, 0.90  # of its data sheet, what an H200 reaches: 780 of 989 TFLOP/s, 4.3 of 4.8 TB/s
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -24,7 +26,7 @@ class GPU:
     of that memory, GB/s. nvlink: GB/s to all others of its domain together, None without; domain: how many GPUs that joins.
     pcie: GB/s to the host. capability, cores, fpus (float32 lanes of a core), l2_mib, shared_kib (of a core), threads (of a
     core), links: what a compiler wants to know. efficiency: what programs reach, as a share of what an H200 reaches of its own
-    data sheet (`cost.MATMUL`, `cost.COPY`); fitted to published figures, see docs/planner.md.
+    data sheet (`MATMUL`, `COPY`); fitted to published figures, see docs/planner.md.
     """
 
     name: str
@@ -107,10 +109,10 @@ TENSOR_OPS = {"8.0": 256, "8.6": 64, "8.9": 128, "9.0": 512, "10.0": 1024}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # name, bf16, fp8, GiB, GB/s, NVLink, domain, PCIe, capability, cores, fpus, L2, shared, threads, links
-        GPU("A100-40", 312, None, 39.4, 1555, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12),
-        GPU("A100-80", 312, None, 79.1, 2039, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12),
-        GPU("H100", 989, 1979, 79.1, 3350, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18),
+        # name, bf16, fp8, GiB, GB/s, NVLink, domain, PCIe, capability, cores, fpus, L2, shared, threads, links, efficiency
+        GPU("A100-40", 312, None, 39.4, 1555, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12, 0.74),
+        GPU("A100-80", 312, None, 79.1, 2039, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12, 0.74),
+        GPU("H100", 989, 1979, 79.1, 3350, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18, 0.98),
         GPU("H100-PCIe", 756, 1513, 79.1, 2000, 300, 2, 63, "9.0", 114, 128, 50, 228, 2048, 12),
         GPU("H200", 989, 1979, 141.0, 4800, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18),
         GPU("B200", 2250, 4500, 178.3, 8000, 900, 8, 63, "10.0", 148, 128, 126, 228, 2048, 18),

@@ -1,0 +1,182 @@
+"""Verbs that say how fast things are, or will be: plan, doctor, bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jaxtp.cli.options import Engine, Flag
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way to run a model on given GPUs: what fits, what it costs, which is best and why. Needs no GPU."""
+
+    model: tyro.conf.Positional[str]
+    """Preset (llama-3.1-70b) or checkpoint folder, of which config.json is read."""
+    gpus: str | None = None
+    """Such as 8xH100, or 2x8xH100 for two nodes of eight."""
+    measured: Path | None = None
+    """Instead: the machine that `jaxtp doctor --profile` wrote this file on, with the rates that it measured."""
+    task: Literal["generate", "train"] = "generate"
+    objective: Literal["latency", "throughput", "memory"] | None = None
+    """What is best; default latency to generate, throughput to train."""
+    batch: int | None = None
+    """Prompts at once (default 1; for throughput as many as fit), or rows of an update (default 64)."""
+    prompt_len: int = 1024
+    """Tokens of a prompt."""
+    output_len: int = 256
+    """Tokens of a completion."""
+    seq_len: int = 4096
+    """Tokens of a row to train on."""
+    max_model_len: int | None = None
+    """Tokens of a request at most, for the concurrency; default prompt and output."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    gpu_memory_utilization: float | None = None
+    """Share of each GPU that may be used; default 0.9 to generate, 0.95 to train."""
+    interconnect: Literal["nvlink", "pcie"] | None = None
+    """What joins the GPUs of a node; default the best that they have."""
+    network: Literal["infiniband", "infiniband-hdr", "ethernet-100"] = "infiniband"
+    """What joins nodes."""
+    gpu_file: Path | None = None
+    """YAML with more GPUs, or other figures of known ones."""
+    tp_across_nodes: Flag = False
+    """Let tensor parallelism go over the network."""
+    all: Flag = False
+    """Show every layout, and every reason against one."""
+    json: Flag = False
+    """Print all of it as JSON."""
+    plot: Path | None = None
+    """Write a picture: latency against throughput, or where the time of a training step goes."""
+    compile: Flag = False
+    """Compile the best plan's programs for these GPUs, and show the predictions beside what the compiler says."""
+    virtual: Flag = False
+    """With --compile: for virtual CPU devices instead."""
+
+    def run(self) -> None:
+        """Plans and prints."""
+        from jaxtp.planner import plan
+
+        self._check()
+        shown = {"model", "gpus", "measured", "gpu_memory_utilization", "all", "json", "plot", "compile", "virtual"}
+        asked: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown}
+        from jaxtp.planner.cluster import measured
+
+        where = measured(self.measured) if self.measured else str(self.gpus)
+        plans = plan(self.model, where, utilization=self.gpu_memory_utilization, **asked)
+        if self.plot:
+            plans.draw().savefig(self.plot, dpi=150)
+        if self.json:
+            print(json.dumps(plans.records(), indent=1))
+        else:
+            plans.print(every=self.all)
+        if self.compile:
+            self._compile(plans.best)
+
+    def _check(self) -> None:
+        """Raises ValueError for flags that contradict each other."""
+        if bool(self.gpus) == bool(self.measured):
+            raise ValueError("give either --gpus, such as 8xH100, or --measured FILE")
+        if self.virtual and not self.compile:
+            raise ValueError("--virtual says what to --compile for")
+        if self.json and self.compile:
+            raise ValueError("--json and --compile exclude one another")
+        if self.task == "train" and self.max_model_len:
+            raise ValueError("--max-model-len is of generation; --task train has --seq-len")
+
+    def _compile(self, best: Any) -> None:
+        from jaxtp import use_virtual_devices
+
+        if self.virtual:
+            use_virtual_devices(best.split.size)
+        from jaxtp.audit.check import check
+
+        check(best, virtual=self.virtual).print()
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine's devices are, what joins them, how fast both are, and what is odd about them."""
+
+    tensor_parallel_size: int | None = None
+    """Devices of the axis tp; default all."""
+    pipeline_parallel_size: int = 1
+    """Devices of the axis pp."""
+    data_parallel_size: int = 1
+    """Devices of the axis dp."""
+    profile: Path | None = None
+    """Write what was found as JSON, for `jaxtp plan --measured`."""
+    plot: Path | None = None
+    """Write a picture of the bus bandwidths."""
+    largest: int = 256
+    """MiB of the largest arrays that collectives are timed with."""
+    virtual_devices: int | None = None
+    """Look at this many virtual CPU devices."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        from jaxtp import make_mesh, use_virtual_devices
+
+        if self.virtual_devices is not None:
+            use_virtual_devices(self.virtual_devices)
+        from jaxtp.audit.doctor import MIB, SIZES, examine
+
+        sizes = tuple(size for size in SIZES if size <= self.largest * MIB)
+        if not sizes:
+            raise ValueError(f"--largest {self.largest} must be at least 1 MiB")
+        tp = -1 if self.tensor_parallel_size is None else self.tensor_parallel_size
+        found = examine(make_mesh(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=tp), sizes=sizes)
+        for name, version in found.versions.items():
+            print(f"{name}: {version}")
+        print(f"topology: {found.topology}\n")
+        found.print()
+        if self.profile:
+            found.save(self.profile)
+        if self.plot:
+            found.draw().savefig(self.plot, dpi=150)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time generation on random tokens of fixed lengths, as vLLM's benchmarks do."""
+
+    kind: tyro.conf.Positional[Literal["latency", "throughput"]]
+    """latency: one batch, again and again. throughput: many prompts, as fast as they go."""
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder, hub id, or with --load-format dummy a preset."""
+    batch_size: int = 8
+    """Prompts of latency's batch."""
+    num_prompts: int = 64
+    """Prompts of throughput."""
+    input_len: int = 128
+    """Tokens of a prompt."""
+    output_len: int = 128
+    """Tokens of a completion."""
+    num_iters: int = 3
+    """How often it is done; the best counts."""
+    json: Path | None = None
+    """Write the figures there."""
+    compare: Path | None = None
+    """Figures of another run, to set beside these."""
+    engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
+
+    def run(self) -> None:
+        """Times and prints."""
+        import logging
+
+        from jaxtp.audit import bench
+
+        before = bench.read(self.compare) if self.compare else None
+        llm = self.engine.llm(self.model)
+        logging.getLogger("jaxtp").setLevel(logging.WARNING)
+        count = self.batch_size if self.kind == "latency" else self.num_prompts
+        found = bench.measure(llm, kind=self.kind, prompts=count, input_len=self.input_len, output_len=self.output_len,
+                              iterations=self.num_iters)  # fmt: skip
+        dataclasses.replace(found, before=before).print()
+        if self.json:
+            found.save(self.json)

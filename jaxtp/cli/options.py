@@ -1,0 +1,193 @@
+"""Flags that several verbs share. They are vLLM's where it has them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
+    from jaxtp import LLM, SamplingParams
+
+Alias = tyro.conf.arg
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # --flag alone, no --no-flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the model is loaded and laid out: the arguments of `jaxtp.LLM`."""
+
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's."""
+    tensor_parallel_size: Annotated[int, Alias(aliases=["-tp"])] = 1
+    """Devices that share each layer."""
+    pipeline_parallel_size: Annotated[int, Alias(aliases=["-pp"])] = 1
+    """Stages that the layers are split into, one behind another."""
+    data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
+    """Groups of devices that share the batch."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """The sizes of the stages; default balanced."""
+    plan: Literal["auto"] | None = None
+    """auto: all devices at hand, in the layout that `jaxtp plan` holds best for one request."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's."""
+    max_model_len: int | None = None
+    """Tokens of prompt and completion together; default the model's own."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each device's memory for weights and KV cache."""
+    max_num_seqs: int = 256
+    """Rows that run together."""
+    max_num_batched_tokens: int = 8192
+    """Prompt tokens that one prefill call takes."""
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """dummy: random weights; MODEL may then be a preset such as llama-3.1-8b."""
+    tp_plan: str = "auto"
+    """auto, or a JSON file of globs to styles (colwise, rowwise, ...)."""
+    sequence_parallel: Flag = False
+    """Shard the residual stream over tokens."""
+    kernel: Literal["reference", "xla", "cudnn"] | None = None
+    """Attention kernel; default chosen by device and shapes."""
+    tp_across_nodes: Flag = False
+    """Let tensor parallelism go over the network."""
+    hf_overrides: str | None = None
+    """JSON object laid over config.json; null removes a key."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    seed: int = 0
+    """Of requests that have none."""
+    virtual_devices: int | None = None
+    """Run on this many virtual CPU devices."""
+
+    def see_devices(self) -> None:
+        """Before anything touches one."""
+        from jaxtp import use_virtual_devices
+        from jaxtp.generate import memory
+
+        memory.reserve(self.gpu_memory_utilization)
+        if self.virtual_devices is not None:
+            use_virtual_devices(self.virtual_devices)
+
+    def llm(self, model: str) -> LLM:
+        """The LLM that these arguments describe."""
+        import jax
+
+        from jaxtp import LLM
+
+        self.see_devices()
+        if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
+            jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}
+        arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else _object(Path(self.tp_plan).read_text(), "--tp-plan")
+        arguments["hf_overrides"] = _object(self.hf_overrides, "--hf-overrides") if self.hf_overrides else None
+        return LLM(model, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Several processes, one a node. Slurm, Open MPI and Kubernetes tell by themselves; elsewhere these flags do."""
+
+    nnodes: int | None = None
+    """How many nodes there are."""
+    node_rank: int | None = None
+    """Which one this is, from 0."""
+    master_addr: str | None = None
+    """Where the first one is."""
+    master_port: int | None = None
+    """A port there, of which the next one is used as well; default 29500."""
+    join_timeout: float = 300.0
+    """Seconds for all to be there."""
+    silence_timeout: float = 60.0
+    """Seconds without a sign of life after which a node is given up, and all end."""
+
+    @contextlib.contextmanager
+    def join(self) -> Iterator[Any]:
+        """All of them together, for the time of a `with` block."""
+        from jaxtp.distributed import processes
+
+        joined = processes(
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            master_addr=self.master_addr,
+            master_port=self.master_port,
+            timeout=self.join_timeout,
+            silence=self.silence_timeout,
+        )
+        with joined as nodes, mistakes() if nodes else contextlib.nullcontext():  # so that the exit code is known in there
+            yield nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: the arguments of `jaxtp.SamplingParams`."""
+
+    n: int = 1
+    """Completions of each prompt."""
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that hold this share of the probability."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1: discourage tokens of the prompt and the text."""
+    presence_penalty: float = 0.0
+    """Above 0: discourage tokens of the text."""
+    frequency_penalty: float = 0.0
+    """Above 0: discourage tokens by how often the text has them."""
+    max_tokens: int = 128
+    """The longest completion."""
+    min_tokens: int = 0
+    """No end before that many."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the text."""
+    ignore_eos: Flag = False
+    """Go on after the end-of-sequence token."""
+    logprobs: int | None = None
+    """Report the log-probabilities of this many alternatives."""
+    request_seed: Annotated[int | None, Alias(name="sampling-seed")] = None
+    """Fixes the tokens of every request."""
+
+    def params(self) -> SamplingParams:
+        """The SamplingParams that these arguments describe."""
+        from jaxtp import SamplingParams
+
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request_seed"}
+        return SamplingParams(**arguments, seed=self.request_seed)
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """One line, and the exit code, for what a user got wrong."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("JAXTP_DEBUG"):
+            raise
+        print(f"jaxtp: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} must be a JSON object, not {text}")
+    return found
