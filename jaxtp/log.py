@@ -22,6 +22,7 @@ def show(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
+    logger.propagate = False  # some libraries set up the root logger when they are imported
 
 
 def interactive() -> bool:

@@ -35,15 +35,18 @@ METRICS = {
 
 @dataclass(frozen=True, repr=False)
 class Bench(Shown):
-    """The figures of a run: settings, and metrics (seconds, shares of 1; see `METRICS`). before: those of another run."""
+    """The figures of a run: settings, and metrics (seconds, shares of 1; see `METRICS`). before: another run."""
 
     settings: dict[str, Any]
     metrics: dict[str, float]
-    before: dict[str, float] | None = None
+    before: Bench | None = None
 
     def table(self) -> Table:
         """A row for each figure; beside another run's, where there is one, the ratio (above 1: this one is better)."""
         told = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        if self.before is not None:
+            others = [f"{name} {value}" for name, value in self.before.settings.items() if self.settings.get(name) != value]
+            told += f"; before: {', '.join(others) or 'the same'}"
         table = Table(title=f"jaxtp bench {self.settings['kind']}", caption=told)
         table.add_column("figure")
         table.add_column("this run", justify="right")
@@ -56,7 +59,7 @@ class Bench(Shown):
             value = self.metrics[name]
             row = [what, f"{value * scale:,.2f}"]
             if self.before is not None:
-                old = self.before.get(name)
+                old = self.before.metrics.get(name)
                 gain = 0.0 if not old or not value else old / value if less else value / old
                 row += ["" if old is None else f"{old * scale:,.2f}", f"{gain:.2f}x" if gain else ""]
             table.add_row(*row)
@@ -67,10 +70,11 @@ class Bench(Shown):
         path.write_text(json.dumps({"settings": self.settings, "metrics": self.metrics}, indent=1) + "\n")
 
 
-def read(path: Path) -> dict[str, float]:
-    """The metrics of a file that `Bench.save` wrote. Raises ValueError for another."""
+def read(path: Path) -> Bench:
+    """What `Bench.save` wrote. Raises ValueError for another file."""
     try:
-        return dict(json.loads(Path(path).read_text())["metrics"])
+        found = json.loads(Path(path).read_text())
+        return Bench(dict(found["settings"]), dict(found["metrics"]))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no figures of jaxtp bench: {error!r}") from None
 

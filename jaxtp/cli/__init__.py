@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from jaxtp.cli.measure import Bench, Doctor, Plan
+from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.run import Chat, Export, Generate, Train
 
@@ -25,6 +25,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "plan": Plan,
     "doctor": Doctor,
     "bench": Bench,
+    "profile": Profile,
 }
 
 

@@ -1,4 +1,4 @@
-"""Verbs that say how fast things are, or will be: plan, doctor, bench."""
+"""Verbs that say how fast things are, or will be: plan, doctor, bench, profile."""
 
 from __future__ import annotations
 
@@ -169,10 +169,10 @@ class Bench:
         """Times and prints."""
         import logging
 
+        llm = self.engine.llm(self.model)
         from jaxtp.audit import bench
 
         before = bench.read(self.compare) if self.compare else None
-        llm = self.engine.llm(self.model)
         logging.getLogger("jaxtp").setLevel(logging.WARNING)
         count = self.batch_size if self.kind == "latency" else self.num_prompts
         found = bench.measure(llm, kind=self.kind, prompts=count, input_len=self.input_len, output_len=self.output_len,
@@ -180,3 +180,32 @@ class Bench:
         dataclasses.replace(found, before=before).print()
         if self.json:
             found.save(self.json)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a prefill and of decode steps goes: by part of the model, with the planner's prediction beside it."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder, hub id, or with --load-format dummy a preset."""
+    batch_size: int = 8
+    """Prompts at once."""
+    input_len: int = 128
+    """Tokens of a prompt."""
+    steps: int = 32
+    """Decode steps."""
+    trace: Path | None = None
+    """Keep the trace there (.json.gz), for ui.perfetto.dev."""
+    plot: Path | None = None
+    """Write a picture: every device over time, and the parts."""
+    engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
+
+    def run(self) -> None:
+        """Profiles and prints."""
+        llm = self.engine.llm(self.model)
+        from jaxtp.audit.profile import profile
+
+        found = profile(llm, batch=self.batch_size, input_len=self.input_len, steps=self.steps, trace=self.trace)
+        found.print()
+        if self.plot:
+            found.draw().savefig(self.plot, dpi=150)

@@ -29,6 +29,16 @@ class Programs:
         """function(model, *args, **static), compiled on first sight of these shapes. `donate` numbers args, from 0."""
         return self.compile(function, *args, donate=donate, **static)(self._leaves, *args)
 
+    def texts(self) -> dict[str, str]:
+        """The optimised HLO of every program so far, by function and number: "decode", "decode.1", ..."""
+        found: dict[str, str] = {}
+        for (function, *_), compiled in self._compiled.items():
+            name, number = function.__name__, 0
+            while (key := f"{name}.{number}" if number else name) in found:
+                number += 1
+            found[key] = compiled.as_text()
+        return found
+
     def compile(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
         """The executable for arguments like these: arrays, or ShapeDtypeStructs with shardings, to compile ahead of time.
 

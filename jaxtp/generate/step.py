@@ -205,7 +205,8 @@ def _emit(model: Llama, x: jax.Array, group: Group, features: Features) -> tuple
         None if features.logprobs is None else Logprobs(by_row, by_row, alternatives, alternatives),
     )
     choose = jax.sharding.auto_axes(choose, out_sharding=out)
-    token, produced, done, counts, logprobs = choose(logits, rows, group.counts, group.produced, group.done)
+    with jax.named_scope("sampling"):
+        token, produced, done, counts, logprobs = choose(logits, rows, group.counts, group.produced, group.done)
     shown, token = jnp.where(group.done, -1, token), jnp.where(group.done, group.token, token)
     return replace(group, token=token, produced=produced, done=done, counts=counts), shown, logprobs
 

@@ -149,9 +149,11 @@ class Block(nnx.Module):
         self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] in the residual stream's layout, both ways."""
-        y, cache = self.attention(self.attention_norm(x), step, cache, fresh=fresh)
-        x = _settled(x + y)
-        return _settled(x + self.mlp(self.mlp_norm(x))), cache
+        with jax.named_scope("attention"):  # what a profile tells apart
+            y, cache = self.attention(self.attention_norm(x), step, cache, fresh=fresh)
+            x = _settled(x + y)
+        with jax.named_scope("mlp"):
+            return _settled(x + self.mlp(self.mlp_norm(x))), cache
 
 
 def _settled(x: jax.Array) -> jax.Array:

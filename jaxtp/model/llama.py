@@ -216,6 +216,7 @@ class Llama(nnx.Module):
         x = self.norm(x)
         return x, None if cache is None else Cache(tuple(layers), cache.lengths)  # type: ignore[arg-type]
 
+    @jax.named_scope("embedding")
     def embedded(self, tokens: jax.Array | np.ndarray) -> jax.Array:
         """tokens [B, T] -> [B, T, D] in the residual stream's layout."""
         tokens = self.layout.place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
@@ -235,6 +236,7 @@ class Llama(nnx.Module):
         )
         return Step(cos, sin, positions, segment_ids)
 
+    @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""
         table, layout = (self.embed, self.layout.at("embed")) if self.head is None else (self.head, self.layout.at("head"))

@@ -106,6 +106,8 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, size: 
     else:
         say.reduce("tp", stream, times=turns * (sums + 2) * layers)
         say.reduce(both, stream, times=2 * turns)
+    if config.qk_norm:  # theirs: each device has its own heads
+        say.reduce("tp", rows * 2 * config.head_dim * size, times=turns * layers)
     if split.pp > 1:
         say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
         say("collective-permute", "pp", part, times=2 * turns - spare)
@@ -120,16 +122,19 @@ def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
     held, M = memory.params(config, split), split.microbatches
     if split.zero == 0:
         say.reduce("dp", 4 * held.total, dtype="f32")
-    elif split.zero == 3:
-        layers = config.num_layers * M
-        say("all-gather", "dp", size * held.block, times=layers if split.remat == "none" else 2 * layers)
-        say("reduce-scatter", "dp", size * held.block, times=layers)
+        return
+    say.reduce("dp", 4 * held.whole, dtype="f32")
+    if split.zero == 3:
+        layers, block = config.num_layers * M, held.block - held.unshared
+        say("all-gather", "dp", size * block, times=layers if split.remat == "none" else 2 * layers)
+        say("reduce-scatter", "dp", size * block, times=layers)
         for table in (held.embed, held.head, held.norm):
             say("all-gather", "dp", size * table, times=M)
             say("reduce-scatter", "dp", size * table, times=M)
     else:
-        say("all-gather", "dp", size * held.total)
-        say("reduce-scatter", "dp", 4 * held.total, dtype="f32", times=M if split.zero == 2 else 1)
+        shared = held.total - held.whole
+        say("all-gather", "dp", size * shared)
+        say("reduce-scatter", "dp", 4 * shared, dtype="f32", times=M if split.zero == 2 else 1)
 
 
 class _Say:

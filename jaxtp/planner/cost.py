@@ -140,6 +140,28 @@ def prefill(machine: Machine, task: Generation) -> Time:
     return busy + Time(bubble=waiting * busy.total, weights=groups * machine.head(rows))
 
 
+def by_part(machine: Machine, task: Generation) -> dict[str, dict[str, float]]:
+    """Seconds of a prefill and of a decode step by the model's parts, as `audit.profile` measures them."""
+    config, split = machine.config, machine.split
+    D, mlp = config.hidden_size, config.intermediate_size // split.tp
+    found = {}
+    for phase, time in (("prefill", prefill(machine, task)), ("decode", decode(machine, task))):
+        groups = split.groups(task.batch)
+        rows = split.rows(task.batch) // split.dp // groups
+        calls = split.chunks_of(task) if phase == "prefill" else [(0, 1)]
+        tokens, times = rows * calls[0][1], groups * len(calls) * split.stages(config).slots
+        feed = times * (machine.product(tokens, D, 2 * mlp) + machine.product(tokens, mlp, D))
+        head = groups * machine.head(rows)
+        found[phase] = {
+            "attention": time.weights - feed - head + time.attention + time.other / 2,
+            "mlp": feed + time.other / 2,
+            "collectives": time.communication,
+            "head": head,
+            "host": time.bubble + time.launch,
+        }
+    return found
+
+
 def train(machine: Machine, task: Training) -> Time:
     """One update."""
     config, split = machine.config, machine.split

@@ -15,9 +15,12 @@ from jaxtp.planner.work import SIZES, Generation, Split, Training
 
 @dataclass(frozen=True)
 class Params:
-    """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables."""
+    """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
+    unshared: those of a block without the dim embed, which ZeRO leaves whole.
+    """
 
     block: int
+    unshared: int
     blocks: int
     embed: int
     head: int
@@ -27,6 +30,11 @@ class Params:
     def stacked(self) -> int:
         """Of all blocks."""
         return self.block * self.blocks
+
+    @property
+    def whole(self) -> int:
+        """What ZeRO leaves whole, of all blocks."""
+        return self.unshared * self.blocks
 
     @property
     def tables(self) -> int:
@@ -46,10 +54,11 @@ def params(config: ModelConfig, split: Split) -> Params:
     queries, mlp = config.num_heads * H // tp, config.intermediate_size // tp
     rows = queries + 2 * kv * H
     block = rows * D + D * queries + 3 * mlp * D + 2 * D
-    block += config.qkv_bias * rows + config.o_bias * D + config.mlp_bias * (2 * mlp + D) + config.qk_norm * 2 * H
+    unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm * 2 * H
+    block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
-    return Params(block, stages.slots * split.chunks, table, 0 if config.tie_word_embeddings else table, D)
+    return Params(block, unshared, stages.slots * split.chunks, table, 0 if config.tie_word_embeddings else table, D)
 
 
 def kv_heads(config: ModelConfig, tp: int) -> int:
@@ -144,10 +153,9 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     everything, dp, tp = held.total, split.dp, split.tp
     tokens = task.batch // split.microbatches // dp * task.seq_len
     kept = kept_a_layer(config, split, tokens=tokens, size=size)
-    logits = (
-        4 * tokens // task.seq_len * min(buckets.LOGITS_TOKENS, task.seq_len) * math.ceil(config.vocab_size / (tp * split.pp))
-    )
-    state = 12 * everything / (dp if split.zero else 1)
+    chunk = tokens // task.seq_len * min(buckets.LOGITS_TOKENS, task.seq_len)
+    logits = 2 * 4 * chunk * math.ceil(config.vocab_size / (tp * split.pp))  # and their gradient
+    state = 12 * (held.whole + (everything - held.whole) / (dp if split.zero else 1))
     if (
         split.pp > 1
     ):  # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
@@ -166,13 +174,16 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
         gradients = weights + 4 * held.tables + size * held.stacked / dp
         if split.remat == "none":  # those that were gathered stay for the backward pass
             weights += size * held.stacked
+    activations, later = config.num_layers * kept, 0.0
     if split.microbatches > 1:
         gradients += 4 * everything / (dp if split.zero >= 2 else 1)  # the sums, in float32
-    activations = config.num_layers * kept
+        if split.zero == 2:  # activations are gone when gradients become float32, to be scattered: the largest counts
+            largest = 4 * 2 * config.intermediate_size // tp * config.hidden_size * config.num_layers
+            later = max(0.0, largest - activations - logits)
     if split.zero == 0:  # the backward pass is over, and all gradients become float32, those of the MLPs last
         mlp = 3 * config.intermediate_size // tp * config.hidden_size * config.num_layers
         gradients = max(gradients, 4 * everything + size * mlp - weights - activations - logits)
-    return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits)
+    return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits + later)
 
 
 def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int) -> float:

@@ -154,14 +154,14 @@ def _notes(plan: Plan) -> list[str]:
     """What the guides' rules say of it."""
     notes, split, config = [], plan.split, plan.config
     slowest = plan.cluster.crosses("tp", split.axes)
-    if slowest and slowest != "NVLink":
+    if slowest not in ("", "NVLink", "measured"):
         notes.append(f"tp goes over {slowest}")
     if split.tp > config.num_kv_heads:
         notes.append(f"each KV head stands {split.tp // config.num_kv_heads} times")
     stages = split.stages(config)
     if not stages.even:
         notes.append(f"uneven stages add {stages.waste:.0%}")
-    if split.pp > 1 and plan.cluster.crosses("pp", split.axes) not in ("NVLink", "PCIe"):
+    if split.pp > 1 and plan.cluster.nodes > 1 and plan.cluster.crosses("pp", split.axes) == plan.cluster.levels[-1][1].name:
         notes.append("stages, not tp, cross nodes")
     return notes
 

@@ -76,4 +76,4 @@ def test_a_plan_is_checked_on_virtual_cpus_too():
     text = str(found)
     assert "compiled for 8 virtual CPU devices" in text
     assert found.line("decode", "arguments").compiled > 0
-    assert next(line.times for line in found.lines if line.what.startswith("all-reduce over tp"))[1] > 0
+    assert sum(line.times[1] for line in found.lines if line.what.startswith("all-reduce over tp")) > 2 * config.num_layers
