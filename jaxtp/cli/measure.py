@@ -48,9 +48,9 @@ class Plan:
     tp_across_nodes: Flag = False
     """Let tensor parallelism go over the network."""
     all: Flag = False
-    """Show every layout, and every reason against one."""
+    """Show every layout that can be, not the best of each mesh alone."""
     json: Flag = False
-    """Print all of it as JSON."""
+    """Print all of it as JSON, with every layout that cannot be and why."""
     plot: Path | None = None
     """Write a picture: latency against throughput, or where the time of a training step goes."""
     compile: Flag = False

@@ -56,11 +56,15 @@ class Plans(list["Plan"], Shown):
         return list(seen.values())
 
     def table(self, *, every: bool = False) -> Table:
-        """The best plan of each mesh and why the others lose; every: all plans, and all that are refused."""
+        """The best plan of each mesh and why the others lose, and below why a mesh cannot be; every: all plans that can."""
         first, best = self.best, self.best
         training = isinstance(first.task, Training)
         shown = self.legal if every else self.distinct()[:SHOWN]
-        table = Table(title=f"{first.model} on {first.cluster}: {_asked(first)}, by {self.objective}", caption=self._caption())
+        table = Table(
+            title=f"{first.model} on {first.cluster}: {_asked(first)}, by {self.objective}",
+            caption=self._caption(),
+            caption_justify="left",
+        )
         for column in ["#", "layout"] + ["ZeRO", "remat", "micro-\nbatches", "schedule"] * training:
             table.add_column(column)
         numbers = ["GiB of\neach GPU"]
@@ -71,13 +75,6 @@ class Plans(list["Plan"], Shown):
         table.add_column("why")
         for number, plan in enumerate(shown, 1):
             table.add_row(str(number), *_cells(plan), why(plan, best))
-        possible = {plan.split.told() for plan in self.legal}
-        refused = self.refused if every else [p for p in _reasons(self.refused) if p.split.told() not in possible]
-        if refused:
-            table.add_section()
-        for plan in refused:
-            blank = [""] * (len(table.columns) - 3)
-            table.add_row("-", plan.split.told(), *blank, plan.refused)
         return table
 
     def draw(self) -> Figure:
@@ -87,8 +84,13 @@ class Plans(list["Plan"], Shown):
         return _bars(self) if isinstance(self.best.task, Training) else _curves(self)
 
     def _caption(self) -> str:
-        counts = Counter(plan.fits for plan in self)
-        return f"{counts[True]} layouts can be, {counts[False]} cannot; times are predictions"
+        """How many there are, and of each mesh that cannot be why."""
+        counts, possible = Counter(plan.fits for plan in self), {plan.split.told() for plan in self.legal}
+        training = isinstance(self.best.task, Training)
+        lines = [f"{counts[True]} layouts can be, {counts[False]} cannot; times are predictions"]
+        lines += ["SP: sequence parallelism; interleaved: so many chunks of layers on each rank"] * training
+        lines += [f"{p.split.told()}: {p.refused}" for p in _reasons(self.refused) if p.split.told() not in possible]
+        return "\n".join(lines)
 
     def records(self) -> list[dict[str, Any]]:
         """All of them as plain numbers, for JSON."""
@@ -104,11 +106,12 @@ def _asked(plan: Plan) -> str:
 
 def _cells(plan: Plan) -> list[str]:
     split, held = plan.split, f"{plan.memory.total / GIB:.1f}"
-    layout = split.told() + " + sequence parallel" * split.sequence_parallel
+    layout = split.told() + " + SP" * split.sequence_parallel
     idle, sent = (f"{plan.step.share(part):.0%}" for part in ("bubble", "communication"))
     rate = plan.tokens_per_second / plan.cluster.size
     if isinstance(plan.task, Training):
-        schedule = f"{split.schedule}{f', {split.chunks} chunks' * (split.chunks > 1)}" if split.pp > 1 else ""
+        name = f"interleaved, {split.chunks}" if split.chunks > 1 else split.schedule
+        schedule = name if split.pp > 1 else ""
         choice = [str(split.zero), split.remat, str(split.microbatches), schedule]
         return [layout, *choice, held, f"{plan.seconds:.2f}", f"{rate:,.0f}", f"{plan.mfu:.0%}", sent, idle]
     times = f"{1e3 * plan.prefill.total:,.0f}", f"{1e3 * plan.step.total:.2f}"
