@@ -6,6 +6,7 @@ A bucket is 1, 1.25, 1.5 or 1.75 times a power of two: at most a fifth of it is 
 from __future__ import annotations
 
 MIN_TOKENS, MIN_SLOTS = 32, 128
+MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 256, 8192  # LLM's defaults: rows that run together, prompt tokens of a prefill call
 LOGITS_TOKENS = 512  # of a row in training, whose logits exist at a time
 BUSY_TOKENS = 512  # what a stage should have in one tick of prefill
 

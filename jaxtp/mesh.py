@@ -40,13 +40,17 @@ def make_mesh(
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
     shared = [group for group in mesh.devices.reshape(-1, sizes[-1]) if len({device.process_index for device in group}) > 1]
     if shared and not tp_across_nodes:
-        local = jax.local_device_count()
-        raise ValueError(
-            f"tp={sizes[-1]} would join devices of several nodes, each of which has {local}, over the network; legal tp within "
-            f"a node: {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}. Let pp or dp cross nodes, or allow "
-            "it (tp_across_nodes)"
-        )
+        raise ValueError(across_nodes(sizes[-1], jax.local_device_count()))
     return mesh
+
+
+def across_nodes(tp: int, local: int) -> str:
+    """What is said of tp that nodes of so many devices cannot hold."""
+    legal = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
+    return (
+        f"tp={tp} would join devices of several nodes, each of which has {local}, over the network; legal tp within a node: "
+        f"{legal}. Let pp or dp cross nodes, or allow it (tp_across_nodes)"
+    )
 
 
 def use_virtual_devices(count: int) -> None:

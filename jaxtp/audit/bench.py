@@ -93,6 +93,8 @@ def measure(
             f"{prompts} prompts, {input_len} + {output_len} tokens, {iterations} times: each must be at least 1, and the "
             f"tokens at most max_model_len={llm.max_model_len} together"
         )
+    if kind == "latency" and prompts > llm.max_num_seqs:
+        raise ValueError(f"{prompts} prompts do not run at once: max_num_seqs={llm.max_num_seqs}")
     config, mesh = llm.config, llm.model.layout.mesh
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (prompts, input_len)).tolist()
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxtp.audit.rates import KINDS, Timed, collective_rates, copy_rate, hops, product_rate
+from jaxtp.generate import memory
 from jaxtp.log import console, interactive
 from jaxtp.tables import Shown
 
@@ -33,9 +34,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-cuda13-pl
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Shown):
-    """What was found. versions: of packages and the driver. topology: `nvidia-smi topo -m`, or why there is none. copies,
-    products: bytes and operations a second of each device by id. hops: bytes a second from a device to the next. findings: what
-    is odd, in words.
+    """What was found. memory_bytes: of each GPU, None for CPUs. versions: of packages and the driver. topology: what
+    `nvidia-smi topo -m` prints, or why there is nothing. copies, products: bytes and operations a second of each device by id.
+    hops: bytes a second from a device to the next. findings: what is odd, in words.
     """
 
     device: str
@@ -117,7 +118,7 @@ def examine(mesh: Mesh, *, sizes: tuple[int, ...] = SIZES) -> Diagnosis:
     return Diagnosis(
         first.device_kind,
         mesh.size,
-        stats.get("bytes_limit"),
+        int(stats["bytes_limit"] / memory.pool()) if "bytes_limit" in stats else None,
         versions,
         topology(),
         copies,

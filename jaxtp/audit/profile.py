@@ -23,7 +23,6 @@ from jaxtp.audit.program import KINDS
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.planner import Generation, Machine, Split, cost, hardware
 from jaxtp.planner.cluster import cluster
-from jaxtp.planner.work import SIZES
 from jaxtp.tables import Shown
 
 if TYPE_CHECKING:
@@ -128,8 +127,9 @@ def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | N
         )
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, (batch, input_len)).tolist()
     params = SamplingParams(temperature=0, max_tokens=steps + 1, ignore_eos=True)
+    if batch > llm.max_num_seqs:
+        raise ValueError(f"{batch} prompts do not run at once: max_num_seqs={llm.max_num_seqs}")
     llm.generate(ids, params)
-
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the host down
@@ -147,7 +147,7 @@ def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | N
         raise RuntimeError("the profiler's trace names no operations of these programs")
     took = {"prefill": llm.timing.prefill, "decode": llm.timing.decode}
     assert sum(took.values()) <= wall
-    seconds = {phase: _average(events, phase, took[phase], steps if phase == "decode" else 1) for phase in PHASES}
+    seconds = {phase: _average(events, phase, took[phase], llm.timing.steps if phase == "decode" else 1) for phase in PHASES}
     return Profile(seconds, _planned(llm, batch, input_len, steps), tuple(events), steps, trace)
 
 
@@ -234,5 +234,5 @@ def _planned(llm: LLM, batch: int, input_len: int, steps: int) -> dict[str, dict
         return {}
     nodes = jax.process_count()
     split = Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
-    machine = Machine(llm.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), SIZES[dtype])
+    machine = Machine(llm.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), dtype)
     return cost.by_part(machine, Generation(batch, input_len, steps, dtype=dtype))

@@ -6,11 +6,11 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxtp.cli.options import Engine, Flag
+from jaxtp.cli.options import Alias, Engine, Flag
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Plan:
     """Every way to run a model on given GPUs: what fits, what it costs, which is best and why. Needs no GPU."""
 
     model: tyro.conf.Positional[str]
-    """Preset (llama-3.1-70b) or checkpoint folder, of which config.json is read."""
+    """Preset (llama-3.1-70b), "demo", or checkpoint folder, of which config.json is read."""
     gpus: str | None = None
     """Such as 8xH100, or 2x8xH100 for two nodes of eight."""
     measured: Path | None = None
@@ -103,11 +103,11 @@ class Plan:
 class Doctor:
     """What this machine's devices are, what joins them, how fast both are, and what is odd about them."""
 
-    tensor_parallel_size: int | None = None
-    """Devices of the axis tp; default all."""
-    pipeline_parallel_size: int = 1
+    tensor_parallel_size: Annotated[int | None, Alias(aliases=["-tp"])] = None
+    """Devices of the axis tp; default all that the others leave."""
+    pipeline_parallel_size: Annotated[int, Alias(aliases=["-pp"])] = 1
     """Devices of the axis pp."""
-    data_parallel_size: int = 1
+    data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
     """Devices of the axis dp."""
     profile: Path | None = None
     """Write what was found as JSON, for `jaxtp plan --measured`."""
@@ -169,6 +169,8 @@ class Bench:
         """Times and prints."""
         import logging
 
+        if self.compare and not self.compare.exists():
+            raise FileNotFoundError(f"--compare: there is no {self.compare}")
         llm = self.engine.llm(self.model)
         from jaxtp.audit import bench
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
+
 if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
     from jaxtp import LLM, SamplingParams
 
@@ -43,9 +45,9 @@ class Engine:
     """Tokens of prompt and completion together; default the model's own."""
     gpu_memory_utilization: float = 0.9
     """Share of each device's memory for weights and KV cache."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = MAX_NUM_SEQS
     """Rows that run together."""
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = MAX_BATCHED_TOKENS
     """Prompt tokens that one prefill call takes."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """dummy: random weights; MODEL may then be a preset such as llama-3.1-8b."""

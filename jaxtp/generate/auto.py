@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -9,13 +10,13 @@ import jax
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
 from jaxtp.log import logger
-from jaxtp.planner import Cluster, Plan, Split, hardware, plan
+from jaxtp.planner import Cluster, Generation, Plan, Split, hardware, plan
 from jaxtp.planner.cluster import cluster
 
 Choice = Literal["auto"] | Plan
 
 
-def at_hand(utilization: float) -> Cluster:
+def at_hand() -> Cluster:
     """The devices that JAX sees, as the planner knows them. Raises ValueError for GPUs that it does not."""
     device, count, nodes = jax.devices()[0], jax.device_count(), jax.process_count()
     if device.platform == "cpu":
@@ -32,13 +33,18 @@ def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: fl
     if isinstance(choice, Plan):
         if choice.refused:
             raise ValueError(f"this plan cannot be: {choice.refused}")
+        if not isinstance(choice.task, Generation):
+            raise ValueError('this plan is of training; jaxtp.plan(..., task="generate") makes those for LLM')
+        mine, its = (dataclasses.replace(c, dtype=None, bos_token_id=None, eos_token_ids=()) for c in (config, choice.config))
+        if mine != its:
+            raise ValueError(f"this plan is of {choice.model}, which has another shape than this model")
         return choice.split
     if choice != "auto":
         raise ValueError(f'plan={choice!r} must be "auto" or a Plan, such as jaxtp.plan(...).best')
     total = min(max_model_len or 1280, config.max_position_embeddings)
     plans = plan(
         config,
-        at_hand(utilization),
+        at_hand(),
         prompt_len=max(1, total * 4 // 5),
         output_len=max(1, total // 5),
         dtype=dtype,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
@@ -68,8 +69,8 @@ class LLM:
         dtype: str = "auto",
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_batched_tokens: int = MAX_BATCHED_TOKENS,
         load_format: str = "auto",
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,

@@ -90,6 +90,11 @@ def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
     return wanted
 
 
+def pool() -> float:
+    """The share of each GPU that JAX takes at its start."""
+    return float(os.environ.get(POOL) or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+
+
 def available() -> int:
     """Bytes of the host's memory that are free now."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -98,8 +103,7 @@ def available() -> int:
 def _free(model: Llama, used: int, utilization: float) -> int:
     if platform(model.layout.mesh) == "gpu":
         stats = [device.memory_stats() for device in model.layout.mesh.local_devices]
-        pool = float(os.environ.get(POOL) or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
-        share = min(utilization / pool, 1 - WORKSPACE)
+        share = min(utilization / pool(), 1 - WORKSPACE)
         return min(int(s["bytes_limit"] * share) - s["bytes_in_use"] for s in stats)
     return int(available() * utilization) // len(model.layout.mesh.local_devices)
 

@@ -107,10 +107,13 @@ class Cluster:
         return self.gpu.gib * 2**30
 
     def of(self, gpus: int) -> Cluster:
-        """That many of them, in more nodes or one."""
-        nodes = max(1, gpus // self.per_node)
-        levels = (*self.levels[:-1], (max(gpus, self.levels[-1][0]), self.levels[-1][1]))
-        return dataclasses.replace(self, nodes=nodes, levels=levels)
+        """That many of them, in nodes as large as these, at least as large as is usual."""
+        most = self.per_node if self.nodes > 1 else max(self.per_node, self.gpu.domain, 8)
+        per_node, nodes = min(most, gpus), max(1, gpus // most)
+        *inside, node, network = self.levels if len(self.levels) > 1 else (*self.levels, *self.levels)
+        return dataclasses.replace(
+            self, nodes=nodes, per_node=per_node, levels=(*inside, (per_node, node[1]), (gpus, network[1]))
+        )
 
     def __str__(self) -> str:
         return f"{f'{self.nodes}x' * (self.nodes > 1)}{self.per_node}x{self.gpu.name}"
@@ -140,16 +143,20 @@ class Cluster:
 
 @functools.cache
 def _spread(names: tuple[str, ...], sizes: tuple[int, ...], axes: tuple[str, ...], levels: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a group of devices along these axes: into how many parts each level joins what the one below it holds."""
+    """Of the worst group of devices along these axes: how many parts each level joins, of what the one below it holds."""
     devices = np.arange(math.prod(sizes)).reshape(sizes)
-    index = tuple(slice(None) if name in axes else 0 for name in names)
-    group = devices[index].ravel()
-    parts = [len(group), *(len(set((group // count).tolist())) for count in levels)]
-    return tuple(below // above for below, above in itertools.pairwise(parts))
+    joined = [i for i, name in enumerate(names) if name in axes]
+    rest = [i for i in range(len(names)) if i not in joined]
+    worst = [1] * len(levels)
+    for group in devices.transpose(rest + joined).reshape(-1, math.prod(sizes[i] for i in joined)):
+        parts = [len(group), *(len(set((group // count).tolist())) for count in levels)]
+        worst = [max(was, -(-below // above)) for was, (below, above) in zip(worst, itertools.pairwise(parts), strict=True)]
+    return tuple(worst)
 
 
 def measured(path: str | Path) -> Cluster:
-    """The machine that `jaxtp doctor` wrote this profile of: the rates and bandwidths that it measured, in one node.
+    """The machine that `jaxtp doctor` wrote this profile of: the rates that it measured, and the all-reduces of the widest
+    axis, taken to be those of any.
 
     Raises FileNotFoundError, or ValueError for another file.
     """
@@ -169,8 +176,9 @@ def measured(path: str | Path) -> Cluster:
         gib=(found["memory_bytes"] or like.gib * 2**30) / 2**30,
         efficiency=1.0,
     )
-    widest = max((t["devices"] for t in reduces), default=1)
-    wide = [t for t in reduces if t["devices"] == widest]
+    axis = max(reduces, key=lambda t: t["devices"])["axis"] if reduces else None  # the widest
+    wide = sorted((t for t in reduces if t["axis"] == axis), key=lambda t: t["bytes"])
+    widest = wide[0]["devices"] if wide else 1
     bus = tuple((t["bytes"] / MIB, 2e-9 * (widest - 1) / widest * t["bytes"] / t["seconds"]) for t in wide)
     latency = min((1e6 * t["seconds"] for t in wide), default=0.0)
     return Cluster(gpu, 1, devices, ((devices, Link("measured", latency, 0.0, bus or ((1.0, gpu.pcie),))),))

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtp.config import ModelConfig
 from jaxtp.planner import memory
-from jaxtp.planner.work import Split
+from jaxtp.planner.work import SIZES, Split
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Collective:
 
 Program = Counter[Collective]  # how often each is done
 
-DTYPES = {2: "bf16", 4: "f32"}
+NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # as XLA writes them
 
 
-def decode(config: ModelConfig, split: Split, *, batch: int, size: int) -> Program:
-    """Of one decode step for all rows of a batch; size: bytes of an element."""
+def decode(config: ModelConfig, split: Split, *, batch: int, dtype: str) -> Program:
+    """Of one decode step for all rows of a batch."""
+    size = SIZES[dtype]
     rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
-    say = _Say(split, DTYPES[size])
+    say = _Say(split, NAMES[dtype])
     stream, places = rows * config.hidden_size * size, split.stages(config).slots * split.pp
     say.reduce("tp", stream, times=2 * places)
     both = ("pp", "tp")
@@ -57,10 +58,11 @@ def decode(config: ModelConfig, split: Split, *, batch: int, size: int) -> Progr
     return say.program
 
 
-def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, size: int) -> Program:
+def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, dtype: str) -> Program:
     """Of one prefill chunk of `tokens` tokens of every row (in stages: of a tick for each group)."""
+    size = SIZES[dtype]
     rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
-    say = _Say(split, DTYPES[size])
+    say = _Say(split, NAMES[dtype])
     D, blocks = config.hidden_size, split.stages(config).slots
     stream, scattered = rows * tokens * D * size, split.sequence_parallel and tokens % split.tp == 0
     both = ("pp", "tp")
@@ -85,9 +87,10 @@ def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, size:
     return say.program
 
 
-def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, size: int) -> Program:
+def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype: str) -> Program:
     """Of one update. (Over dp XLA joins what is sent at the same time: there the bytes are what counts.)"""
-    say = _Say(split, DTYPES[size])
+    size = SIZES[dtype]
+    say = _Say(split, NAMES[dtype])
     D, rows = config.hidden_size, batch // split.microbatches // split.dp
     stream, scattered = rows * seq_len * D * size, split.sequence_parallel and seq_len % split.tp == 0
     again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat]

@@ -14,9 +14,10 @@ from jaxtp.config import ModelConfig
 from jaxtp.planner import collectives, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
-from jaxtp.planner.work import Generation, Split, Training
+from jaxtp.planner.work import SIZES, Generation, Split, Training
 
 ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a causal mask (arXiv:2407.08608, figures 5 and 6)
+TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by the data sheets
 KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
 
 
@@ -60,12 +61,17 @@ class Machine:
     config: ModelConfig
     split: Split
     cluster: Cluster
-    size: int  # bytes of an element
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return SIZES[self.dtype]
 
     @property
     def flops(self) -> float:
         """Operations a second of matrix products."""
-        return self.cluster.gpu.tflops * 1e12 * hardware.MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else 8)
+        return self.cluster.gpu.tflops * 1e12 * hardware.MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else TF32)
 
     @property
     def bandwidth(self) -> float:
@@ -112,14 +118,13 @@ class Machine:
         return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts))
 
 
-def decode(machine: Machine, task: Generation, *, cached: float | None = None) -> Time:
-    """One step: a token for every row, after `cached` tokens (default: on average over the work)."""
+def decode(machine: Machine, task: Generation) -> Time:
+    """One step: a token for every row, with the cache as full as it is on average over the work."""
     config, split = machine.config, machine.split
-    cached = task.prompt_len + task.output_len / 2 if cached is None else cached
     rows, groups = split.rows(task.batch) // split.dp // split.groups(task.batch), split.groups(task.batch)
-    busy = machine.layer(rows, 1, cached) * split.stages(config).slots
+    busy = machine.layer(rows, 1, task.prompt_len + task.output_len / 2) * split.stages(config).slots
     head = Time(weights=groups * machine.head(rows), launch=KERNELS * LAUNCH * groups)
-    sent = Time(communication=machine.sent(collectives.decode(config, split, batch=task.batch, size=machine.size)))
+    sent = Time(communication=machine.sent(collectives.decode(config, split, batch=task.batch, dtype=machine.dtype)))
     idle = Time(bubble=(split.pp - groups) * busy.total)
     return busy * groups + idle + head + sent
 
@@ -127,16 +132,15 @@ def decode(machine: Machine, task: Generation, *, cached: float | None = None) -
 def prefill(machine: Machine, task: Generation) -> Time:
     """All prompts, to the first token of each."""
     config, split = machine.config, machine.split
-    groups = split.groups(task.batch)
-    rows = split.rows(task.batch) // split.dp // groups
-    parts = split.chunks_of(task)
-    chunks, chunk = len(parts), parts[0][1]
-    # chunks after the first attend to what is cached as well: on the whole, as if in one piece
-    one = machine.layer(rows, chunk, chunk)
-    busy = dataclasses.replace(one, attention=one.attention * chunks) * split.stages(config).slots
-    sent = collectives.prefill(config, split, batch=task.batch, tokens=chunk, size=machine.size)
-    busy = (busy * groups + Time(communication=machine.sent(sent))) * chunks
-    waiting = (split.pp - 1) / (groups * chunks)
+    groups, chunks = split.groups(task.batch), split.chunks_of(task)
+    rows, busy = split.rows(task.batch) // split.dp // groups, Time()
+    for start, tokens in chunks:
+        # what is cached already is seen by all tokens, those of the chunk by half of them
+        one = machine.layer(rows, tokens, tokens)
+        one = dataclasses.replace(one, attention=one.attention * (tokens + 2 * start) / tokens)
+        sent = collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=machine.dtype)
+        busy += one * (split.stages(config).slots * groups) + Time(communication=machine.sent(sent))
+    waiting = (split.pp - 1) / (groups * len(chunks))
     return busy + Time(bubble=waiting * busy.total, weights=groups * machine.head(rows))
 
 
@@ -148,9 +152,9 @@ def by_part(machine: Machine, task: Generation) -> dict[str, dict[str, float]]:
     for phase, time in (("prefill", prefill(machine, task)), ("decode", decode(machine, task))):
         groups = split.groups(task.batch)
         rows = split.rows(task.batch) // split.dp // groups
-        calls = split.chunks_of(task) if phase == "prefill" else [(0, 1)]
-        tokens, times = rows * calls[0][1], groups * len(calls) * split.stages(config).slots
-        feed = times * (machine.product(tokens, D, 2 * mlp) + machine.product(tokens, mlp, D))
+        calls = [tokens for _, tokens in split.chunks_of(task)] if phase == "prefill" else [1]
+        feed = sum(machine.product(rows * n, D, 2 * mlp) + machine.product(rows * n, mlp, D) for n in calls)
+        feed *= groups * split.stages(config).slots
         head = groups * machine.head(rows)
         found[phase] = {
             "attention": time.weights - feed - head + time.attention + time.other / 2,
@@ -180,13 +184,11 @@ def train(machine: Machine, task: Training) -> Time:
     }[split.remat]
     once = forward * (4 if pp > 1 else 3) + again
     head = Time(weights=4 * machine.head(tokens))
-    sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, size=machine.size)
-    within = Program({c: n for c, n in sent.items() if "dp" not in c.axes})
-    over = Program({c: n for c, n in sent.items() if "dp" in c.axes})  # nothing goes on beside it
+    sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, dtype=machine.dtype)
     busy = (once * layers + head) * M
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * held.total / (split.dp if split.zero else 1) / machine.bandwidth
-    return busy + Time(communication=machine.sent(within) + machine.sent(over), bubble=bubble, optimizer=update)
+    return busy + Time(communication=machine.sent(sent), bubble=bubble, optimizer=update)
 
 
 def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:

@@ -48,6 +48,10 @@ class GPU:
 
     def target(self) -> str:
         """The description of this GPU that XLA compiles for (a GpuTargetConfigProto as text), for CUDA 13 and cuDNN 9.10."""
+        if self.capability not in TENSOR_OPS:
+            raise ValueError(
+                f"{self.name}: cannot describe capability {self.capability!r} to XLA; known: {', '.join(TENSOR_OPS)}"
+            )
         major, minor = self.capability.split(".")
         accelerated = int(major) >= 9  # sm_90a and on
         tensor_ops = TENSOR_OPS[self.capability]  # of a tensor core in a clock, four of which a core has
@@ -155,12 +159,18 @@ def load(path: str | Path) -> dict[str, GPU]:
     Raises ValueError for an unknown field.
     """
     found, fields = dict(GPUS), {field.name for field in dataclasses.fields(GPU)} - {"name"}
-    for name, given in (yaml.safe_load(Path(path).read_text()) or {}).items():
+    raw = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(raw, dict) or not all(isinstance(given, dict) for given in raw.values()):
+        raise ValueError(f"{path} must map names of GPUs to what they have, such as H20: {{like: H100, tflops: 148}}")
+    for name, given in raw.items():
         settings = dict(given)
         base = gpu(settings.pop("like", name), found)
         unknown = [field for field in settings if field not in fields]
         if unknown:
             raise ValueError(f"{path}: {name} has {', '.join(unknown)}; a GPU has: like, {', '.join(sorted(fields))}")
+        for field, value in settings.items():
+            if field != "capability" and not isinstance(value, int | float):
+                raise ValueError(f"{path}: {name} has {field}: {value!r}, which is no number")
         found[name] = dataclasses.replace(base, name=name, **settings)
     return found
 

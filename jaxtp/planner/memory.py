@@ -169,6 +169,8 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
             workspace=logits + (size * everything + activations if split.peeled else 0),
         )
     weights, gradients = float(size * everything), float(size * everything)
+    if size == 4 and (dp == 1 or split.zero == 0):
+        weights = 0.0  # the parameters themselves
     if split.zero == 3:  # the blocks' in shares, one layer of them whole; the tables whole, their gradients in float32 as well
         weights = size * (held.tables + held.block)
         gradients = weights + 4 * held.tables + size * held.stacked / dp

@@ -30,7 +30,7 @@ def programs(config: ModelConfig, split: Split, task: Task) -> list[Predicted]:
     """Of generation the first prefill chunk and a decode step; of training the step."""
     if isinstance(task, Training):
         held = memory.training(config, split, task)
-        sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, size=SIZES[task.dtype])
+        sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, dtype=task.dtype)
         return [Predicted("step", held.arguments, held.temporary, _train_flops(config, split, task), sent)]
     return [_prefill(config, split, task), _decode(config, split, task)]
 
@@ -46,7 +46,7 @@ def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
         size * (held.total - held.head) + cache,  # the head comes after it
         memory.prefill_workspace(config, split, rows=rows // groups, tokens=tokens, size=size),
         each * rows * tokens * split.stages(config).slots,
-        collectives.prefill(config, split, batch=task.batch, tokens=tokens, size=size),
+        collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=task.dtype),
     )
 
 
@@ -60,7 +60,7 @@ def _decode(config: ModelConfig, split: Split, task: Generation) -> Predicted:
         size * memory.params(config, split).total + rows * task.slots * memory.slot(config, split, task.dtype),
         memory.decode_workspace(config, split, rows=rows // split.groups(task.batch), slots=task.slots),
         rows * (each * split.stages(config).slots * ticks + head),
-        collectives.decode(config, split, batch=task.batch, size=size),
+        collectives.decode(config, split, batch=task.batch, dtype=task.dtype),
     )
 
 

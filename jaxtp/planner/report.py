@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.planner.cost import Time
 from jaxtp.planner.work import Generation, Training
 from jaxtp.tables import Shown
@@ -68,13 +69,17 @@ class Plans(list["Plan"], Shown):
         for column in ["#", "layout"] + ["ZeRO", "remat", "micro-\nbatches", "schedule"] * training:
             table.add_column(column)
         numbers = ["GiB of\neach GPU"]
-        numbers += ["s a step", "tokens/s\na GPU", "MFU"] if training else ["KV cache,\ntokens", "rows", "to first\ntoken, ms"]
+        numbers += (
+            ["s a step", "tokens/s\na GPU", "MFU"]
+            if training
+            else ["KV cache,\ntokens", "rows /\nat most", "to first\ntoken, ms"]
+        )
         numbers += [] if training else ["ms a\ntoken", "tokens/s\na GPU"]
         for column in [*numbers, "sent", "idle"]:
             table.add_column(column, justify="right")
         table.add_column("why")
         for number, plan in enumerate(shown, 1):
-            table.add_row(str(number), *_cells(plan), why(plan, best))
+            table.add_row(str(number), *_cells(plan), why(plan, best, self.objective))
         return table
 
     def draw(self) -> Figure:
@@ -115,10 +120,19 @@ def _cells(plan: Plan) -> list[str]:
         choice = [str(split.zero), split.remat, str(split.microbatches), schedule]
         return [layout, *choice, held, f"{plan.seconds:.2f}", f"{rate:,.0f}", f"{plan.mfu:.0%}", sent, idle]
     times = f"{1e3 * plan.prefill.total:,.0f}", f"{1e3 * plan.step.total:.2f}"
-    return [layout, held, f"{plan.kv_tokens:,}", str(plan.task.batch), *times, f"{rate:,.1f}", sent, idle]
+    return [
+        layout,
+        held,
+        f"{plan.kv_tokens:,}",
+        f"{plan.task.batch} / {int(plan.concurrency):,}",
+        *times,
+        f"{rate:,.1f}",
+        sent,
+        idle,
+    ]
 
 
-def why(plan: Plan, best: Plan) -> str:
+def why(plan: Plan, best: Plan, objective: str = "latency") -> str:
     """Why a plan is not the best, or what speaks for it."""
     notes = _notes(plan)
     if plan is best:
@@ -129,10 +143,12 @@ def why(plan: Plan, best: Plan) -> str:
         growth = {part.name: getattr(mine, part.name) - getattr(its, part.name) for part in dataclasses.fields(Time)}
         part = max(growth, key=growth.__getitem__)
         notes.insert(0, f"{slower:.2f}x the time: {WORDS[part]}")
+    elif slower < 0.995:
+        notes.insert(0, f"faster ({slower:.2f}x the time), but not the best by {objective}")
     elif plan.memory.total > 1.005 * best.memory.total:
         notes.insert(0, f"as fast, {(plan.memory.total - best.memory.total) / GIB:.1f} GiB more")
     else:
-        notes.insert(0, "as good" if slower > 0.995 else f"{slower:.2f}x the time, but {plan.memory.total / GIB:.1f} GiB")
+        notes.insert(0, "as good")
     return "; ".join(notes)
 
 
@@ -200,8 +216,7 @@ def points(plans: Plans) -> list[Point]:
         task = plan.task
         assert isinstance(task, Generation), "a picture of latency and throughput is of generation"
         rows = 1
-        while rows <= max(1, plan.concurrency):
-            at = dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))
+        while rows <= MAX_NUM_SEQS and (at := dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))).holds:
             found.append(Point(at, at.step.total, at.tokens_per_second / at.cluster.size))
             rows *= 2
     return found

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from jaxtp.buckets import MAX_NUM_SEQS
+from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.planner import cost, hardware, memory
 from jaxtp.planner.cluster import Cluster, cluster
 from jaxtp.planner.cost import Machine, Time
 from jaxtp.planner.memory import Memory
 from jaxtp.planner.report import Plans
-from jaxtp.planner.work import SIZES, Generation, Remat, Split, Task, Training, problem
+from jaxtp.planner.work import Generation, Remat, Split, Task, Training, check_length, problem
 from jaxtp.presets import PRESETS, preset
 
 Objective = Literal["latency", "throughput", "memory"]
 CHUNKS = (2, 4)  # of layers on a pipeline's rank, that are tried
 MOST_GPUS = 4096  # up to which it is tried how many would do
-MOST_ROWS = 256  # rows that run together: LLM's max_num_seqs
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Plan:
         """Whether it does."""
         return self.refused is None
 
+    @property
+    def holds(self) -> bool:
+        """Whether memory is enough. Generation's workspace is what weights and cache leave; training has one limit for all."""
+        if isinstance(self.task, Training):
+            return self.memory.total <= self.limit
+        return self.memory.arguments <= self.limit and self.memory.total <= self.cluster.memory
+
     @functools.cached_property
     def kv_tokens(self) -> int:
         """Tokens that the KV caches of all devices hold together."""
@@ -69,7 +77,7 @@ class Plan:
     @property
     def machine(self) -> Machine:
         """The rates that it is reckoned with."""
-        return Machine(self.config, self.split, self.cluster, SIZES[self.task.dtype])
+        return Machine(self.config, self.split, self.cluster, self.task.dtype)
 
     @functools.cached_property
     def prefill(self) -> Time:
@@ -153,7 +161,7 @@ def plan(
 
     model: the name of a preset, a checkpoint folder (its config.json), or a `ModelConfig`. gpus: "8xH100", "2x8xH100" (nodes x
     GPUs of each). task: "generate" completes `batch` prompts of `prompt_len` tokens by `output_len`; batch None: 1 for latency,
-    else as many as the cache holds, at most 256. "train" updates from `batch` rows (default 64) of `seq_len` tokens.
+    else the largest power of two that fits, at most 256. "train" updates from `batch` rows (default 64) of `seq_len` tokens.
     objective: what is best, "latency" (generate's default: seconds until all is done), "throughput" (train's: tokens a second)
     or "memory" (the least on each GPU). interconnect, network: see `cluster`. gpu_file: YAML with more GPUs, see
     `hardware.load`.
@@ -171,20 +179,16 @@ def plan(
     share = {} if utilization is None else {"utilization": utilization}
     wanted: Task
     if task == "train":
-        wanted = Training(batch or 64, seq_len, dtype, **share)
+        wanted = Training(64 if batch is None else batch, seq_len, dtype, **share)
     else:
-        wanted = Generation(batch or 1, prompt_len, output_len, max_model_len, dtype, **share)
-        if wanted.total > config.max_position_embeddings and config.rope.kind != "dynamic":
-            raise ValueError(
-                f"prompt_len + output_len = {wanted.total} exceeds the model's max_position_embeddings="
-                f"{config.max_position_embeddings}"
-            )
+        wanted = Generation(1 if batch is None else batch, prompt_len, output_len, max_model_len, dtype, **share)
+    check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"
     found = [_judged(name, config, where, split, wanted, per_node, fill=fill) for split in splits(where.size, task=wanted)]
     plans = Plans(sorted(found, key=functools.partial(_rank, objective)), objective)
     if not plans.legal:
-        raise ValueError(_nothing(plans, where, per_node))
+        raise ValueError(_nothing(plans, where, tp_across_nodes))
     return plans
 
 
@@ -216,10 +220,10 @@ def _judged(
     if refused:
         return dataclasses.replace(plan, refused=refused)
     if fill and isinstance(task, Generation):
-        rows = MOST_ROWS
-        while rows > 1 and not _fits(plan := dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))):
-            rows //= 2
-    if _fits(plan):
+        sizes = (1 << i for i in reversed(range(MAX_NUM_SEQS.bit_length())))
+        tried = (dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows)) for rows in sizes)
+        plan = next((found for found in tried if found.holds), plan)
+    if plan.holds:
         return plan
     part = max(dataclasses.asdict(plan.memory).items(), key=lambda item: item[1])
     refused = (
@@ -227,13 +231,6 @@ def _judged(
         f"(most of it, {part[1] / 2**30:.1f}: {part[0]})"
     )
     return dataclasses.replace(plan, refused=refused)
-
-
-def _fits(plan: Plan) -> bool:
-    """Generation's workspace is what weights and cache leave of a GPU; training has one limit for all."""
-    if isinstance(plan.task, Training):
-        return plan.memory.total <= plan.limit
-    return plan.memory.arguments <= plan.limit and plan.memory.total <= plan.cluster.memory
 
 
 def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
@@ -249,26 +246,20 @@ def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
     return (0, float(f"{first:.4g}"), plan.memory.total, split.pp, split.sequence_parallel, split.zero)
 
 
-def _nothing(plans: Plans, where: Cluster, per_node: int | None) -> str:
+def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
     """Why nothing fits, and how many GPUs would do."""
     sample, full = plans[0], [plan for plan in plans if plan.refused and plan.refused.startswith("needs")]
     closest = min(full, key=lambda plan: plan.memory.total) if full else sample
-    why, hint = (
-        f"{closest.split.told()} {closest.refused}" if full else str(sample.refused),
-        f"nor would {MOST_GPUS} of them do",
-    )
-    gpus = 2 * where.size
-    while gpus <= MOST_GPUS:
-        more = where.of(gpus)
-        tried = (
-            _judged(sample.model, sample.config, more, split, sample.task, per_node, fill=False)
-            for split in splits(gpus, task=sample.task)
-        )
-        if any(plan.fits for plan in tried):
-            hint = f"{gpus} of them would do"
-            break
-        gpus *= 2
-    return f"{sample.model} cannot be run so on {where}: {why}; {hint}"
+    why = f"{closest.split.told()} {closest.refused}" if full else str(sample.refused)
+    for count in (1 << i for i in range(MOST_GPUS.bit_length())):
+        if full and count <= where.size:
+            continue
+        more = where.of(count)
+        frugal = (s for s in splits(count, task=sample.task) if isinstance(sample.task, Generation) or s.remat == "full")
+        per_node = None if across else more.per_node
+        if any(_judged(sample.model, sample.config, more, s, sample.task, per_node, fill=False).fits for s in frugal):
+            return f"{sample.model} cannot be run so on {where}: {why}; {count} of them would do ({more})"
+    return f"{sample.model} cannot be run so on {where}: {why}; nor would {MOST_GPUS} of them do"
 
 
 def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
@@ -276,8 +267,8 @@ def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
         return model.model_type, model
     if str(model) in PRESETS:
         return str(model), preset(str(model))
-    if Path(model).exists():
-        return str(model), ModelConfig.from_hf(model)
+    if str(model) == "demo" or Path(model).exists():
+        return str(model), ModelConfig.from_hf(hf.resolve(model))
     near = difflib.get_close_matches(str(model).lower(), PRESETS, n=3, cutoff=0.4)
     hint = f"near: {', '.join(near)}; all" if near else "presets"
     raise ValueError(f"no model is named {str(model)!r}, and no folder is there; {hint}: {', '.join(PRESETS)}")

@@ -7,13 +7,12 @@ from typing import Literal
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
-from jaxtp.mesh import AXES
+from jaxtp.mesh import AXES, across_nodes
 from jaxtp.parallel.schedules import Circulation, Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
 
 Remat = Literal["none", "full", "save-dots", "save-attention"]
-BATCHED = 8192  # tokens that one prefill call takes: LLM's max_num_batched_tokens
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -145,7 +144,7 @@ class Split:
     def chunks_of(self, task: Generation) -> list[tuple[int, int]]:
         """How prompts are prefilled, as `LLM` does: (start, tokens of each row) of each call."""
         rows, groups = self.rows(task.batch), self.groups(task.batch)
-        largest = buckets.chunk_size(rows, BATCHED)
+        largest = buckets.chunk_size(rows, buckets.MAX_BATCHED_TOKENS)
         if self.pp > 1:
             largest = min(largest, buckets.filling(task.prompt_len, self.pp, groups, rows // groups // self.dp))
         return buckets.chunks(task.prompt_len, largest=largest, alike=self.pp > 1)
@@ -176,13 +175,26 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
         if split.pp > 1:
             split.pipeline()
         check_rows(task.batch, split.microbatches, split.dp)
-    if per_node and split.tp > per_node:
-        raise ValueError(f"tp={split.tp} would join devices of several nodes, each of which has {per_node}, over the network")
+    if per_node and per_node % split.tp and split.size > per_node:
+        raise ValueError(across_nodes(split.tp, per_node))
     check_layout(config, split.tp, split.rules)
     stages = split.stages(config)
+    check_length(config, task)
     if isinstance(task, Training):
         check_zero(config, zero=split.zero, dp=split.dp, pp=split.pp)
     stages.alike(config.windows)
+
+
+def check_length(config: ModelConfig, task: Task) -> None:
+    """Raises ValueError where rows are longer than the model's positions."""
+    most = config.max_position_embeddings
+    if isinstance(task, Training):
+        wanted = {"seq_len": task.seq_len}
+    else:
+        wanted = {"prompt_len + output_len": task.total, "max_model_len": task.request}
+    for name, tokens in wanted.items():
+        if tokens > most and config.rope.kind != "dynamic":
+            raise ValueError(f"{name}={tokens} exceeds the model's max_position_embeddings={most}")
 
 
 def check_rows(batch: int, microbatches: int, dp: int) -> None:
@@ -193,7 +205,7 @@ def check_rows(batch: int, microbatches: int, dp: int) -> None:
     if rows % dp:
         legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise ValueError(
-            f"dp={dp} does not divide the {rows} rows of a microbatch ({batch} rows, {microbatches} microbatches); "
+            f"dp={dp} does not divide the {rows} rows of a microbatch (batch of {batch}, microbatches: {microbatches}); "
             f"legal dp: {legal}"
         )
 

@@ -64,7 +64,7 @@ def test_what_is_timed_is_that_collective():
     finally:
         rates.fastest = before
     assert jax.device_count() == 8
-    for t, report in zip(timed, seen, strict=True):
+    for t, report in zip(timed, seen[::2], strict=True):  # of each a call with one, and one with many
         (found,) = report.collectives
         assert found.kind in (t.kind, "all-reduce" if t.kind == "reduce-scatter" else t.kind)  # as XLA:CPU may print it
         assert found.axes == ("tp",)
@@ -199,7 +199,7 @@ def test_time_that_overlaps_counts_once():
 
 
 def test_the_planners_parts_add_up():
-    machine = Machine(tiny.config(), Split(tp=2), cluster("2xH100"), 2)
+    machine = Machine(tiny.config(), Split(tp=2), cluster("2xH100"), "bfloat16")
     task = Generation(4, 64, 16)
     found = cost.by_part(machine, task)
     assert sum(found["decode"].values()) == pytest.approx(cost.decode(machine, task).total)

@@ -412,7 +412,7 @@ def test_a_start_is_reported_as_it_is(folder, caplog):
 
 
 def test_the_command_line_has_the_arguments_of_the_library():
-    from jaxtp import cli
+    from jaxtp.cli import options as cli
 
     def fields(cls, *left_out):
         return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in left_out}

@@ -93,3 +93,11 @@ def test_pcie_and_slower_networks():
 def test_a_permute_takes_the_slowest_hop():
     inside = seconds("8xH100", Split(pp=2, tp=4), ("pp",), kind="collective-permute")
     assert seconds("2x8xH100", Split(pp=2, tp=8), ("pp",), kind="collective-permute") > 4 * inside
+
+
+def test_groups_that_nodes_cut_unevenly_pay_for_the_worst():
+    uneven = cluster("2x6xH100")
+    assert uneven.crosses("tp", Split(dp=3, tp=4).axes) == "InfiniBand"  # devices 4 to 7 lie in both nodes
+    assert uneven.crosses("tp", Split(dp=6, tp=2).axes) == "NVLink"
+    assert cluster("12xH100").crosses("tp", Split(dp=3, tp=4).axes) == "NVLink"
+    assert cluster("12xH100").crosses("tp", Split(dp=2, tp=6).axes) == "PCIe"

@@ -49,6 +49,12 @@ def test_a_file_adds_and_changes_gpus(tmp_path):
     path.write_text("H100: {speed: 3}\n")
     with pytest.raises(ValueError, match="H100 has speed; a GPU has: like, bandwidth"):
         hardware.load(path)
+    path.write_text("H20: {like: H100, tflops: fast}\n")
+    with pytest.raises(ValueError, match="H20 has tflops: 'fast', which is no number"):
+        hardware.load(path)
+    path.write_text("- H20\n")
+    with pytest.raises(ValueError, match="must map names of GPUs to what they have"):
+        hardware.load(path)
     path.write_text("H20: {tflops: 148}\n")
     with pytest.raises(ValueError, match="no GPU is named 'H20'"):
         hardware.load(path)

@@ -184,6 +184,11 @@ def test_a_plan_and_sizes_contradict_each_other(tmp_path):
         LLM(folder, plan="auto", tensor_parallel_size=2, progress=False)
     with pytest.raises(ValueError, match="plan='best' must be \"auto\" or a Plan"):
         LLM(folder, plan="best", progress=False)
+    trained = plan(folder, "4xH100", task="train", batch=8, seq_len=64).best
+    with pytest.raises(ValueError, match="this plan is of training"):
+        LLM(folder, plan=trained, progress=False)
+    with pytest.raises(ValueError, match=r"this plan is of llama-3.1-8b, which has another shape"):
+        LLM(folder, plan=plan("llama-3.1-8b", "2xH100").best, progress=False)
     refused = plan("llama-3.1-70b", "8xH100").refused[0]
     with pytest.raises(ValueError, match="this plan cannot be: needs"):
         LLM(folder, plan=refused, progress=False)
@@ -216,6 +221,37 @@ def test_a_plan_and_sizes_contradict_each_other(tmp_path):
 def test_bad_input(model, gpus, options, said):
     with pytest.raises(ValueError, match=said):
         plan(model, gpus, **options)
+
+
+def test_tp_that_nodes_would_cut_is_refused():
+    plans = plan("llama-3.1-8b", "2x6xH100")
+    (refused,) = [p.refused for p in plans.refused if p.split.told() == "dp=3 × tp=4"]
+    assert refused.startswith("tp=4 would join devices of several nodes, each of which has 6")
+    assert "legal tp within a node: 1, 2, 3, 6" in refused
+
+
+def test_rows_longer_than_the_models_positions_are_refused():
+    with pytest.raises(ValueError, match="seq_len=8192 exceeds the model's max_position_embeddings=4096"):
+        plan("llama-2-7b", "8xH100", task="train", seq_len=8192)
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+        plan("llama-2-7b", "8xH100", batch=0)
+
+
+def test_a_short_last_chunk_of_a_prompt_costs_little():
+    times = [plan("llama-3.1-8b", "8xH100", batch=8, prompt_len=n).best.prefill.total for n in (1024, 1025)]
+    assert 1.0 < times[1] / times[0] < 1.15
+
+
+def test_throughput_takes_the_most_rows_that_fit():
+    tight = plan("llama-3.1-8b", "1xH100", objective="throughput", prompt_len=8192, output_len=8192, utilization=0.215)
+    assert tight.best.task.batch == 1
+    assert plan("llama-3.1-8b", "8xH100", objective="throughput").best.task.batch == 256
+
+
+def test_the_fastest_is_told_where_memory_is_the_objective():
+    plans = plan("llama-3.1-8b", "8xH100", objective="memory")
+    told = [why(p, plans.best, "memory") for p in plans.legal]
+    assert any("faster (0." in line for line in told)
 
 
 def test_the_number_of_gpus_that_would_do_does():
