@@ -176,8 +176,11 @@ def mistakes() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if os.environ.get("JAXTP_DEBUG"):
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            print("jaxtp: pictures need matplotlib: pip install 'jaxtp[notebook]'", file=sys.stderr)
+            raise SystemExit(2) from error
+        if isinstance(error, ModuleNotFoundError) or os.environ.get("JAXTP_DEBUG"):
             raise
         print(f"jaxtp: {error}", file=sys.stderr)
         raise SystemExit(2) from error

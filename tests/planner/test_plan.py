@@ -289,6 +289,7 @@ def test_the_frontier_is_of_those_that_no_other_beats():
 
 
 def test_pictures():
+    pytest.importorskip("matplotlib")
     for task in ("generate", "train"):
         figure = plan("llama-3.1-8b", "8xH100", task=task, **({"batch": 32} if task == "train" else {})).draw()
         assert figure.axes[0].get_title().startswith("llama-3.1-8b on 8xH100")
