@@ -109,6 +109,7 @@ class Cluster:
     def of(self, gpus: int) -> Cluster:
         """That many of them, in nodes as large as these, at least as large as is usual."""
         most = self.per_node if self.nodes > 1 else max(self.per_node, self.gpu.domain, 8)
+        most = 1 << (most.bit_length() - 1)  # the counts that are tried are powers of two
         per_node, nodes = min(most, gpus), max(1, gpus // most)
         *inside, node, network = self.levels if len(self.levels) > 1 else (*self.levels, *self.levels)
         return dataclasses.replace(

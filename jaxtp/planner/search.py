@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rich.progress import track
+
 from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
+from jaxtp.log import console, interactive
 from jaxtp.planner import cost, hardware, memory
 from jaxtp.planner.cluster import Cluster, cluster
 from jaxtp.planner.cost import Machine, Time
@@ -24,6 +27,7 @@ from jaxtp.presets import PRESETS, preset
 
 Objective = Literal["latency", "throughput", "memory"]
 CHUNKS = (2, 4)  # of layers on a pipeline's rank, that are tried
+LONG = 5000  # splits from which a bar shows how far a search is
 MOST_GPUS = 4096  # up to which it is tried how many would do
 
 
@@ -185,7 +189,10 @@ def plan(
     check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"
-    found = [_judged(name, config, where, split, wanted, per_node, fill=fill) for split in splits(where.size, task=wanted)]
+    tried = list(splits(where.size, task=wanted))
+    shown: dict[str, Any] = {"description": "planning", "console": console, "transient": True}
+    bar = track(tried, disable=len(tried) < LONG or not interactive(), **shown)
+    found = [_judged(name, config, where, split, wanted, per_node, fill=fill) for split in bar]
     plans = Plans(sorted(found, key=functools.partial(_rank, objective)), objective)
     if not plans.legal:
         raise ValueError(_nothing(plans, where, tp_across_nodes))
