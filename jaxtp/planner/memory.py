@@ -156,9 +156,8 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     chunk = tokens // task.seq_len * min(buckets.LOGITS_TOKENS, task.seq_len)
     logits = 2 * 4 * chunk * math.ceil(config.vocab_size / (tp * split.pp))  # and their gradient
     state = 12 * (held.whole + (everything - held.whole) / (dp if split.zero else 1))
-    if (
-        split.pp > 1
-    ):  # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
+    if split.pp > 1:
+        # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
         stash = tokens * config.hidden_size / (tp if split.sequence_parallel else 1) * size
         activations = held.blocks / split.chunks * kept + split.pipeline().in_flight(0) * stash
         return Memory(
