@@ -14,8 +14,8 @@ from rich.table import Table
 
 from jaxtp.audit.rates import copy_rate, product_rate
 from jaxtp.generate import LLM, SamplingParams
-from jaxtp.planner import Generation, Plan, Split, hardware
-from jaxtp.planner.cluster import cluster
+from jaxtp.generate.auto import machine_of
+from jaxtp.planner import Generation, cost, hardware
 from jaxtp.tables import Shown
 
 # name in a record: what it is, its scale, whether less of it is better
@@ -147,12 +147,8 @@ def _limits(llm: LLM) -> tuple[float, float]:
 
 def _planned(llm: LLM, prompts: int, input_len: int, output_len: int) -> dict[str, float]:
     """What the planner says of it, on GPUs that it knows."""
-    mesh, gpu = llm.model.layout.mesh, hardware.of_device(llm.model.layout.mesh.devices.flat[0].device_kind)
-    if gpu is None:
+    machine = machine_of(llm.model)
+    if machine is None:
         return {}
-    split = Split(**{axis: mesh.shape[axis] for axis in ("dp", "pp", "tp")})
-    task = Generation(min(prompts, llm.max_num_seqs), input_len, output_len, dtype=str(llm.model.layout.dtype))
-    plan = Plan(
-        "model", llm.config, cluster(f"{jax.process_count()}x{mesh.size // jax.process_count()}x{gpu.name}"), split, task
-    )
-    return {"planned_step": plan.step.total, "planned_communication": plan.communication}
+    step = cost.decode(machine, Generation(min(prompts, llm.max_num_seqs), input_len, output_len, dtype=machine.dtype))
+    return {"planned_step": step.total, "planned_communication": step.share("communication")}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtp.audit.program import Report, audit
 from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_prefill, compile_step, gpu_mesh
 from jaxtp.mesh import make_mesh
 from jaxtp.planner import Plan, Training
+from jaxtp.planner.collectives import Collective
 from jaxtp.planner.programs import Predicted, programs
 from jaxtp.tables import Shown
 
@@ -107,10 +107,10 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
     yield compile_decode(model, batch=task.batch, slots=task.slots)
 
 
-def sent(collectives: Counter[Any]) -> Sent:
-    """(times, bytes) by kind, axes and dtype, but for single numbers."""
+def sent(collectives: Iterable[tuple[Collective, int]]) -> Sent:
+    """(times, bytes) by kind, axes and dtype, but for single numbers; of collectives and how often each is done."""
     found: Sent = {}
-    for c, times in collectives.items():
+    for c, times in collectives:
         if c.bytes > SMALL:
             key = (c.kind, c.axes, c.dtype)
             before = found.get(key, (0, 0))
@@ -125,15 +125,8 @@ def _compared(predicted: Predicted, report: Report) -> Iterator[Line]:
     yield line("arguments", "GiB", 2**30, predicted.arguments, report.argument_bytes)
     yield line("temporary", "GiB", 2**30, predicted.temporary, report.temp_bytes)
     yield line("products", "TFLOP", 1e12, predicted.flops, report.flops)
-    theory, found = sent(predicted.sent), sent(_times(report))
+    theory, found = sent(predicted.sent.items()), sent((c, c.times) for c in report.collectives)
     for key in sorted({*theory, *found}):
         kind, axes, dtype = key
         (expected, mine), (times, its) = theory.get(key, (0, 0)), found.get(key, (0, 0))
         yield line(f"{kind} over {'·'.join(axes)}, {dtype}", "MB", 1e6, mine, its, (expected, times))
-
-
-def _times(report: Report) -> Counter[Any]:
-    counted: Counter[Any] = Counter()
-    for c in report.collectives:
-        counted[c] += c.times
-    return counted

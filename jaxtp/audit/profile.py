@@ -21,8 +21,8 @@ from rich.table import Table
 from jaxtp.audit import hlo
 from jaxtp.audit.program import KINDS
 from jaxtp.generate import LLM, SamplingParams
-from jaxtp.planner import Generation, Machine, Split, cost, hardware
-from jaxtp.planner.cluster import cluster
+from jaxtp.generate.auto import machine_of
+from jaxtp.planner import Generation, cost
 from jaxtp.tables import Shown
 
 if TYPE_CHECKING:
@@ -228,11 +228,5 @@ def _busy(events: Iterable[Event], end: float) -> np.ndarray:
 
 
 def _planned(llm: LLM, batch: int, input_len: int, steps: int) -> dict[str, dict[str, float]]:
-    mesh, dtype = llm.model.layout.mesh, str(llm.model.layout.dtype)
-    gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
-    if gpu is None:
-        return {}
-    nodes = jax.process_count()
-    split = Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
-    machine = Machine(llm.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), dtype)
-    return cost.by_part(machine, Generation(batch, input_len, steps, dtype=dtype))
+    machine = machine_of(llm.model)
+    return cost.by_part(machine, Generation(batch, input_len, steps, dtype=machine.dtype)) if machine else {}

@@ -88,19 +88,17 @@ def _timed(mesh: Mesh, axis: str, kind: str, size: int) -> Timed:
     count = max(size // 4 // (n * n) * n * n, n * n)  # float32, and every device's part cut once more
     whole = PartitionSpec()
     cut = PartitionSpec(axis)
-    inside: Callable[[jax.Array], jax.Array]
     spec = cut if kind == "all-gather" else whole
-    if kind == "all-reduce":
-        inside = lambda x: jax.lax.psum(x, axis) / n  # noqa: E731
-    elif kind == "all-gather":  # and back to the device's own part, which is no communication
-        inside = functools.partial(_gathered, axis=axis)
-    elif kind == "reduce-scatter":  # into the first part of what it was
-        inside = lambda x: jax.lax.dynamic_update_slice(x, jax.lax.psum_scatter(x, axis, tiled=True) / n, (0,))  # noqa: E731
-    elif kind == "all-to-all":
-        inside = lambda x: jax.lax.all_to_all(x.reshape(n, -1), axis, 0, 0).reshape(-1)  # noqa: E731
-    else:
-        ring = [(i, (i + 1) % n) for i in range(n if n > 2 else 1)]  # of two, one sends
-        inside = lambda x: jax.lax.ppermute(x, axis, ring)  # noqa: E731
+    ring = [(i, (i + 1) % n) for i in range(n if n > 2 else 1)]  # of two, one sends
+    each: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "all-reduce": lambda x: jax.lax.psum(x, axis) / n,
+        "all-gather": functools.partial(_gathered, axis=axis),  # and back to the device's own part, which sends nothing
+        # into the first part of what it was
+        "reduce-scatter": lambda x: jax.lax.dynamic_update_slice(x, jax.lax.psum_scatter(x, axis, tiled=True) / n, (0,)),
+        "all-to-all": lambda x: jax.lax.all_to_all(x.reshape(n, -1), axis, 0, 0).reshape(-1),
+        "collective-permute": lambda x: jax.lax.ppermute(x, axis, ring),
+    }
+    inside = each[kind]
 
     def repeated(times: int) -> Any:
         def run(x: jax.Array) -> jax.Array:

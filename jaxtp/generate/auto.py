@@ -10,7 +10,8 @@ import jax
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
 from jaxtp.log import logger
-from jaxtp.planner import Cluster, Generation, Plan, Split, hardware, plan
+from jaxtp.model import Llama
+from jaxtp.planner import Cluster, Generation, Machine, Plan, Split, hardware, plan
 from jaxtp.planner.cluster import cluster
 
 Choice = Literal["auto"] | Plan
@@ -26,6 +27,16 @@ def at_hand() -> Cluster:
     if gpu is None:
         raise ValueError(f'plan="auto" knows no {device.device_kind}; say tensor_parallel_size and the like, or give a Plan')
     return cluster(f"{nodes}x{count // nodes}x{gpu.name}")
+
+
+def machine_of(model: Llama) -> Machine | None:
+    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows."""
+    mesh, nodes = model.layout.mesh, jax.process_count()
+    gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
+    if gpu is None:
+        return None
+    split = Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
+    return Machine(model.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), str(model.layout.dtype))
 
 
 def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: float, max_model_len: int | None) -> Split:
