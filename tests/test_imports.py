@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-ROOMS = ["log", "tables", "buckets", "config", "presets", "mesh", "distributed", "sharding", "tp_plan", "ops", "checkpoint",
-         "model", "parallel", "draw", "planner", "generate", "train", "audit", "cli", "__main__"]  # fmt: skip
+ROOMS = ["log", "tables", "buckets", "config", "presets", "mesh", "xla_flags", "distributed", "sharding", "tp_plan", "ops",
+         "checkpoint", "model", "parallel", "draw", "planner", "generate", "train", "audit", "cli", "__main__"]  # fmt: skip
 PACKAGE = Path(__file__).parents[1] / "jaxtp"
 
 

@@ -12,12 +12,14 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from jaxtp.audit.profile import profile
 from jaxtp.audit.rates import copy_rate, product_rate
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
 from jaxtp.planner import Generation, cost, hardware
 from jaxtp.tables import Shown
 
+PROFILED = 32  # decode steps, at most
 # name in a record: what it is, its scale, whether less of it is better
 METRICS = {
     "seconds": ("whole run, s", 1.0, True),
@@ -27,6 +29,8 @@ METRICS = {
     "total_tokens_per_second": ("tokens/s in and out", 1.0, False),
     "mbu": ("memory bandwidth used (MBU)", 100.0, False),
     "mfu": ("operations used, prefill (MFU)", 100.0, False),
+    "communication": ("communication in a decode step, %", 100.0, True),
+    "communication_prefill": ("communication in the prefill, %", 100.0, True),
     "compile_seconds": ("compiling, s", 1.0, True),
     "planned_step": ("planned: a token, ms", 1e3, True),
     "planned_communication": ("planned: communication, %", 100.0, True),
@@ -84,6 +88,7 @@ def measure(
 ) -> Bench:
     """Times `iterations` runs of `prompts` prompts, after one that compiles; the fastest counts.
 
+    The share of communication is that of a profile of one batch afterwards, on several devices.
     MBU: weights and cache that each device reads in a decode step; MFU: the prefill's operations. Both are of what the data
     sheet says of a GPU that `planner.hardware` knows, else of a copy and a product that are timed now. Raises ValueError for
     lengths that the model does not take.
@@ -122,6 +127,10 @@ def measure(
         metrics["ttft"] = timing.prefill
     if timing.steps:
         metrics |= {"step": timing.decode / timing.steps, "mbu": timing.bytes / timing.decode / bandwidth}
+    if mesh.size > 1 and output_len > 1:
+        steps, rows = min(output_len - 1, PROFILED), min(prompts, llm.max_num_seqs)
+        shares = profile(llm, batch=rows, input_len=input_len, steps=steps).communication
+        metrics |= {"communication": shares["decode"], "communication_prefill": shares["prefill"]}
     metrics |= _planned(llm, prompts, input_len, output_len)
     settings = {
         "kind": kind,

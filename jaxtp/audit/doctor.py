@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
-import shutil
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxtp.audit.rates import KINDS, Timed, collective_rates, copy_rate, hops, product_rate
+from jaxtp.audit.topology import odd_links, smi, topology
 from jaxtp.generate import memory
 from jaxtp.log import console, interactive
 from jaxtp.tables import Shown
@@ -108,9 +108,10 @@ def examine(mesh: Mesh, *, sizes: tuple[int, ...] = SIZES) -> Diagnosis:
     timed = tuple(track(collective_rates(mesh, sizes), total=steps, **bar))
     links = hops(mesh, max(sizes)) if jax.process_count() == 1 else {}
     stats = first.memory_stats() or {}
-    versions = versions_found()
+    versions, joins = versions_found(), topology()
     findings = [
         *odd_versions(versions),
+        *odd_links(joins),
         *odd("device", "copies at", "GB/s", copies),
         *odd("device", "multiplies at", "GFLOP/s", products),
     ]
@@ -120,7 +121,7 @@ def examine(mesh: Mesh, *, sizes: tuple[int, ...] = SIZES) -> Diagnosis:
         mesh.size,
         int(stats["bytes_limit"] / memory.pool()) if "bytes_limit" in stats else None,
         versions,
-        topology(),
+        joins,
         copies,
         products,
         timed,
@@ -150,14 +151,20 @@ def versions_found() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["platform"] = jax.devices()[0].client.platform_version.replace("\n", " ")
-    if driver := _smi("--query-gpu=driver_version", "--format=csv,noheader"):
+    if driver := smi("--query-gpu=driver_version", "--format=csv,noheader"):
         found["driver"] = driver.splitlines()[0]
+    if path := os.environ.get("LD_LIBRARY_PATH"):
+        found["LD_LIBRARY_PATH"] = path
     return found
 
 
 def odd_versions(found: dict[str, str]) -> list[str]:
-    """Combinations that are known not to work."""
+    """Combinations that are known not to work; so is a library path before that of the packages (jax's installation guide)."""
     problems = []
+    if "driver" in found and not {"jax-cuda13-plugin", "jax-cuda12-plugin"} & set(found):
+        problems.append(
+            "nvidia-smi shows GPUs and JAX has no plugin for them: install jaxtp[cuda13] (driver 580 on) or jaxtp[cuda12]"
+        )
     for plugin in ("jax-cuda13-plugin", "jax-cuda12-plugin"):
         if plugin in found and found[plugin] != found["jaxlib"]:
             problems.append(
@@ -165,18 +172,15 @@ def odd_versions(found: dict[str, str]) -> list[str]:
             )
     if "jax-cuda13-plugin" in found and "jax-cuda12-plugin" in found:
         problems.append("plugins for CUDA 12 and CUDA 13 are both installed: uninstall one")
-    if "jax-cuda13-plugin" in found and "driver" in found and int(found["driver"].split(".")[0]) < 580:
-        problems.append(f"driver {found['driver']} is too old for CUDA 13, which needs 580; install jaxtp[cuda12]")
+    for plugin, cuda, least, instead in (
+        ("jax-cuda13-plugin", 13, 580, "install jaxtp[cuda12]"),
+        ("jax-cuda12-plugin", 12, 525, "a newer driver is wanted"),
+    ):
+        if plugin in found and "driver" in found and int(found["driver"].split(".")[0]) < least:
+            problems.append(f"driver {found['driver']} is too old for CUDA {cuda}, which needs {least}; {instead}")
+    paths = [path for path in found.get("LD_LIBRARY_PATH", "").split(":") if "cud" in path.lower()]
+    if paths and any(name.startswith("nvidia-") for name in found):
+        problems.append(
+            f"LD_LIBRARY_PATH names {', '.join(paths)}: those libraries are loaded in place of the packages' own; unset it"
+        )
     return problems
-
-
-def topology() -> str:
-    """What `nvidia-smi topo -m` prints, or that there is no nvidia-smi."""
-    return _smi("topo", "-m") or "unknown: there is no nvidia-smi here, or it shows no GPUs"
-
-
-def _smi(*arguments: str) -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

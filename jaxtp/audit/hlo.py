@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
+FUSIONS = ("fusion", "fusion-start")
+
 # bits of an element
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
@@ -58,7 +61,7 @@ def walk(
     found: dict[str, list[Instruction]], name: str = "ENTRY", loops: int = 0, times: int = 1
 ) -> Iterator[tuple[Instruction, int, int]]:
     """Every instruction that runs as one, with how many loops it stands in and how often it runs: not the insides of fusions
-    and reductions.
+    and reductions, but for the collectives that newer compilers hold in fusions.
     """
     for instruction in found[name]:
         yield instruction, loops, times
@@ -68,6 +71,20 @@ def walk(
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in instruction.called:
                 yield from walk(found, called, loops, times)
+        elif instruction.opcode in FUSIONS:
+            yield from ((inner, loops, times) for inner in inside(instruction, found) if kind(inner) in KINDS)
+
+
+def kind(instruction: Instruction) -> str:
+    """Its opcode, the same for the start and the end of what runs beside others."""
+    return instruction.opcode.removesuffix("-start").removesuffix("-done")
+
+
+def inside(instruction: Instruction, found: dict[str, list[Instruction]]) -> list[Instruction]:
+    """What a kernel computes: the instruction itself, or those of its fusion."""
+    if instruction.opcode not in FUSIONS:
+        return [instruction]
+    return [i for name in instruction.called for i in found.get(name, ())]
 
 
 def trips(loop: Instruction) -> int:
@@ -80,24 +97,44 @@ def flops(found: dict[str, list[Instruction]], name: str = "ENTRY") -> int:
     """Of all matrix products of a computation, cuDNN's attention among them (as if without a mask), loops taken as often as
     they run. A product with a single row may be none by then, but a sum.
     """
-    shaped = {i.name: shapes(i.shape) for i in found[name]}
-    total = 0
-    for i in found[name]:
-        if i.opcode == "dot":
-            left, contracted = re.match(r"%?([\w.\-]+)", i.rest), re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
-            assert left, i.rest
-            dims = [int(d) for d in contracted[1].split(",")] if contracted else []
-            total += 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shaped[left[1]][0][1][d] for d in dims)
-        elif match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.rest):
-            scores = re.search(r'intermediate_tensor_shape": \{"element_type": "\w+", "dimensions": \[([^\]]*)\]', i.rest)
-            assert scores, i.rest
-            products = 5 if match[1] else 2
-            total += 2 * products * math.prod(int(n) for n in re.findall(r"\d+", scores[1])) * shapes(i.shape)[0][1][-1]
-        elif i.opcode == "while":
-            total += trips(i) * sum(flops(found, body) for body in re.findall(r"body=%?([\w.\-]+)", i.rest))
-        elif i.opcode in ("fusion", "call"):
-            total += sum(flops(found, called) for called in i.called)
-    return total
+    shaped = {i.name: i.shape for i in found[name]}
+    return sum(_flops(i, shaped, found) for i in found[name])
+
+
+def _flops(i: Instruction, shaped: dict[str, str], found: dict[str, list[Instruction]]) -> int:
+    if i.opcode == "dot":
+        left, contracted = re.match(r"%?([\w.\-]+)", i.rest), re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
+        assert left, i.rest
+        dims = [int(d) for d in contracted[1].split(",")] if contracted else []
+        return 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shapes(shaped[left[1]])[0][1][d] for d in dims)
+    if match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.rest):
+        scores = re.search(r'intermediate_tensor_shape": \{"element_type": "\w+", "dimensions": \[([^\]]*)\]', i.rest)
+        assert scores, i.rest
+        products = 5 if match[1] else 2
+        return 2 * products * math.prod(int(n) for n in re.findall(r"\d+", scores[1])) * shapes(i.shape)[0][1][-1]
+    if i.opcode == "while":
+        return trips(i) * sum(flops(found, body) for body in re.findall(r"body=%?([\w.\-]+)", i.rest))
+    if i.opcode in (*FUSIONS, "call", "async-start"):
+        return sum(flops(found, called) for called in i.called)
+    return 0
+
+
+def overlapped(found: dict[str, list[Instruction]]) -> set[str]:
+    """Names of the collectives between whose start and end the same device multiplies matrices."""
+    names = set()
+    for part in found.values():
+        shaped = {i.name: i.shape for i in part}
+        begun: dict[str, tuple[Instruction, int]] = {}  # by name, and the operations until then
+        done = 0
+        for i in part:
+            if i.opcode.endswith("-start"):
+                begun[i.name] = i, done
+            elif i.opcode.endswith("-done") and (match := re.match(r"%?([\w.\-]+)", i.rest)) and match[1] in begun:
+                start, before = begun[match[1]]
+                names |= {each.name for each in inside(start, found) if done > before}
+            else:
+                done += _flops(i, shaped, found)
+    return names
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""`profile`: where the time of a prefill and of decode steps goes, from the profiler's trace and the programs' HLO."""
+"""`profile`: where the time of a prefill and of decode steps goes, or of training steps, from a trace and the HLO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +19,24 @@ import numpy as np
 from rich.table import Table
 
 from jaxtp.audit import hlo
-from jaxtp.audit.program import KINDS
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
-from jaxtp.planner import Generation, cost
+from jaxtp.planner import Generation, Training, cost
 from jaxtp.tables import Shown
+from jaxtp.train import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = ("attention", "mlp", "collectives", "embedding", "head", "sampling", "other", "host")
-SCOPES = ("attention", "mlp", "embedding", "head", "sampling")  # as the model names them
+PARTS = ("attention", "mlp", "collectives", "embedding", "head", "sampling", "optimizer", "other", "host")
+SCOPES = ("attention", "mlp", "embedding", "head", "sampling", "optimizer")  # as the model and the trainer name them
 CONTROL = ("while", "call", "conditional", "ThunkExecutor")
-PHASES = ("prefill", "decode")
 BINS = 200  # of the picture of utilisation
 
 
 @dataclass(frozen=True)
 class Event:
-    """One operation on one device. start, seconds: since the trace began. part: of `PARTS`. phase: of `PHASES`."""
+    """One operation on one device. start, seconds: since the trace began. part: of `PARTS`. phase: prefill, decode or step."""
 
     device: str
     phase: str
@@ -48,8 +47,8 @@ class Event:
 
 @dataclass(frozen=True, repr=False)
 class Profile(Shown):
-    """seconds[phase][part]: on average over the devices, of one prefill and of one decode step; host: what no operation was
-    running in. planned: the same by the planner, on GPUs that it knows. trace: for ui.perfetto.dev.
+    """seconds[phase][part]: on average over the devices, of one prefill and of one decode step, or of one training step; host:
+    what no operation was running in. planned: the same by the planner, on GPUs that it knows. trace: for ui.perfetto.dev.
     """
 
     seconds: dict[str, dict[str, float]]
@@ -58,20 +57,28 @@ class Profile(Shown):
     steps: int
     trace: Path | None
 
+    @property
+    def communication(self) -> dict[str, float]:
+        """The share of each phase that collectives take."""
+        return {phase: parts.get("collectives", 0.0) / (sum(parts.values()) or 1.0) for phase, parts in self.seconds.items()}
+
     def table(self) -> Table:
         """A row for each part, with its share, beside the planner's."""
-        table = Table(title=f"where the time goes: a prefill, and one of {self.steps} decode steps, each device on average")
-        if not self.planned:
-            table.caption = "no plan: these are no GPUs that the planner knows"
+        steps = (
+            f"one of {self.steps} training steps" if "step" in self.seconds else f"a prefill, one of {self.steps} decode steps"
+        )
+        known = "" if self.planned else "; no plan: these are no GPUs that the planner knows"
+        table = Table(title=f"time of {steps}", caption=f"each device on average{known}")
         table.add_column("part")
-        for phase in PHASES:
+        for phase in self.seconds:
             table.add_column(f"{phase}, ms", justify="right")
             table.add_column("share", justify="right")
             if self.planned:
                 table.add_column("planned", justify="right")
-        for part in (*PARTS, "total"):
+        used = {part for found in (self.seconds, self.planned) for parts in found.values() for part in parts}
+        for part in (*(part for part in PARTS if part in used), "total"):
             cells = []
-            for phase in PHASES:
+            for phase in self.seconds:
                 mine = self.seconds[phase]
                 total = sum(mine.values())
                 value = total if part == "total" else mine.get(part, 0.0)
@@ -101,13 +108,15 @@ class Profile(Shown):
             at.set(ylim=(0, 1), xlim=(0, 1e3 * end), ylabel=device, yticks=[0, 1])
         axes[0, 0].legend(fontsize=7, loc="upper right")
         axes[-2, 0].set_xlabel("ms of the run")
-        for row, phase in enumerate(PHASES):
+        for row, phase in enumerate(self.seconds):
             left, total = 0.0, sum(self.seconds[phase].values()) or 1.0
             for number, part in enumerate(PARTS):
                 share = self.seconds[phase].get(part, 0.0) / total
                 axes[-1, 0].barh(row, share, left=left, color=f"C{number}", label=part if row == 0 else None)
                 left += share
-        axes[-1, 0].set(yticks=range(len(PHASES)), yticklabels=PHASES, xlim=(0, 1), xlabel="share of the time")
+        axes[-1, 0].set(
+            yticks=range(len(self.seconds)), yticklabels=list(self.seconds), xlim=(0, 1), xlabel="share of the time"
+        )
         axes[-1, 0].invert_yaxis()
         axes[-1, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         plt.close(figure)
@@ -130,38 +139,69 @@ def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | N
     if batch > llm.max_num_seqs:
         raise ValueError(f"{batch} prompts do not run at once: max_num_seqs={llm.max_num_seqs}")
     llm.generate(ids, params)
+    records, wall = _traced(lambda: llm.generate(ids, params), trace)
+    events = read(records, {name: parts_of(text) for name, text in llm.programs.texts().items()})
+    took = {"prefill": llm.timing.prefill, "decode": llm.timing.decode}
+    assert sum(took.values()) <= wall
+    seconds = {phase: _average(events, phase, took[phase], llm.timing.steps if phase == "decode" else 1) for phase in took}
+    machine = machine_of(llm.model)
+    planned = cost.by_part(machine, Generation(batch, input_len, steps, dtype=machine.dtype)) if machine else {}
+    return Profile(seconds, planned, tuple(events), steps, trace)
+
+
+def profile_training(run: Run, *, steps: int, trace: Path | None = None) -> Profile:
+    """Profiles `steps` steps of a run from its beginning, after one that warms up; nothing is kept of them."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    state, frozen, batches = run.first_state(), run.frozen(), run.batches["train"].from_step(0)
+    with jax.set_mesh(run.mesh):
+        step = run.step().lower(state, next(batches), frozen).compile()
+
+        def go(times: int) -> None:
+            nonlocal state
+            for _ in range(times):
+                state, metrics = step(state, next(batches), frozen)
+                metrics.loss.block_until_ready()
+
+        go(1)
+        records, wall = _traced(lambda: go(steps), trace)
+    events, data = read(records, {"step": parts_of(step.as_text())}), run.config.data
+    machine = None if frozen else machine_of(run.stacked.model, run.split)
+    task = Training(data.batch_size, data.sequence_length, dtype=run.config.model.dtype)
+    planned = cost.by_part(machine, task) if machine else {}
+    return Profile({"step": _average(events, "step", wall, steps)}, planned, tuple(events), steps, trace)
+
+
+def _traced(work: Callable[[], object], trace: Path | None) -> tuple[list[Mapping[str, Any]], float]:
+    """The records of the profiler's trace of some work, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the host down
         with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
             start = time.perf_counter()
-            llm.generate(ids, params)
+            work()
             wall = time.perf_counter() - start
         found = next(Path(folder).rglob("perfetto_trace.json.gz"))
         raw = json.loads(gzip.decompress(found.read_bytes()))
         if trace:
             shutil.copy(found, trace)
-    records = raw["traceEvents"] if isinstance(raw, dict) else raw
-    events = read(records, {name: parts_of(text) for name, text in llm.programs.texts().items()})
-    if not events:
-        raise RuntimeError("the profiler's trace names no operations of these programs")
-    took = {"prefill": llm.timing.prefill, "decode": llm.timing.decode}
-    assert sum(took.values()) <= wall
-    seconds = {phase: _average(events, phase, took[phase], llm.timing.steps if phase == "decode" else 1) for phase in PHASES}
-    return Profile(seconds, _planned(llm, batch, input_len, steps), tuple(events), steps, trace)
+    return raw["traceEvents"] if isinstance(raw, dict) else raw, wall
 
 
 def parts_of(text: str) -> dict[str, str]:
     """Of each instruction of a program, by name, the part that it belongs to; control flow is left out."""
     scopes = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", text, re.MULTILINE))
     found = {}
-    for instructions in hlo.computations(text).values():
+    computations = hlo.computations(text)
+    for instructions in computations.values():
         for i in instructions:
             if i.opcode in CONTROL:
                 continue
-            kind = i.opcode.removesuffix("-start").removesuffix("-done")
-            inner = [scope for scope in scopes.get(i.name, "").split("/") if scope in SCOPES]
-            found[i.name] = "collectives" if kind in KINDS else inner[-1] if inner else "other"
+            sends = any(hlo.kind(each) in hlo.KINDS for each in hlo.inside(i, computations))
+            # what autodiff makes of a scope is "transpose(jvp(mlp))"
+            names = (name.rstrip(")").rpartition("(")[2] for name in scopes.get(i.name, "").split("/"))
+            inner = [name for name in names if name in SCOPES]
+            found[i.name] = "collectives" if sends else inner[-1] if inner else "other"
     return found
 
 
@@ -182,7 +222,7 @@ def read(records: Iterable[Mapping[str, Any]], programs: Mapping[str, Mapping[st
         part = named.get(function, {}).get(arguments["hlo_op"])
         if part is None:
             continue
-        phase = "decode" if function == "decode" else "prefill"
+        phase = function if function in ("decode", "step") else "prefill"
         place = arguments.get("device_ordinal")
         device = (
             f"CPU {place}" if place is not None and "CPU" in places[r["pid"]] else places[r["pid"]].removeprefix("/device:")
@@ -194,6 +234,8 @@ def read(records: Iterable[Mapping[str, Any]], programs: Mapping[str, Mapping[st
 def _average(events: list[Event], phase: str, wall: float, times: int) -> dict[str, float]:
     """Seconds of each part, on average over devices and over so many times; the host has what is left of the wall's."""
     devices = {event.device for event in events}
+    if not devices:
+        raise RuntimeError("the profiler's trace names no operations of these programs")
     found: dict[str, float] = defaultdict(float)
     for event in events:
         if event.phase == phase:
@@ -225,8 +267,3 @@ def _busy(events: Iterable[Event], end: float) -> np.ndarray:
             share[place] += max(stop - a, 0.0) / width
             a = max(stop, a + 1e-12)
     return np.minimum(share, 1.0)
-
-
-def _planned(llm: LLM, batch: int, input_len: int, steps: int) -> dict[str, dict[str, float]]:
-    machine = machine_of(llm.model)
-    return cost.by_part(machine, Generation(batch, input_len, steps, dtype=machine.dtype)) if machine else {}

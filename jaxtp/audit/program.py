@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -14,7 +14,6 @@ from jaxtp.audit import hlo
 from jaxtp.planner import collectives
 from jaxtp.tables import Shown
 
-KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
 # what is no kernel: names for values, the host's control flow, and collectives, which are counted apart
 _FREE = (
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call", "conditional"),
@@ -28,11 +27,12 @@ _NEUTRAL = ("parameter", "bitcast", "constant", "tuple", "get-tuple-element", "b
 @dataclass(frozen=True)
 class Collective(collectives.Collective):
     """One collective of a program. loops: how many loops it stands in; times: how often it is done (once in a loop whose trips
-    the compiler does not know).
+    the compiler does not know); overlapped: matrix products run between its start and its end.
     """
 
     loops: int
     times: int = 1
+    overlapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Report(Shown):
             for c in self.collectives
         )
 
+    def overlapped(self, *, axis: str | None = None) -> float:
+        """The share of what is sent in rings (over this axis among others) that has matrix products beside it."""
+        sent = [(c.traffic * c.times, c.overlapped) for c in self.collectives if axis in (None, *c.axes)]
+        return sum(size for size, beside in sent if beside) / (sum(size for size, _ in sent) or 1)
+
     def copies(self, at_least: int) -> list[Write]:
         """Copies, transposes, slices and conversions that write that many bytes or more."""
         return [write for write in self.writes if write.bytes >= at_least and write.moves and not write.in_place]
@@ -91,13 +96,16 @@ class Report(Shown):
             table.add_column(column)
         for column in ("devices", "count", "bytes each", "sent in a ring"):
             table.add_column(column, justify="right")
+        table.add_column("beside products")
         table.add_column("where")
         for c, count in sorted(Counter(self.collectives).items(), key=lambda item: -item[0].bytes * item[1]):
             where = "each step of the loop" if c.loops else "once"
             axes = " × ".join(c.axes)
-            table.add_row(c.kind, axes, c.dtype, str(c.devices), str(count), f"{c.bytes:,}", f"{count * c.traffic:,}", where)
+            beside = "yes" if c.overlapped else "no"
+            numbers = str(c.devices), str(count), f"{c.bytes:,}", f"{count * c.traffic:,}"
+            table.add_row(c.kind, axes, c.dtype, *numbers, beside, where)
         if not self.collectives:
-            table.add_row("none", "", "", "", "0", "0", "0", "")
+            table.add_row("none", "", "", "", "0", "0", "0", "", "")
         return table
 
 
@@ -107,18 +115,19 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
     found = hlo.computations(text)
     memory = compiled.memory_analysis()
     sent, kernels, calls, writes = [], Counter[int](), Counter[str](), []
+    beside = hlo.overlapped(found)
     for instruction, loops, times in hlo.walk(found):
-        kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
-        if kind in KINDS:
+        if hlo.kind(instruction) in hlo.KINDS:
             if not instruction.opcode.endswith("-done"):
-                sent.append(_collective(kind, instruction, found, dict(mesh.shape), loops, times))
+                collective = _collective(instruction, found, dict(mesh.shape), loops, times)
+                sent.append(replace(collective, overlapped=instruction.name in beside))
             continue
-        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        inside = hlo.inside(instruction, found)
+        if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or any(hlo.kind(i) in hlo.KINDS for i in inside):
             continue
         kernels[loops] += 1
         if target := re.search(r'custom_call_target="([^"]+)"', instruction.rest):
             calls[target[1]] += 1
-        inside = _inside(instruction, found)
         in_place = any(i.opcode in _IN_PLACE and i.bytes == instruction.bytes for i in inside)
         moves = all(i.opcode in _MOVES or i.opcode in _NEUTRAL for i in inside)
         writes.append(Write(instruction.name, instruction.opcode, instruction.bytes, in_place, moves, loops))
@@ -138,13 +147,9 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
 
 
 def _collective(
-    kind: str,
-    instruction: hlo.Instruction,
-    found: dict[str, list[hlo.Instruction]],
-    sizes: dict[str, int],
-    loops: int,
-    times: int,
+    instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]], sizes: dict[str, int], loops: int, times: int
 ) -> Collective:
+    kind = hlo.kind(instruction)
     pairs = kind == "collective-permute"
     joined = hlo.groups(instruction.rest)
     axes = hlo.axes_of(joined, sizes, pairs=pairs)
@@ -158,13 +163,6 @@ def _collective(
 
 def _operand(instruction: hlo.Instruction, name: str) -> bool:
     return re.match(rf"%?{re.escape(name)}\b(?![.\-])", instruction.rest) is not None
-
-
-def _inside(instruction: hlo.Instruction, found: dict[str, list[hlo.Instruction]]) -> list[hlo.Instruction]:
-    """What a kernel computes: the instruction itself, or those of its fusion."""
-    if instruction.opcode != "fusion":
-        return [instruction]
-    return [i for name in instruction.called for i in found.get(name, ())]
 
 
 def _product(sizes: dict[str, int]) -> int:

@@ -28,6 +28,7 @@ from jaxtp.planner import Split, hardware
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
+from jaxtp.xla_flags import options
 
 
 def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
@@ -77,13 +78,13 @@ def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None 
         return Programs(model).compile(prefill_ticks, *args, donate=(0, 1, 2))
 
 
-def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 1) -> Any:
-    """The training step for `accumulate` microbatches of `rows` rows of `tokens` tokens, compiled."""
+def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 1, xla_flags: bool = True) -> Any:
+    """The training step for `accumulate` microbatches of `rows` rows of `tokens` tokens, compiled as `jaxtp train` does."""
     layout = trainer.stacked.layout
     place = layout.sharding(None, "batch", "tokens")
     ints, floats = (_abstract((accumulate, rows, tokens), dtype, place) for dtype in (jnp.int32, jnp.float32))
     with jax.set_mesh(layout.mesh), not_cached():
-        step = jax.jit(trainer.step, donate_argnums=0)
+        step = jax.jit(trainer.step, donate_argnums=0, compiler_options=options(layout.mesh) if xla_flags else None)
         return step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
 
 

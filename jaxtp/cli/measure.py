@@ -186,16 +186,16 @@ class Bench:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a prefill and of decode steps goes: by part of the model, with the planner's prediction beside it."""
+    """Where the time of a prefill and of decode steps goes, or of training steps: by part, beside the planner's prediction."""
 
     model: tyro.conf.Positional[str]
-    """Checkpoint folder, hub id, or with --load-format dummy a preset."""
+    """Checkpoint folder, hub id, or with --load-format dummy a preset; or the YAML file of a training run."""
     batch_size: int = 8
     """Prompts at once."""
     input_len: int = 128
     """Tokens of a prompt."""
     steps: int = 32
-    """Decode steps."""
+    """Decode steps, or training steps."""
     trace: Path | None = None
     """Keep the trace there (.json.gz), for ui.perfetto.dev."""
     plot: Path | None = None
@@ -204,10 +204,25 @@ class Profile:
 
     def run(self) -> None:
         """Profiles and prints."""
-        llm = self.engine.llm(self.model)
-        from jaxtp.audit.profile import profile
+        if Path(self.model).suffix in (".yaml", ".yml"):
+            found = self._training()
+        else:
+            llm = self.engine.llm(self.model)
+            from jaxtp.audit.profile import profile
 
-        found = profile(llm, batch=self.batch_size, input_len=self.input_len, steps=self.steps, trace=self.trace)
+            found = profile(llm, batch=self.batch_size, input_len=self.input_len, steps=self.steps, trace=self.trace)
         found.print()
         if self.plot:
             found.draw().savefig(self.plot, dpi=150)
+
+    def _training(self) -> Any:
+        from jaxtp import train, use_virtual_devices
+
+        if (self.batch_size, self.input_len, self.engine) != (8, 128, Engine()):
+            raise ValueError(f"{self.model} says itself how the run is laid out; only --steps, --trace and --plot go with it")
+        config = train.load(self.model)
+        if config.parallel.virtual_devices:
+            use_virtual_devices(config.parallel.virtual_devices)
+        from jaxtp.audit.profile import profile_training
+
+        return profile_training(train.Run(config), steps=self.steps, trace=self.trace)

@@ -29,13 +29,16 @@ def at_hand() -> Cluster:
     return cluster(f"{nodes}x{count // nodes}x{gpu.name}")
 
 
-def machine_of(model: Llama) -> Machine | None:
-    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows."""
+def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
+    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows.
+
+    split: what the mesh does not say; of training.
+    """
     mesh, nodes = model.layout.mesh, jax.process_count()
     gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
     if gpu is None:
         return None
-    split = Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
+    split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
     return Machine(model.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), str(model.layout.dtype))
 
 

@@ -18,6 +18,8 @@ from jaxtp.planner.work import SIZES, Generation, Split, Training
 
 ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a causal mask (arXiv:2407.08608, figures 5 and 6)
 TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by the data sheets
+SUSTAINED = 0.86  # of the rate of single products: what a training step's reach, hour after hour at full power (one H200)
+BESIDE = 0.6  # of what ZeRO 3 sends over dp in a step: the share that XLA lays beside products (`audit.Report.overlapped`)
 KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
 
 
@@ -62,6 +64,7 @@ class Machine:
     split: Split
     cluster: Cluster
     dtype: str
+    pace: float = 1.0  # of products, as a share of their rate
 
     @property
     def size(self) -> int:
@@ -71,7 +74,8 @@ class Machine:
     @property
     def flops(self) -> float:
         """Operations a second of matrix products."""
-        return self.cluster.gpu.tflops * 1e12 * hardware.MATMUL * self.cluster.gpu.efficiency / (1 if self.size == 2 else TF32)
+        rate = self.cluster.gpu.tflops * 1e12 * hardware.MATMUL * self.cluster.gpu.efficiency
+        return self.pace * rate / (1 if self.size == 2 else TF32)
 
     @property
     def bandwidth(self) -> float:
@@ -144,30 +148,42 @@ def prefill(machine: Machine, task: Generation) -> Time:
     return busy + Time(bubble=waiting * busy.total, weights=groups * machine.head(rows))
 
 
-def by_part(machine: Machine, task: Generation) -> dict[str, dict[str, float]]:
-    """Seconds of a prefill and of a decode step by the model's parts, as `audit.profile` measures them."""
+def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str, float]]:
+    """Seconds by the model's parts, as `audit.profile` measures them: of a prefill and of a decode step, or of an update."""
     config, split = machine.config, machine.split
     D, mlp = config.hidden_size, config.intermediate_size // split.tp
-    found = {}
-    for phase, time in (("prefill", prefill(machine, task)), ("decode", decode(machine, task))):
-        groups = split.groups(task.batch)
-        rows = split.rows(task.batch) // split.dp // groups
-        calls = [tokens for _, tokens in split.chunks_of(task)] if phase == "prefill" else [1]
-        feed = sum(machine.product(rows * n, D, 2 * mlp) + machine.product(rows * n, mlp, D) for n in calls)
-        feed *= groups * split.stages(config).slots
-        head = groups * machine.head(rows)
-        found[phase] = {
+
+    def parts(time: Time, head: float, tokens: float) -> dict[str, float]:
+        """The time of a phase whose products go through `tokens` tokens at once."""
+        feed = machine.product(tokens, D, 2 * mlp) + machine.product(tokens, mlp, D)
+        feed *= (time.weights - head) / machine.products(tokens)
+        return {
             "attention": time.weights - feed - head + time.attention + time.other / 2,
             "mlp": feed + time.other / 2,
             "collectives": time.communication,
             "head": head,
+            "optimizer": time.optimizer,
             "host": time.bubble + time.launch,
         }
-    return found
+
+    if isinstance(task, Training):
+        rows, sustained = task.batch // split.microbatches // split.dp, dataclasses.replace(machine, pace=SUSTAINED)
+        head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
+        return {"step": parts(train(machine, task), head, rows * task.seq_len)}
+    groups = split.groups(task.batch)
+    rows, head = (
+        split.rows(task.batch) // split.dp // groups,
+        groups * machine.head(split.rows(task.batch) // split.dp // groups),
+    )
+    return {
+        "prefill": parts(prefill(machine, task), head, rows * split.chunks_of(task)[0][1]),
+        "decode": parts(decode(machine, task), head, rows),
+    }
 
 
 def train(machine: Machine, task: Training) -> Time:
     """One update."""
+    machine = dataclasses.replace(machine, pace=SUSTAINED)
     config, split = machine.config, machine.split
     M, pp = split.microbatches, split.pp
     rows = task.batch // M // split.dp
@@ -183,12 +199,15 @@ def train(machine: Machine, task: Training) -> Time:
         "full": once_more,
     }[split.remat]
     once = forward * (4 if pp > 1 else 3) + again
+    once += Time(attention=forward.attention / 2)  # going back it has five products, going forward two
     head = Time(weights=4 * machine.head(tokens))
     sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, dtype=machine.dtype)
     busy = (once * layers + head) * M
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * held.total / (split.dp if split.zero else 1) / machine.bandwidth
-    return busy + Time(communication=machine.sent(sent), bubble=bubble, optimizer=update)
+    over_dp = Program({c: times for c, times in sent.items() if c.axes == ("dp",)})
+    hidden = machine.sent(over_dp) * BESIDE if split.zero == 3 else 0.0
+    return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 
 
 def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tuple[float, float]:

@@ -184,6 +184,8 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     if split.zero == 0:  # the backward pass is over, and all gradients become float32, those of the MLPs last
         mlp = 3 * config.intermediate_size // tp * config.hidden_size * config.num_layers
         gradients = max(gradients, 4 * everything + size * mlp - weights - activations - logits)
+    # at the head the blocks have no gradients yet, but its own are float32, and a third array of logits is there
+    later = max(later, logits / 2 + 4 * held.tables - gradients)
     return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits + later)
 
 

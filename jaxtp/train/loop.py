@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtp import xla_flags
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import LLM, SamplingParams
@@ -26,7 +27,7 @@ from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
-from jaxtp.planner.work import check_rows
+from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
@@ -156,6 +157,20 @@ class Run:
             return self.stacked.stack(Llama.load(self._start, self.model_config, **place, progress=True))
         return self.stacked.stack(Llama.random(self.model_config, **place, seed=self.config.seed))
 
+    @property
+    def split(self) -> Split:
+        """The layout, in the planner's terms."""
+        its, axes = self.config.parallel, self.mesh.shape
+        return Split(
+            dp=axes["dp"], pp=axes["pp"], tp=axes["tp"], sequence_parallel=its.sequence_parallel, zero=its.zero,
+            microbatches=its.accumulate, schedule=its.schedule, chunks=its.chunks, remat=its.remat,
+        )  # fmt: skip
+
+    def step(self) -> Any:
+        """The jitted step (state, batch, frozen) -> (state, metrics), which takes the state's memory."""
+        options = xla_flags.options(self.mesh) if self.config.parallel.xla_flags else None
+        return jax.jit(self.trainer.step, donate_argnums=0, compiler_options=options)
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     def train(self) -> Result:
@@ -188,7 +203,7 @@ class Run:
         if first:
             logger.info("going on from step %d", first)
         with jax.set_mesh(self.mesh):
-            step = jax.jit(self.trainer.step, donate_argnums=0)
+            step = self.step()
             evaluate = jax.jit(self.trainer.evaluate)
             with self._report(first) as report, _terminated() as stop, contextlib.closing(saved):
                 return self._loop(state, frozen, step, evaluate, saved, report, stop)

@@ -33,6 +33,7 @@ class Batch:
     segment_ids: jax.Array | None = None
 
 
+@jax.named_scope("head")
 def cross_entropy(
     stacked: Stacked, params: Params, x: jax.Array, batch: Batch, *, z_loss: float = 0.0, chunk: int = LOGITS_TOKENS
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +58,7 @@ def cross_entropy(
         new = one(part(x), part(batch.labels), part(batch.weights))
         return (sums[0] + new[0], sums[1] + new[1]), None
 
-    zero = jnp.zeros_like(batch.weights[:, 0])
+    zero = jnp.zeros_like(batch.weights.sum(axis=1))  # (a slice of a single row would lose its place on the mesh)
     sums, _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, T, size))
     return sums
 

@@ -179,6 +179,12 @@ class Trainer:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
         counted = batch.weights.sum()
         grads, (loss, nats) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
+        state, norm, finite = self._applied(grads, state, loss)
+        return state, Metrics(loss, nats, norm, counted, finite)
+
+    @jax.named_scope("optimizer")  # what a profile tells apart
+    def _applied(self, grads: Params, state: State, loss: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        """The next state, the gradient's norm, and whether both it and the loss are finite: else nothing changes."""
         norm = jnp.sqrt(sum(self._square(path, g) for path, g in grads.items()))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if self.clip_norm:
@@ -191,8 +197,7 @@ class Trainer:
 
         params, opt = jax.tree.map(chosen, (params, opt), (state.params, state.opt))
         skipped = state.skipped + jnp.where(finite, 0, 1)
-        metrics = Metrics(loss, nats, norm, counted, finite)
-        return State(params, opt, state.step + 1, skipped), metrics
+        return State(params, opt, state.step + 1, skipped), norm, finite
 
     def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""

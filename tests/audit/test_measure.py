@@ -1,18 +1,22 @@
 """doctor, bench and profile on virtual CPU devices: what they find, write, draw and refuse."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import tiny
 
 from jaxtp import LLM, make_mesh, plan
-from jaxtp.audit import bench, doctor
+from jaxtp.audit import bench, topology
 from jaxtp.audit.doctor import examine, odd, odd_versions
-from jaxtp.audit.profile import PARTS, Event, Profile, _busy, _union, parts_of, profile, read
+from jaxtp.audit.profile import PARTS, Event, Profile, _busy, _union, parts_of, profile, profile_training, read
 from jaxtp.audit.rates import KINDS, Timed, collective_rates
-from jaxtp.planner import Generation, Machine, Split, cluster, cost
+from jaxtp.audit.topology import joined, odd_links
+from jaxtp.planner import Generation, Machine, Split, Training, cluster, cost
 from jaxtp.planner.cluster import measured
+from jaxtp.train import Run
+from jaxtp.train.config import parse
 
 KIB = 1024
 
@@ -84,11 +88,44 @@ def test_what_is_odd_is_named():
     assert "uninstall one" in found[0]
     assert "driver 550.54 is too old for CUDA 13" in found[1]
     assert odd_versions({"jaxlib": "0.10.2"}) == []
+    assert "JAX has no plugin" in odd_versions({"jaxlib": "1", "driver": "580.65"})[0]
+    found = {"jaxlib": "1", "jax-cuda12-plugin": "1", "driver": "515.1", "nvidia-nccl-cu12": "2"}
+    paths = "/opt/lib:/usr/local/cuda/lib64"
+    driver, path = odd_versions(found | {"LD_LIBRARY_PATH": paths})
+    assert "too old for CUDA 12" in driver
+    assert "names /usr/local/cuda/lib64:" in path
+
+
+def matrix(links, nodes):
+    """As `nvidia-smi topo -m` prints it; links: of each pair."""
+    head = ["", *(f"GPU{i}" for i in range(len(nodes))), "NIC0", "CPU Affinity", "NUMA Affinity", "GPU NUMA ID"]
+    rows = [
+        [f"GPU{i}", *(" X " if i == j else links[min(i, j), max(i, j)] for j in range(len(nodes))), "PIX", "0-31", node, "N/A"]
+        for i, node in enumerate(nodes)
+    ]
+    nic = ["NIC0", *("PIX" for _ in nodes), " X ", "", "", ""]
+    return "\n".join("\t".join(row) for row in [head, *rows, nic]) + "\n\nLegend:\n\n  X    = Self\n  SYS  = ..."
+
+
+def test_topologies_are_read():
+    pairs = list(itertools.combinations(range(4), 2))
+    whole = matrix(dict.fromkeys(pairs, "NV18"), ["0", "0", "1", "1"])
+    assert joined(whole) == (dict.fromkeys(pairs, "NV"), {0: "0", 1: "0", 2: "1", 3: "1"})
+    assert odd_links(whole) == []
+    broken = matrix(dict.fromkeys(pairs, "NV18") | {(1, 3): "SYS"}, ["0", "0", "1", "1"])
+    assert odd_links(broken) == [
+        "GPUs 1 and 3 are joined by the processors' own link, between NUMA nodes, most pairs by NVLink"
+    ]
+    pcie = {pair: "PIX" if pair in ((0, 1), (2, 3)) else "SYS" for pair in pairs}
+    assert odd_links(matrix(pcie, ["0", "0", "1", "1"])) == [
+        "no NVLink joins the GPUs of NUMA nodes 0 and 1: tp is best kept within the GPUs of one of them"
+    ]
+    assert odd_links("unknown: there is no nvidia-smi here") == []
 
 
 def test_what_is_missing_is_said(diagnosis, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert doctor.topology() == "unknown: there is no nvidia-smi here, or it shows no GPUs"
+    monkeypatch.setattr(topology.shutil, "which", lambda name: None)
+    assert topology.topology() == "unknown: there is no nvidia-smi here, or it shows no GPUs"
     assert diagnosis.versions["jax"]
     assert "all-to-all" in str(diagnosis)
     assert "copy" in str(diagnosis)
@@ -162,6 +199,29 @@ def test_where_the_time_goes(llm, tmp_path):
         profile(llm, batch=1, input_len=512, steps=8)
 
 
+@pytest.mark.parametrize("parallel", [{"dp": 2, "tp": 2, "zero": 3}, {"dp": 2, "pp": 2, "accumulate": 2}], ids=str)
+def test_where_the_time_of_training_goes(parallel, tmp_path, monkeypatch):
+    """An update by its parts, backward ones among them, and beside it the plan, were these GPUs."""
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    tiny.byte_tokenizer(tmp_path, 128)
+    data = {"train": [str(tmp_path / "text.txt")], "tokenizer": str(tmp_path), "sequence_length": 64, "batch_size": 8}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 4}
+    settings = {"folder": str(tmp_path / "run"), "model": {"dtype": "float32", "shape": shape}, "data": data}
+    run = Run(parse({**settings, "parallel": {"tp": 1, **parallel}}))
+    machine = Machine(run.model_config, run.split, cluster("4xH100"), "float32")
+    monkeypatch.setattr("jaxtp.audit.profile.machine_of", lambda model, split: machine)
+    found = profile_training(run, steps=2, trace=tmp_path / "trace.json.gz")
+    assert {"attention", "mlp", "collectives", "head", "optimizer"} <= set(found.seconds["step"]) <= set(PARTS)
+    assert len({event.device for event in found.events}) == 4
+    assert {event.phase for event in found.events} == {"step"}
+    assert 0 < found.communication["step"] < 1
+    assert sum(found.planned["step"].values()) == pytest.approx(cost.train(machine, Training(8, 64, dtype="float32")).total)
+    assert "one of 2 training steps" in str(found)
+    assert (tmp_path / "trace.json.gz").stat().st_size > 1000
+    with pytest.raises(ValueError, match="steps=0"):
+        profile_training(run, steps=0)
+
+
 def test_a_picture_of_the_time():
     pytest.importorskip("matplotlib")
     events = tuple(Event(f"CPU {i}", "decode", "mlp", 0.1 * j, 0.05) for i in range(2) for j in range(9))
@@ -171,17 +231,26 @@ def test_a_picture_of_the_time():
 
 def test_instructions_belong_to_the_innermost_scope():
     text = """HloModule jit_decode
+%sum (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  ROOT %y = f32[4] all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+}
+
 ENTRY %main (p: f32[4]) -> f32[4] {
   %p = f32[4] parameter(0)
   %a = f32[4] fusion(%p), kind=kLoop, calls=%f, metadata={op_name="jit(decode)/while/body/attention/mul"}
   %r = f32[4] all-reduce(%a), replica_groups={}, metadata={op_name="jit(decode)/while/body/mlp/dot"}
   %s = f32[4] fusion(%r), kind=kLoop, calls=%g, metadata={op_name="jit(decode)/head/sampling/max"}
+  %b = f32[4] fusion(%s), kind=kLoop, calls=%g, metadata={op_name="jit(step)/while/body/transpose(jvp(mlp))/dot"}
+  %k = (f32[4], f32[4]) fusion-start(%b), kind=kCustom, calls=%sum, metadata={op_name="jit(decode)/while/body/mlp/dot"}
   %w = f32[4] while(%s), condition=%c, body=%b
   ROOT %o = f32[4] copy(%w)
 }
 """
     found = parts_of(text)
-    assert {k: found[k] for k in "arso"} == {"a": "attention", "r": "collectives", "s": "sampling", "o": "other"}
+    assert {k: found[k] for k in "arsobk"} == {
+        "a": "attention", "r": "collectives", "s": "sampling", "o": "other", "b": "mlp", "k": "collectives"
+    }  # fmt: skip
     assert "w" not in found
 
 

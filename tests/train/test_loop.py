@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp import LLM, Llama, SamplingParams, make_mesh, xla_flags
 from jaxtp.train import Diverged, Run, export, load, train
 from jaxtp.train.config import parse
 
@@ -65,6 +65,14 @@ def test_a_run_learns_keeps_and_tells(text, tmp_path):
     assert {"loss", "nats", "grad_norm", "learning_rate", "tokens_per_second"} <= set(found[0])
     assert any("validation_nats_per_character" in line for line in found)
     assert 0 < result.goodput < 1
+
+
+def test_the_compilers_options_reach_the_step(text, tmp_path, monkeypatch):
+    """One that no compiler knows shows that they arrive; one setting keeps them away."""
+    monkeypatch.setattr(xla_flags, "options", lambda mesh: {"xla_write_the_paper": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_write_the_paper"):
+        train(config(text, tmp_path / "with", steps=1))
+    assert train(config(text, tmp_path / "without", steps=1, parallel={"xla_flags": False})).steps == 1
 
 
 def test_export_is_what_transformers_loads(text, tmp_path):

@@ -1,0 +1,66 @@
+"""XLA's options for GPU programs, each with its reason.
+
+They travel with a program (`jax.jit(..., compiler_options=options(mesh))`), never in the environment: there a name that a
+version does not know ends the process, and names come and go. Here the compiler is asked first. What XLA_FLAGS sets stays.
+
+Only training has any. In generation each collective waits for the product before it and the next one waits for the collective,
+so that there is nothing to schedule beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtp.log import logger
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option: the value that jaxtp gives it, why, and the jaxlib versions that were seen to know it."""
+
+    name: str
+    value: bool | str
+    versions: str
+    why: str
+
+
+TRAINING = (
+    Flag(
+        "xla_gpu_enable_latency_hiding_scheduler",
+        True,
+        "0.4.18 to 0.11",
+        "Starts collectives early and ends them late, so that products run beside them: ZeRO 3's gathers and scatters, and "
+        "those of sequence parallelism. XLA does so by itself on Hopper and Blackwell within a node, not on older GPUs.",
+    ),
+)
+"""Of the training step."""
+
+
+def options(mesh: Mesh, flags: Sequence[Flag] = TRAINING) -> dict[str, bool | str]:
+    """Compiler options for programs over `mesh`: those of `flags` that its devices' compiler knows and XLA_FLAGS does not name.
+
+    Empty where the devices are no GPUs.
+    """
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    named = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    return {flag.name: flag.value for flag in flags if flag.name not in named and known(flag, mesh)}
+
+
+@functools.cache
+def known(flag: Flag, mesh: Mesh) -> bool:
+    """Whether the compiler for the mesh's devices takes the option; it is asked with a program that does nothing."""
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, PartitionSpec())).lower()
+    try:
+        lowered.compile(compiler_options={flag.name: flag.value})
+    except jax.errors.JaxRuntimeError as error:
+        logger.debug("without %s: %s", flag.name, error)
+        return False
+    return True

@@ -1,0 +1,55 @@
+"""XLA's options: known ones are set for GPUs, unknown ones are not, the user's own stay; and what they do to a program."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxtp import preset
+from jaxtp.audit import audit
+from jaxtp.audit.targets import abstract_trainer, compile_step, gpu_mesh
+from jaxtp.mesh import make_mesh
+from jaxtp.planner import Split
+from jaxtp.xla_flags import TRAINING, Flag, options
+
+ADDED = Flag("xla_gpu_graph_min_graph_size", "7", "", "any that all versions know")
+UNKNOWN = Flag("xla_gpu_write_the_paper", True, "", "no version knows it")
+WRONG = Flag("xla_gpu_graph_min_graph_size", "many", "", "its value is none")
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
+    return gpu_mesh("A100-80", dp=4)
+
+
+def test_cpus_have_none():
+    assert options(make_mesh(dp=2, tp=4)) == {}
+
+
+def test_only_what_the_compiler_knows(gpus):
+    assert options(gpus, [ADDED, UNKNOWN]) == {ADDED.name: "7"}
+    assert options(gpus, [WRONG]) == {}
+
+
+def test_what_the_user_set_stays(gpus, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_max_hlo_modules=3 --{ADDED.name}=2")
+    assert options(gpus, [ADDED]) == {}
+
+
+def test_each_says_why():
+    assert all(flag.why and flag.versions for flag in TRAINING)
+
+
+@pytest.mark.slow
+def test_zero_3_gathers_beside_products(gpus):
+    """On A100s: with the options most of what ZeRO 3 sends has products beside it, without them (jaxlib 0.10) nothing has."""
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=3, vocab_size=8192, windows=())
+    trainer = abstract_trainer(config, gpus, Split(dp=4, zero=3, remat="save-dots"), dtype="bfloat16")
+    plain, scheduled = (
+        audit(compile_step(trainer, rows=4, tokens=2048, xla_flags=flags), gpus).overlapped(axis="dp")
+        for flags in (False, True)
+    )
+    assert scheduled > 0.4
+    if jax.__version_info__ < (0, 11):
+        assert plain == 0.0
