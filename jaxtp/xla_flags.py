@@ -34,7 +34,7 @@ TRAINING = (
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler",
         True,
-        "0.4.18 to 0.11",
+        "0.4.18 to 0.12",
         "Starts collectives early and ends them late, so that products run beside them: ZeRO 3's gathers and scatters, and "
         "those of sequence parallelism. XLA does so by itself on Hopper and Blackwell within a node, not on older GPUs.",
     ),

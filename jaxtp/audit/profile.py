@@ -118,7 +118,7 @@ class Profile(Shown):
             yticks=range(len(self.seconds)), yticklabels=list(self.seconds), xlim=(0, 1), xlabel="share of the time"
         )
         axes[-1, 0].invert_yaxis()
-        axes[-1, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[-1, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
         plt.close(figure)
         return figure
 

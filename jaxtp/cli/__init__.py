@@ -35,6 +35,8 @@ def main() -> None:
     arguments, rest = sys.argv[1:], []
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments, rest = arguments[:2], arguments[2:]  # what follows the file are settings of the run
+    elif arguments[:1] == ["profile"]:
+        arguments, rest = _apart(arguments)
     command = tyro.extras.subcommand_cli_from_dict(
         VERBS, args=arguments, prog="jaxtp", description="A Llama on more than one GPU, in JAX."
     )
@@ -43,3 +45,15 @@ def main() -> None:
             (dataclasses.replace(command, overrides=tuple(rest)) if rest else command).run()
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments without the settings of a run among them (--data.train FILE), and these."""
+    mine: list[str] = []
+    settings: list[str] = []
+    current = mine
+    for argument in arguments:
+        if argument.startswith("-"):
+            current = settings if "." in argument.split("=")[0] else mine
+        current.append(argument)
+    return mine, settings

@@ -28,23 +28,23 @@ class Plan:
     """What is best; default latency to generate, throughput to train."""
     batch: int | None = None
     """Prompts at once (default 1; for throughput as many as fit), or rows of an update (default 64)."""
-    prompt_len: int = 1024
-    """Tokens of a prompt."""
-    output_len: int = 256
-    """Tokens of a completion."""
-    seq_len: int = 4096
-    """Tokens of a row to train on."""
+    prompt_len: int | None = None
+    """Tokens of a prompt; default 1024."""
+    output_len: int | None = None
+    """Tokens of a completion; default 256."""
+    seq_len: int | None = None
+    """Tokens of a row to train on; default 4096."""
     max_model_len: int | None = None
     """Tokens of a request at most, for the concurrency; default prompt and output."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gpu_memory_utilization: float | None = None
     """Share of each GPU that may be used; default 0.9 to generate, 0.95 to train."""
-    interconnect: Literal["nvlink", "pcie"] | None = None
-    """What joins the GPUs of a node; default the best that they have."""
-    network: Literal["infiniband", "infiniband-hdr", "ethernet-100"] = "infiniband"
-    """What joins nodes."""
+    interconnect: str | None = None
+    """What joins the GPUs of a node: nvlink, pcie, or a link of --gpu-file; default the best that they have."""
+    network: str | None = None
+    """What joins nodes: infiniband (the default), infiniband-hdr, ethernet-100, or a link of --gpu-file."""
     gpu_file: Path | None = None
-    """YAML with more GPUs, or other figures of known ones."""
+    """YAML with more GPUs, or other figures of known ones, and with links."""
     tp_across_nodes: Flag = False
     """Let tensor parallelism go over the network."""
     all: Flag = False
@@ -65,6 +65,7 @@ class Plan:
         self._check()
         shown = {"model", "gpus", "measured", "gpu_memory_utilization", "all", "json", "plot", "compile", "virtual"}
         asked: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown}
+        asked = {name: value for name, value in asked.items() if value is not None}
         from jaxtp.planner.cluster import measured
 
         where = measured(self.measured) if self.measured else str(self.gpus)
@@ -86,8 +87,13 @@ class Plan:
             raise ValueError("--virtual says what to --compile for")
         if self.json and self.compile:
             raise ValueError("--json and --compile exclude one another")
-        if self.task == "train" and self.max_model_len:
-            raise ValueError("--max-model-len is of generation; --task train has --seq-len")
+        of_generation = [name for name in ("prompt_len", "output_len", "max_model_len") if getattr(self, name) is not None]
+        if self.task == "train" and of_generation:
+            raise ValueError(f"--{of_generation[0].replace('_', '-')} is of generation; --task train has --seq-len")
+        if self.task == "generate" and self.seq_len is not None:
+            raise ValueError("--seq-len is of --task train; generation has --prompt-len and --output-len")
+        if self.measured and (self.interconnect or self.network or self.gpu_file):
+            raise ValueError("--measured has its own links and rates; --interconnect, --network and --gpu-file go with --gpus")
 
     def _compile(self, best: Any) -> None:
         from jaxtp import use_virtual_devices
@@ -189,7 +195,8 @@ class Profile:
     """Where the time of a prefill and of decode steps goes, or of training steps: by part, beside the planner's prediction."""
 
     model: tyro.conf.Positional[str]
-    """Checkpoint folder, hub id, or with --load-format dummy a preset; or the YAML file of a training run."""
+    """Checkpoint folder, hub id, or with --load-format dummy a preset; or the YAML file of a training run, whose settings
+    may follow (--parallel.tp 2)."""
     batch_size: int = 8
     """Prompts at once."""
     input_len: int = 128
@@ -201,12 +208,15 @@ class Profile:
     plot: Path | None = None
     """Write a picture: every device over time, and the parts."""
     engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> None:
         """Profiles and prints."""
         if Path(self.model).suffix in (".yaml", ".yml"):
             found = self._training()
         else:
+            if self.overrides:
+                raise ValueError(f"{self.overrides[0]} is a setting of a training run; {self.model} is no YAML file of one")
             llm = self.engine.llm(self.model)
             from jaxtp.audit.profile import profile
 
@@ -219,8 +229,11 @@ class Profile:
         from jaxtp import train, use_virtual_devices
 
         if (self.batch_size, self.input_len, self.engine) != (8, 128, Engine()):
-            raise ValueError(f"{self.model} says itself how the run is laid out; only --steps, --trace and --plot go with it")
-        config = train.load(self.model)
+            raise ValueError(
+                f"{self.model} says itself how the run is laid out; only its own settings (--parallel.tp 2) and "
+                "--steps, --trace, --plot go with it"
+            )
+        config = train.load(self.model, self.overrides, prog=f"jaxtp profile {self.model}")
         if config.parallel.virtual_devices:
             use_virtual_devices(config.parallel.virtual_devices)
         from jaxtp.audit.profile import profile_training

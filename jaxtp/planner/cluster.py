@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,29 @@ NETWORKS = {
     "ethernet-100": NDR.scaled("Ethernet 100G", 0.2, latency=40.0),
 }
 INTERCONNECTS = ("nvlink", "pcie")
+
+
+def load_links(path: str | Path) -> dict[str, Link]:
+    """The `links` of a user's YAML file: names, each with the fields of `Link` that differ, and "like", whose rest it takes:
+    nvlink, pcie or a network.
+
+    Raises ValueError for an unknown field, or bandwidths that are not in the order of their sizes.
+    """
+    found, fields = {"nvlink": NVLINK4, "pcie": PCIE4, **NETWORKS}, ("latency", "hop", "bus", "others")
+    mine: dict[str, Link] = {}
+    for name, given in hardware.entries(path).get("links", {}).items():
+        settings = dict(given)
+        like = settings.pop("like", "infiniband")
+        if like not in found or (unknown := [key for key in settings if key not in fields]):
+            wrong = (
+                f"is like {like!r}, which is none of {', '.join(found)}" if like not in found else f"has {', '.join(unknown)}"
+            )
+            raise ValueError(f"{path}: the link {name} {wrong}; a link has: like, {', '.join(fields)}")
+        bus = tuple((float(size), float(bandwidth)) for size, bandwidth in settings.pop("bus", found[like].bus))
+        if not bus or [size for size, _ in bus] != sorted({size for size, _ in bus}) or min(map(min, bus)) <= 0:
+            raise ValueError(f"{path}: the bus of {name} must be [MiB, GB/s] pairs, the smallest size first, all above 0")
+        mine[name] = dataclasses.replace(found[like], name=name, bus=bus, **settings)
+    return mine
 
 
 def nvlink(gpu: GPU) -> Link:
@@ -186,12 +210,18 @@ def measured(path: str | Path) -> Cluster:
 
 
 def cluster(
-    spec: str, *, interconnect: str | None = None, network: str = "infiniband", known: Mapping[str, GPU] = hardware.GPUS
+    spec: str,
+    *,
+    interconnect: str | None = None,
+    network: str = "infiniband",
+    known: Mapping[str, GPU] = hardware.GPUS,
+    links: Mapping[str, Link] = MappingProxyType({}),
 ) -> Cluster:
     """The GPUs that "2x8xH100" (nodes x GPUs of a node x their name), "8xH100" or "H100" speak of.
 
     interconnect: "nvlink" or "pcie", what joins those of a node; default the best that they have. network: a key of
-    `NETWORKS`, what joins nodes. known: GPUs by name. Raises ValueError, with what would do, for anything else.
+    `NETWORKS`, what joins nodes. known: GPUs by name; links: more of what may join them. Raises ValueError, with what would
+    do, for anything else.
     """
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(?:(\d+)\s*[x×]\s*)?([A-Za-z][\w\- ]*|4090)\s*", spec)
     if not match:
@@ -201,13 +231,15 @@ def cluster(
     nodes, per_node = (first, second) if second is not None else (1, 1 if first is None else first)
     if not nodes or not per_node:
         raise ValueError(f"{spec!r}: at least one node of one GPU")
-    if interconnect not in (None, *INTERCONNECTS):
-        raise ValueError(f"interconnect={interconnect!r} must be one of {', '.join(INTERCONNECTS)}")
+    networks = {**NETWORKS, **links}
+    if interconnect not in (None, *INTERCONNECTS, *links):
+        raise ValueError(f"interconnect={interconnect!r} must be one of {', '.join((*INTERCONNECTS, *links))}")
     if interconnect == "nvlink" and not gpu.nvlink:
         raise ValueError(f"the {gpu.name} has no NVLink; interconnect: pcie")
-    if network not in NETWORKS:
-        raise ValueError(f"network={network!r} must be one of {', '.join(NETWORKS)}")
-    levels = [(per_node, PCIE4.scaled("PCIe", gpu.pcie / 31)), (nodes * per_node, NETWORKS[network])]
-    if gpu.nvlink and interconnect != "pcie":
+    if network not in networks:
+        raise ValueError(f"network={network!r} must be one of {', '.join(networks)}")
+    inside = links[interconnect] if interconnect and interconnect in links else PCIE4.scaled("PCIe", gpu.pcie / 31)
+    levels = [(per_node, inside), (nodes * per_node, networks[network])]
+    if gpu.nvlink and interconnect in (None, "nvlink"):
         levels.insert(0, (min(gpu.domain, per_node), nvlink(gpu)))
     return Cluster(gpu, nodes, per_node, tuple(levels))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -116,7 +117,7 @@ GPUS = {
         # name, bf16, fp8, GiB, GB/s, NVLink, domain, PCIe, capability, cores, fpus, L2, shared, threads, links, efficiency
         GPU("A100-40", 312, None, 39.4, 1555, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12, 0.74),
         GPU("A100-80", 312, None, 79.1, 2039, 300, 8, 31, "8.0", 108, 64, 40, 164, 2048, 12, 0.74),
-        GPU("H100", 989, 1979, 79.1, 3350, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18, 1.02),
+        GPU("H100", 989, 1979, 79.1, 3350, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18, 1.03),
         GPU("H100-PCIe", 756, 1513, 79.1, 2000, 300, 2, 63, "9.0", 114, 128, 50, 228, 2048, 12),
         GPU("H200", 989, 1979, 141.0, 4800, 450, 8, 63, "9.0", 132, 128, 50, 228, 2048, 18),
         GPU("B200", 2250, 4500, 178.3, 8000, 900, 8, 63, "10.0", 148, 128, 126, 228, 2048, 18),
@@ -155,14 +156,14 @@ def cpu(memory: float) -> GPU:
 
 def load(path: str | Path) -> dict[str, GPU]:
     """`GPUS` with those of a YAML file laid over it: names, each with the fields that differ and "like", whose rest it takes.
+    (Its `links` are for `cluster.load_links`.)
 
     Raises ValueError for an unknown field.
     """
     found, fields = dict(GPUS), {field.name for field in dataclasses.fields(GPU)} - {"name"}
-    raw = yaml.safe_load(Path(path).read_text()) or {}
-    if not isinstance(raw, dict) or not all(isinstance(given, dict) for given in raw.values()):
-        raise ValueError(f"{path} must map names of GPUs to what they have, such as H20: {{like: H100, tflops: 148}}")
-    for name, given in raw.items():
+    for name, given in entries(path).items():
+        if name == "links":
+            continue
         settings = dict(given)
         base = gpu(settings.pop("like", name), found)
         unknown = [field for field in settings if field not in fields]
@@ -173,6 +174,14 @@ def load(path: str | Path) -> dict[str, GPU]:
                 raise ValueError(f"{path}: {name} has {field}: {value!r}, which is no number")
         found[name] = dataclasses.replace(base, name=name, **settings)
     return found
+
+
+def entries(path: str | Path) -> dict[str, dict[str, Any]]:
+    """A user's YAML file: what it says of each name. Raises ValueError where it is none."""
+    raw = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(raw, dict) or not all(isinstance(given, dict) for given in raw.values()):
+        raise ValueError(f"{path} must map names of GPUs to what they have, such as H20: {{like: H100, tflops: 148}}")
+    return raw
 
 
 def _rates(ops: Mapping[int, int], clock: float, *, units: int) -> str:

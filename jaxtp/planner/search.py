@@ -18,7 +18,7 @@ from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.log import console, interactive
 from jaxtp.planner import cost, hardware, memory
-from jaxtp.planner.cluster import Cluster, cluster
+from jaxtp.planner.cluster import Cluster, cluster, load_links
 from jaxtp.planner.cost import Machine, Time
 from jaxtp.planner.memory import Memory
 from jaxtp.planner.report import Plans
@@ -167,8 +167,8 @@ def plan(
     GPUs of each). task: "generate" completes `batch` prompts of `prompt_len` tokens by `output_len`; batch None: 1 for latency,
     else the largest power of two that fits, at most 256. "train" updates from `batch` rows (default 64) of `seq_len` tokens.
     objective: what is best, "latency" (generate's default: seconds until all is done), "throughput" (train's: tokens a second)
-    or "memory" (the least on each GPU). interconnect, network: see `cluster`. gpu_file: YAML with more GPUs, see
-    `hardware.load`.
+    or "memory" (the least on each GPU). interconnect, network: see `cluster`. gpu_file: YAML with more GPUs and
+    links, see `hardware.load` and `cluster.load_links`.
 
     Raises ValueError for what it does not know, with near names, and where nothing fits, with the number of GPUs that would do.
     """
@@ -177,8 +177,11 @@ def plan(
         raise ValueError(f"objective={objective!r} must be one of {', '.join(get_args(Objective))}")
     if task not in ("generate", "train"):
         raise ValueError(f'task={task!r} must be "generate" or "train"')
-    known = hardware.load(gpu_file) if gpu_file else hardware.GPUS
-    where = gpus if isinstance(gpus, Cluster) else cluster(gpus, interconnect=interconnect, network=network, known=known)
+    if isinstance(gpus, Cluster):
+        where = gpus
+    else:
+        more: dict[str, Any] = {"known": hardware.load(gpu_file), "links": load_links(gpu_file)} if gpu_file else {}
+        where = cluster(gpus, interconnect=interconnect, network=network, **more)
     name, config = _model(model)
     share = {} if utilization is None else {"utilization": utilization}
     wanted: Task

@@ -157,6 +157,8 @@ def test_its_picture(diagnosis):
 def test_latency_and_throughput(llm, tmp_path):
     found = bench.measure(llm, kind="latency", prompts=4, input_len=16, output_len=8, iterations=2)
     figures = found.metrics
+    assert 0 < figures["communication"] < 1
+    assert 0 < figures["communication_prefill"] < 1
     assert figures["tokens_per_second"] == pytest.approx(4 * 8 / figures["seconds"])
     assert figures["ttft"] + 7 * figures["step"] == pytest.approx(figures["seconds"], rel=0.5)
     assert figures["mbu"] > 0
@@ -302,6 +304,11 @@ def test_the_plan_verb(capsys, monkeypatch):
     for arguments, said in (
         (("plan", "llama-3.1-8b"), "give either --gpus, such as 8xH100, or --measured FILE"),
         (("plan", "llama-3.1-8b", "--gpus", "8xH100", "--virtual"), "--virtual says what to --compile for"),
+        (("plan", "llama-3.1-8b", "--gpus", "8xH100", "--task", "train", "--prompt-len", "9"), "--task train has --seq-len"),
+        (("plan", "llama-3.1-8b", "--gpus", "8xH100", "--seq-len", "9"), "generation has --prompt-len"),
+        (("plan", "llama-3.1-8b", "--measured", "x.json", "--network", "infiniband"), "--measured has its own links"),
+        (("profile", "run.yaml", "--batch-size", "4"), "only its own settings"),
+        (("profile", "demo", "--parallel.tp", "2"), "--parallel.tp is a setting of a training run; demo is no YAML file"),
         (("plan", "llama-3.1-8b", "--gpus", "8xH100", "--json", "--compile"), "--json and --compile exclude one another"),
         (("plan", "llama-9", "--gpus", "8xH100"), "no model is named 'llama-9'"),
         (("doctor", "--largest", "0"), "--largest 0 must be at least 1 MiB"),

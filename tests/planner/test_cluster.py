@@ -2,8 +2,9 @@
 
 import pytest
 
-from jaxtp.planner import Split, cluster
-from jaxtp.planner.cluster import NVLINK4
+from jaxtp import plan
+from jaxtp.planner import Split, cluster, hardware
+from jaxtp.planner.cluster import NVLINK4, load_links
 from jaxtp.planner.collectives import Collective
 
 MIB, GB = 2**20, 1e9
@@ -40,6 +41,47 @@ def test_clusters_are_named_as_people_do(spec, nodes, per_node, gpu):
 def test_bad_input(spec, options, said):
     with pytest.raises(ValueError, match=said):
         cluster(spec, **options)
+
+
+YAML = """
+H20: {like: H100, tflops: 148}
+links:
+  roce: {like: infiniband, latency: 40, bus: [[1, 5], [64, 20]]}
+  bridge: {like: pcie, bus: [[16, 9]], others: 0.5}
+"""
+
+
+def test_a_users_own_links(tmp_path):
+    (tmp_path / "mine.yaml").write_text(YAML)
+    links, known = load_links(tmp_path / "mine.yaml"), hardware.load(tmp_path / "mine.yaml")
+    found = cluster("2x4xH20", interconnect="bridge", network="roce", links=links, known=known)
+    assert [link.name for _, link in found.levels] == ["bridge", "roce"]
+    assert (links["bridge"].latency, links["bridge"].others) == (20.0, 0.5)
+    slow = found.seconds(Collective("all-reduce", ("tp",), "bf16", 64 * MIB, 2), Split(dp=4, tp=2).axes)
+    assert slow == pytest.approx(64 * MIB / 9e9, rel=1e-6)
+    assert (
+        plan("llama-3.2-1b", "2x4xH20", network="roce", gpu_file=tmp_path / "mine.yaml").best.cluster.levels[-1][1].name
+        == "roce"
+    )
+    with pytest.raises(
+        ValueError, match="network='wire' must be one of infiniband, infiniband-hdr, ethernet-100, roce, bridge"
+    ):
+        cluster("2x4xH20", network="wire", links=links, known=known)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{like: string}", "roce is like 'string', which is none of nvlink, pcie, infiniband"),
+        ("{speed: 3}", "roce has speed; a link has: like, latency, hop, bus, others"),
+        ("{bus: [[64, 20], [1, 5]]}", "the bus of roce must be"),
+        ("{bus: []}", "the bus of roce must be"),
+    ],
+)
+def test_bad_links(given, said, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"links: {{roce: {given}}}")
+    with pytest.raises(ValueError, match=said):
+        load_links(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(("mib", "bandwidth"), [(1, 75), (4, 145), (16, 256), (64, 369), (256, 442), (1024, 466)])

@@ -60,7 +60,6 @@ def test_copies_of_kv_heads_are_told():
     plans = plan(dataclasses.replace(jaxtp.preset("qwen2.5-7b")), "8xH100", batch=4)
     notes = {p.split.tp: why(p, plans.best) for p in plans.legal}
     assert "each KV head stands" not in notes.get(4, "")
-    assert plan(dataclasses.replace(jaxtp.preset("tinyllama-1.1b")), "8xH100").best.split.tp == 8
     eight = next(p for p in plan("tinyllama-1.1b", "8xH100").legal if p.split.tp == 8)
     assert "each KV head stands 2 times" in why(eight, eight)
 
