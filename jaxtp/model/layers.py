@@ -6,7 +6,6 @@ KV head), H head_dim, C = 2 (gate and up), F mlp.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +19,7 @@ from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kern
 from jaxtp.ops.linear import linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.rope import rotate
+from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import Layout, Region, beside
 
 
@@ -74,12 +74,13 @@ class Attention(nnx.Module):
         y = linear(x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
         if self.qkv_bias is not None:
             y = y + beside(self.qkv_bias[...], y)
-        qk, v = y[:, :, :, :-1], y[:, :, :, -1]
+        qk, v = jax.lax.split(y, (y.shape[3] - 1, 1), axis=3)
         if self.qk_norm:
             q, k = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
             qk = jnp.concatenate([q, k], axis=3)
         qk = rotate(qk, step.cos, step.sin)
-        out, cache = self._attend(qk[:, :, :, :-1], qk[:, :, :, -1], v, step, cache, fresh)
+        q, k = jax.lax.split(qk, (qk.shape[3] - 1, 1), axis=3)
+        out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache, fresh)
         residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
         z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
@@ -106,11 +107,6 @@ class Attention(nnx.Module):
         return self.region(local, args, lambda q, k, v, positions, segment_ids, cache: (q, cache))
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps y alone
-def _gated(y: jax.Array) -> jax.Array:
-    return jax.nn.silu(y[..., 0]) * y[..., 1]
-
-
 class Mlp(nnx.Module):
     """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]."""
 
@@ -128,7 +124,7 @@ class Mlp(nnx.Module):
         y = linear(x, self.gate_up[...], out=hidden.sharding("batch", "tokens", "hidden", None))
         if self.gate_up_bias is not None:
             y = y + beside(self.gate_up_bias[...], y)
-        y = _gated(y)
+        y = gated(y)
         residual = self.layout.at("down").sharding("batch", residual_dim(y.shape[1], self.layout), None)
         z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)
