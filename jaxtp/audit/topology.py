@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,11 +24,11 @@ def topology() -> str:
 
 
 def smi(*arguments: str) -> str | None:
-    """What nvidia-smi prints; None where there is none, or it fails."""
+    """What nvidia-smi prints, without the codes that underline its header; None where there is none, or it fails."""
     if not shutil.which("nvidia-smi"):
         return None
     done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip("\n") if done.returncode == 0 else None
+    return re.sub(r"\x1b\[[\d;]*m", "", done.stdout).strip("\n") if done.returncode == 0 else None
 
 
 def joined(text: str) -> tuple[dict[tuple[int, int], str], dict[int, str]]:

@@ -123,6 +123,16 @@ def test_topologies_are_read():
     assert odd_links("unknown: there is no nvidia-smi here") == []
 
 
+def test_the_header_is_underlined(monkeypatch, tmp_path):
+    """nvidia-smi sends codes of the terminal with it."""
+    text = matrix({(0, 1): "NV4"}, ["0", "1"]).replace("\tGPU0", "\t\x1b[4mGPU0", 1).replace("NUMA ID", "NUMA ID\x1b[0m", 1)
+    (tmp_path / "printed").write_text(text)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {tmp_path}/printed\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert joined(topology.topology()) == ({(0, 1): "NV"}, {0: "0", 1: "1"})
+
+
 def test_what_is_missing_is_said(diagnosis, monkeypatch):
     monkeypatch.setattr(topology.shutil, "which", lambda name: None)
     assert topology.topology() == "unknown: there is no nvidia-smi here, or it shows no GPUs"
