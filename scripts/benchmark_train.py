@@ -103,7 +103,7 @@ class Ours:
         with jax.set_mesh(mesh):
             self.state = trainer.begin(stacked.stack(Llama.random(self.config, mesh=mesh)))
             start = time.perf_counter()
-            self.step = jax.jit(trainer.step, donate_argnums=0).lower(self.state, self.batch).compile()
+            self.step = trainer.jitted().lower(self.state, self.batch).compile()
             self.compiling = time.perf_counter() - start
         self.run(1)
 

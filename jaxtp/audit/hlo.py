@@ -36,6 +36,12 @@ class Instruction:
         return sum(math.prod(shape) * bits(dtype) for dtype, shape in shapes(self.shape)) // 8
 
     @property
+    def operand(self) -> str:
+        """The name of the first of its operands."""
+        match = re.match(r"%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
+
+    @property
     def called(self) -> list[str]:
         """The computations it names."""
         return _CALLED.findall(self.rest)
@@ -103,10 +109,9 @@ def flops(found: dict[str, list[Instruction]], name: str = "ENTRY") -> int:
 
 def _flops(i: Instruction, shaped: dict[str, str], found: dict[str, list[Instruction]]) -> int:
     if i.opcode == "dot":
-        left, contracted = re.match(r"%?([\w.\-]+)", i.rest), re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
-        assert left, i.rest
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
         dims = [int(d) for d in contracted[1].split(",")] if contracted else []
-        return 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shapes(shaped[left[1]])[0][1][d] for d in dims)
+        return 2 * math.prod(shapes(i.shape)[0][1]) * math.prod(shapes(shaped[i.operand])[0][1][d] for d in dims)
     if match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.rest):
         scores = re.search(r'intermediate_tensor_shape": \{"element_type": "\w+", "dimensions": \[([^\]]*)\]', i.rest)
         assert scores, i.rest
@@ -129,8 +134,8 @@ def overlapped(found: dict[str, list[Instruction]]) -> set[str]:
         for i in part:
             if i.opcode.endswith("-start"):
                 begun[i.name] = i, done
-            elif i.opcode.endswith("-done") and (match := re.match(r"%?([\w.\-]+)", i.rest)) and match[1] in begun:
-                start, before = begun[match[1]]
+            elif i.opcode.endswith("-done") and i.operand in begun:
+                start, before = begun[i.operand]
                 names |= {each.name for each in inside(start, found) if done > before}
             else:
                 done += _flops(i, shaped, found)

@@ -154,15 +154,11 @@ def _collective(
     joined = hlo.groups(instruction.rest)
     axes = hlo.axes_of(joined, sizes, pairs=pairs)
     devices = len(joined[0]) if joined and not pairs else 2 if pairs else _product(sizes)
-    done = next((i for c in found.values() for i in c if i.opcode == f"{kind}-done" and _operand(i, instruction.name)), None)
+    done = next((i for c in found.values() for i in c if i.opcode == f"{kind}-done" and i.operand == instruction.name), None)
     result = done or instruction
     size = result.bytes * (devices if kind == "reduce-scatter" else 1)
     dtypes = "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)}))
     return Collective(kind, axes, dtypes, size, devices, loops, times)
-
-
-def _operand(instruction: hlo.Instruction, name: str) -> bool:
-    return re.match(rf"%?{re.escape(name)}\b(?![.\-])", instruction.rest) is not None
 
 
 def _product(sizes: dict[str, int]) -> int:

@@ -28,7 +28,6 @@ from jaxtp.planner import Split, hardware
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
-from jaxtp.xla_flags import options
 
 
 def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
@@ -84,7 +83,7 @@ def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 
     place = layout.sharding(None, "batch", "tokens")
     ints, floats = (_abstract((accumulate, rows, tokens), dtype, place) for dtype in (jnp.int32, jnp.float32))
     with jax.set_mesh(layout.mesh), not_cached():
-        step = jax.jit(trainer.step, donate_argnums=0, compiler_options=options(layout.mesh) if xla_flags else None)
+        step = trainer.jitted(options=xla_flags)
         return step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -19,14 +19,20 @@ Choice = Literal["auto"] | Plan
 
 def at_hand() -> Cluster:
     """The devices that JAX sees, as the planner knows them. Raises ValueError for GPUs that it does not."""
-    device, count, nodes = jax.devices()[0], jax.device_count(), jax.process_count()
+    device, count = jax.devices()[0], jax.device_count()
     if device.platform == "cpu":
         known = {"CPU": hardware.cpu(memory.available() / jax.local_device_count())}
-        return cluster(f"{nodes}x{count // nodes}xCPU", known=known)
+        return _of(count, "CPU", known=known)
     gpu = hardware.of_device(device.device_kind)
     if gpu is None:
         raise ValueError(f'plan="auto" knows no {device.device_kind}; say tensor_parallel_size and the like, or give a Plan')
-    return cluster(f"{nodes}x{count // nodes}x{gpu.name}")
+    return _of(count, gpu.name)
+
+
+def _of(devices: int, name: str, **more: Any) -> Cluster:
+    """So many of them, over the processes of this job."""
+    nodes = jax.process_count()
+    return cluster(f"{nodes}x{devices // nodes}x{name}", **more)
 
 
 def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
@@ -34,12 +40,12 @@ def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
 
     split: what the mesh does not say; of training.
     """
-    mesh, nodes = model.layout.mesh, jax.process_count()
+    mesh = model.layout.mesh
     gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
     if gpu is None:
         return None
     split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
-    return Machine(model.config, split, cluster(f"{nodes}x{mesh.size // nodes}x{gpu.name}"), str(model.layout.dtype))
+    return Machine(model.config, split, _of(mesh.size, gpu.name), str(model.layout.dtype))
 
 
 def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: float, max_model_len: int | None) -> Split:

@@ -171,10 +171,8 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
         return {"step": parts(train(machine, task), head, rows * task.seq_len)}
     groups = split.groups(task.batch)
-    rows, head = (
-        split.rows(task.batch) // split.dp // groups,
-        groups * machine.head(split.rows(task.batch) // split.dp // groups),
-    )
+    rows = split.rows(task.batch) // split.dp // groups
+    head = groups * machine.head(rows)
     return {
         "prefill": parts(prefill(machine, task), head, rows * split.chunks_of(task)[0][1]),
         "decode": parts(decode(machine, task), head, rows),

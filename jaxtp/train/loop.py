@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtp import xla_flags
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import LLM, SamplingParams
@@ -167,9 +166,8 @@ class Run:
         )  # fmt: skip
 
     def step(self) -> Any:
-        """The jitted step (state, batch, frozen) -> (state, metrics), which takes the state's memory."""
-        options = xla_flags.options(self.mesh) if self.config.parallel.xla_flags else None
-        return jax.jit(self.trainer.step, donate_argnums=0, compiler_options=options)
+        """The jitted step (state, batch, frozen) -> (state, metrics)."""
+        return self.trainer.jitted(options=self.config.parallel.xla_flags)
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtp import xla_flags
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.parallel.circulate import staged as in_stages
@@ -174,6 +175,11 @@ class Trainer:
             return jax.device_put(weight.astype(dtype), sharding)
         arrange = self.pipeline.arrange
         return jax.jit(lambda w: jax.sharding.auto_axes(arrange, out_sharding=sharding)(w.astype(dtype)))(weight)
+
+    def jitted(self, *, options: bool = True) -> Any:
+        """`step`, to be compiled: it takes the state's memory. options: with those of `jaxtp.xla_flags`."""
+        chosen = xla_flags.options(self.stacked.layout.mesh) if options else None
+        return jax.jit(self.step, donate_argnums=0, compiler_options=chosen)
 
     def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
