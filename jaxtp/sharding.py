@@ -336,13 +336,12 @@ def weights(model: nnx.Module) -> Iterator[Weight]:
     """The weights of a model, abstract or real, in order."""
     for path, variable in variables(model):
         array = variable.get_value()
-        local = array.sharding.shard_shape(array.shape)
-        size = jnp.dtype(array.dtype).itemsize
+        parts = jax.tree.leaves(array)  # a quantized kernel has two
         yield Weight(
             path=path,
             dims=dict(zip(variable.get_metadata()["dims"], array.shape, strict=True)),
             spec=array.sharding.spec,
             dtype=jnp.dtype(array.dtype).name,
-            total_bytes=math.prod(array.shape) * size,
-            device_bytes=math.prod(local) * size,
+            total_bytes=sum(a.size * a.dtype.itemsize for a in parts),
+            device_bytes=sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in parts),
         )

@@ -16,7 +16,7 @@ from jaxtp.audit.profile import profile
 from jaxtp.audit.rates import copy_rate, product_rate
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
-from jaxtp.planner import Generation, cost, hardware
+from jaxtp.planner import cost, hardware
 from jaxtp.tables import Shown
 
 PROFILED = 32  # decode steps, at most
@@ -159,5 +159,5 @@ def _planned(llm: LLM, prompts: int, input_len: int, output_len: int) -> dict[st
     machine = machine_of(llm.model)
     if machine is None:
         return {}
-    step = cost.decode(machine, Generation(min(prompts, llm.max_num_seqs), input_len, output_len, dtype=machine.dtype))
+    step = cost.decode(machine, machine.task(min(prompts, llm.max_num_seqs), input_len, output_len))
     return {"planned_step": step.total, "planned_communication": step.share("communication")}

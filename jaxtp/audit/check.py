@@ -101,7 +101,8 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         rows = task.batch // split.microbatches
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
-    model, tokens = abstract_llama(config, mesh, split, dtype=task.dtype), split.chunks_of(task)[0][1]
+    tokens = split.chunks_of(task)[0][1]
+    model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization)
     slots = buckets.slots(tokens, max(task.total, tokens))
     yield compile_prefill(model, batch=task.batch, tokens=tokens, slots=slots)
     yield compile_decode(model, batch=task.batch, slots=task.slots)

@@ -21,7 +21,7 @@ from rich.table import Table
 from jaxtp.audit import hlo
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
-from jaxtp.planner import Generation, Training, cost
+from jaxtp.planner import Training, cost
 from jaxtp.tables import Shown
 from jaxtp.train import Run
 
@@ -145,7 +145,7 @@ def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | N
     assert sum(took.values()) <= wall
     seconds = {phase: _average(events, phase, took[phase], llm.timing.steps if phase == "decode" else 1) for phase in took}
     machine = machine_of(llm.model)
-    planned = cost.by_part(machine, Generation(batch, input_len, steps, dtype=machine.dtype)) if machine else {}
+    planned = cost.by_part(machine, machine.task(batch, input_len, steps)) if machine else {}
     return Profile(seconds, planned, tuple(events), steps, trace)
 
 

@@ -21,10 +21,12 @@ from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
+from jaxtp.ops.quantized import Quantization
 from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, prefill_ticks, staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
+from jaxtp.sharding import variables
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
@@ -87,10 +89,15 @@ def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 
         return step.lower(trainer.abstract_state(), Batch(ints, ints, floats, ints), trainer.abstract_frozen()).compile()
 
 
-def abstract_llama(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Llama:
+def abstract_llama(
+    config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str, quantization: Quantization | None = None
+) -> Llama:
     """A model without weights, laid out as `split` says, to generate with."""
     layout = staged(split.stages(config), rules=split.rules) if split.pp > 1 else {"rules": split.rules}
-    return Llama(config, mesh=mesh, dtype=dtype, **layout)
+    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, **layout)
+    for path, weight in variables(model):
+        weight.set_value(model.kept(path, weight.get_value()))
+    return model
 
 
 def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Trainer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ class Tensors:
             raise ValueError(f"{self._path[name]}: {name} cannot be read: {error}") from error
 
 
-def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool = True) -> None:
-    """Fills an abstract model's weights from a checkpoint folder, in place.
+def load(
+    model: nnx.Module, config: ModelConfig, folder: Path, *, keep: Callable[[str, jax.Array], Any], progress: bool = True
+) -> None:
+    """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, array): what of a weight is kept.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
@@ -119,7 +121,7 @@ def load(model: nnx.Module, config: ModelConfig, folder: Path, *, progress: bool
         task = bar.add_task(f"loading {folder.name}", total=total)
         for path, weight in weights.items():
             abstract = weight.get_value()
-            weight.set_value(_read(tensors, abstract, *found[path]))
+            weight.set_value(keep(path, _read(tensors, abstract, *found[path])))
             bar.advance(task, _bytes(abstract))
 
 

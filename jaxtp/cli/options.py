@@ -41,6 +41,8 @@ class Engine:
     """auto: all devices at hand, in the layout that `jaxtp plan` holds best for one request."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's."""
+    quantization: Literal["int8"] | None = None
+    """int8: keep the weights of the layers in 8 bits."""
     max_model_len: int | None = None
     """Tokens of prompt and completion together; default the model's own."""
     gpu_memory_utilization: float = 0.9

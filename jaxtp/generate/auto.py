@@ -11,6 +11,7 @@ from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
 from jaxtp.log import logger
 from jaxtp.model import Llama
+from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import Cluster, Generation, Machine, Plan, Split, hardware, plan
 from jaxtp.planner.cluster import cluster
 
@@ -45,16 +46,26 @@ def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
     if gpu is None:
         return None
     split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
-    return Machine(model.config, split, _of(mesh.size, gpu.name), str(model.layout.dtype))
+    return Machine(model.config, split, _of(mesh.size, gpu.name), str(model.layout.dtype), model.quantization)
 
 
-def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: float, max_model_len: int | None) -> Split:
+def split_of(
+    choice: Choice,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    quantization: Quantization | None,
+    utilization: float,
+    max_model_len: int | None,
+) -> Split:
     """The split of a plan, or of the best one (for the time of a single request) on the devices at hand."""
     if isinstance(choice, Plan):
         if choice.refused:
             raise ValueError(f"this plan cannot be: {choice.refused}")
         if not isinstance(choice.task, Generation):
             raise ValueError('this plan is of training; jaxtp.plan(..., task="generate") makes those for LLM')
+        if choice.task.quantization != quantization:
+            raise ValueError(f"this plan is with quantization={choice.task.quantization!r}; asked for: {quantization!r}")
         mine, its = (dataclasses.replace(c, dtype=None, bos_token_id=None, eos_token_ids=()) for c in (config, choice.config))
         if mine != its:
             raise ValueError(f"this plan is of {choice.model}, which has another shape than this model")
@@ -68,6 +79,7 @@ def split_of(choice: Choice, config: ModelConfig, *, dtype: str, utilization: fl
         prompt_len=max(1, total * 4 // 5),
         output_len=max(1, total // 5),
         dtype=dtype,
+        quantization=quantization,
         utilization=utilization,
     )
     best = plans.best

@@ -30,6 +30,7 @@ from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
+from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.circulate import staged, stages_of
 from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
@@ -48,7 +49,8 @@ class LLM:
     tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used, or as many as `plan` says: "auto" takes
     all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
     rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
-    dtype: "auto" is the checkpoint's. max_model_len: tokens of prompt and completion together (default: the model's own).
+    dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
+    max_model_len: tokens of prompt and completion together (default: the model's own).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
     together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
     `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
@@ -67,6 +69,7 @@ class LLM:
         layers_per_stage: Sequence[int] | None = None,
         plan: Choice | None = None,
         dtype: str = "auto",
+        quantization: Quantization | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_seqs: int = MAX_NUM_SEQS,
@@ -93,6 +96,10 @@ class LLM:
         if max_model_len is not None and not isinstance(max_model_len, int):
             raise TypeError(f"max_model_len={max_model_len!r} must be an int")
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
+        if isinstance(model, Llama) and quantization not in (None, model.quantization):
+            raise ValueError(
+                f"quantization={quantization!r} is said when a model is loaded, as this one is already"
+            )
         if plan is not None and (split != Split() or isinstance(model, Llama)):
             raise ValueError("plan says how the model is split; it goes with no parallel sizes and no loaded model")
         memory.reserve(gpu_memory_utilization)
@@ -100,7 +107,8 @@ class LLM:
         def planned(config: ModelConfig, dtype: str) -> Split:
             if plan is None:
                 return split
-            return split_of(plan, config, dtype=dtype, utilization=gpu_memory_utilization, max_model_len=max_model_len)
+            limits: dict[str, Any] = {"utilization": gpu_memory_utilization, "max_model_len": max_model_len}
+            return split_of(plan, config, dtype=dtype, quantization=quantization, **limits)
 
         start = time.perf_counter()
         self.model = (
@@ -112,6 +120,7 @@ class LLM:
                 planned,
                 sizes=layers_per_stage,
                 dtype=None if dtype == "auto" else dtype,
+                quantization=quantization,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
                 kernel=kernel,
@@ -350,6 +359,7 @@ def _load(
     *,
     sizes: Sequence[int] | None,
     dtype: str | None,
+    quantization: Quantization | None,
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
     kernel: Kernel | None,
@@ -372,12 +382,13 @@ def _load(
     config = ModelConfig.from_hf(source, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = dtype or config.dtype or "float32"
+    check_quantization(quantization, dtype)
     split = planned(config, dtype)
     check_layout(config, split.tp, rules)
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
     mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp, tp_across_nodes=across)
-    layout |= {"mesh": mesh, "kernel": kernel}
+    layout |= {"mesh": mesh, "kernel": kernel, "quantization": quantization}
     if load_format == "dummy":
         made = Llama.random(config, dtype=dtype, **layout)
         made.source = str(folder) if folder else None

@@ -25,10 +25,12 @@ from jaxtp.model.cache import Cache, LayerCache
 from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
+from jaxtp.ops.quantized import Quantization, check_quantization, quantize
 from jaxtp.ops.rope import rotation
 from jaxtp.sharding import Layout, Region, Rules, check_layout, layers_of, names, on_each_device, variables
 from jaxtp.tp_plan import rules_from_plan
 
+KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
 Stacks = tuple[tuple[int | None, ...], ...]
 
 
@@ -46,6 +48,7 @@ class Llama(nnx.Module):
         mesh: Mesh,
         rules: Rules = Rules(),
         dtype: str = "float32",
+        quantization: Quantization | None = None,
         kernel: Kernel | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
@@ -57,6 +60,7 @@ class Llama(nnx.Module):
         check_layout(config, mesh.shape["tp"], rules)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+        check_quantization(quantization, dtype)
         if kernel not in (None, *get_args(Kernel)):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
@@ -76,7 +80,7 @@ class Llama(nnx.Module):
         )
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
-        self.config, self.layout, self.stacks = config, layout, stacks
+        self.config, self.layout, self.stacks, self.quantization = config, layout, stacks, quantization
         self.source: str | None = None  # the folder it was loaded from
 
     @classmethod
@@ -86,6 +90,7 @@ class Llama(nnx.Module):
         *,
         mesh: Mesh | None = None,
         dtype: str | None = None,
+        quantization: Quantization | None = None,
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
         kernel: Kernel | None = None,
@@ -95,8 +100,9 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Loads a Hugging Face checkpoint (a folder or a hub id) onto a mesh (default: one device).
 
-        dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. tp_plan: "auto", or globs of
-        module names to transformers' styles (see `tp_plan.rules_from_plan`).
+        dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8" keeps layers'
+        kernels in 8 bits (`ops.quantized.quantize`). tp_plan: "auto", or globs of module names to transformers' styles (see
+        `tp_plan.rules_from_plan`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
@@ -104,7 +110,8 @@ class Llama(nnx.Module):
         rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
         check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
         dtype = (None if dtype == "auto" else dtype) or config.dtype or "float32"
-        return cls.load(folder, config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, kernel=kernel, progress=progress)
+        layout: dict[str, Any] = {"mesh": mesh or make_mesh(), "rules": rules, "kernel": kernel}
+        return cls.load(folder, config, dtype=dtype, quantization=quantization, progress=progress, **layout)
 
     @classmethod
     def load(
@@ -115,14 +122,17 @@ class Llama(nnx.Module):
         mesh: Mesh,
         rules: Rules,
         dtype: str,
+        quantization: Quantization | None = None,
         kernel: Kernel | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
         progress: bool,
     ) -> Llama:
         """The same where config and layout are known: reads the folder's weights onto the mesh."""
-        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, region=region, stacks=stacks)
-        hf.load(model, config, folder, progress=progress)
+        model = cls(
+            config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, region=region, stacks=stacks
+        )
+        hf.load(model, config, folder, keep=model.kept, progress=progress)
         model.source = str(folder)
         return model
 
@@ -134,6 +144,7 @@ class Llama(nnx.Module):
         mesh: Mesh | None = None,
         rules: Rules = Rules(),
         dtype: str = "float32",
+        quantization: Quantization | None = None,
         kernel: Kernel | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
@@ -141,17 +152,28 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
         mesh = mesh or make_mesh()
-        model = cls(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kernel, region=region, stacks=stacks)
+        model = cls(
+            config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, region=region, stacks=stacks
+        )
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
             each, tensors = made_of(config, path, weight)
             here = [keys[name or path] for name in layers_of(path, weight)]  # any key where no layer stands
-            weight.set_value(_random(here, each, tensors, weight.get_value(), "norm" in path))
+            drawn = _random(here, each, tensors, weight.get_value(), "norm" in path)
+            weight.set_value(model.kept(path, drawn))
         return model
+
+    def kept(self, path: str, weight: Any) -> Any:
+        """What is kept of a weight that was read or drawn, or of its shape: itself, or the kernel of a block quantized."""
+        return quantize(weight) if self.quantization and path.rpartition(".")[2] in KERNELS else weight
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes a checkpoint folder that `transformers` loads, with the tokenizer files of the folder it came from."""
+        if self.quantization:
+            raise ValueError(
+                f"quantization={self.quantization!r} rounded the weights that were loaded; save a model loaded without"
+            )
         source = Path(self.source) if self.source else None
         hf.save(self, self.config, Path(folder), source=source, max_shard_bytes=max_shard_bytes)
 

@@ -64,7 +64,9 @@ class Stacked:
     """A Llama's forward pass over stacked parameters. It holds no arrays: parameters are an argument."""
 
     def __init__(self, model: Llama) -> None:
-        """`model` may be abstract; its weights are not touched."""
+        """`model` may be abstract; its weights are not touched. Raises ValueError where they are quantized."""
+        if model.quantization:
+            raise ValueError(f"quantization={model.quantization!r} is for generation; a model to train keeps its dtype")
         self.model, self.config, self.layout = model, model.config, model.layout
         blocks = [nnx.split(block) for block in model.layers]
         self._blocks = [graph for graph, _ in blocks]

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.sharding import mesh_of, names, reshard, size
+from jaxtp.ops.quantized import Quantized
+from jaxtp.sharding import beside, mesh_of, names, reshard, size
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,9 @@ class Adapted:
         return self
 
 
-def linear(x: jax.Array, weight: jax.Array | Adapted, *, out: NamedSharding, dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array | Adapted | Quantized, *, out: NamedSharding, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """x [B, T, I] times weight [*O, I], over I: [B, T, *O] in `dtype` (default x's), laid out as `out`.
 
     Of the dims O only the first may be sharded, so that they flatten to a plain matrix on every device: XLA:CPU copies the
@@ -56,6 +59,11 @@ def linear(x: jax.Array, weight: jax.Array | Adapted, *, out: NamedSharding, dty
     """
     if isinstance(weight, Adapted):
         y = _linear(x, weight.kernel, out, dtype) + weight.scale * _low_rank(x, weight.adapters, out, dtype)
+    elif isinstance(weight, Quantized):
+        # the barrier keeps XLA from taking whole weights in x's dtype out of the decode loop
+        x, values = jax.lax.optimization_barrier((x, weight.values))
+        y = _linear(x, values.astype(x.dtype), out, dtype)
+        y = (y * beside(weight.scale, y)).astype(y.dtype)
     else:
         y = _linear(x, weight, out, dtype)
     return checkpoint_name(y, "product")  # training may keep it, summed, for the backward pass

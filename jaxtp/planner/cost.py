@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
+from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import collectives, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
@@ -64,6 +65,7 @@ class Machine:
     split: Split
     cluster: Cluster
     dtype: str
+    quantization: Quantization | None = None
     pace: float = 1.0  # of products, as a share of their rate
 
     @property
@@ -82,9 +84,14 @@ class Machine:
         """Bytes a second."""
         return self.cluster.gpu.bandwidth * 1e9 * hardware.COPY * self.cluster.gpu.efficiency
 
-    def product(self, rows: float, inner: int, columns: int) -> float:
-        """[rows, inner] x [inner, columns]."""
-        moved = self.size * (rows * inner + inner * columns + rows * columns)
+    def task(self, batch: int, prompt_len: int, output_len: int) -> Generation:
+        """Work for it, in its dtype."""
+        return Generation(batch, prompt_len, output_len, dtype=self.dtype, quantization=self.quantization)
+
+    def product(self, rows: float, inner: int, columns: int, *, head: bool = False) -> float:
+        """[rows, inner] x [inner, columns], of a block or the head."""
+        weight = 1 if self.quantization and not head else self.size
+        moved = self.size * rows * (inner + columns) + weight * inner * columns
         return max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
 
     def sent(self, program: Program) -> float:
@@ -119,7 +126,7 @@ class Machine:
     def head(self, rows: float) -> float:
         """Of `rows` tokens."""
         parts = self.split.tp * self.split.pp
-        return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts))
+        return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts), head=True)
 
 
 def decode(machine: Machine, task: Generation) -> Time:

@@ -16,7 +16,8 @@ from jaxtp.planner.work import SIZES, Generation, Split, Training
 @dataclass(frozen=True)
 class Params:
     """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
-    unshared: those of a block without the dim embed, which ZeRO leaves whole.
+    unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels, channels: a block's weights of products,
+    and their output channels.
     """
 
     block: int
@@ -25,6 +26,8 @@ class Params:
     embed: int
     head: int
     norm: int
+    kernels: int
+    channels: int
 
     @property
     def stacked(self) -> int:
@@ -58,7 +61,16 @@ def params(config: ModelConfig, split: Split) -> Params:
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
-    return Params(block, unshared, stages.slots * split.chunks, table, 0 if config.tie_word_embeddings else table, D)
+    head = 0 if config.tie_word_embeddings else table
+    kernels, channels = products(config, split), rows + 2 * mlp + 2 * D
+    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels)
+
+
+def weights(config: ModelConfig, split: Split, task: Generation) -> int:
+    """Bytes of what each device holds to generate: quantized kernels are a byte a weight, and a float32 scale a channel."""
+    held, size = params(config, split), SIZES[task.dtype]
+    saved = held.blocks * ((size - 1) * held.kernels - 4 * held.channels) if task.quantization else 0
+    return size * held.total - saved
 
 
 def kv_heads(config: ModelConfig, tp: int) -> int:
@@ -107,7 +119,7 @@ def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
     size = SIZES[task.dtype]
     rows = split.rows(task.batch) // split.dp
     return Memory(
-        weights=size * params(config, split).total,
+        weights=weights(config, split, task),
         kv=rows * task.slots * slot(config, split, task.dtype),
         workspace=prefill_workspace(
             config, split, rows=rows // split.groups(task.batch), tokens=split.chunks_of(task)[0][1], size=size
@@ -117,7 +129,7 @@ def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
     """Tokens that the caches of all dp groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
-    free = int(memory * task.utilization) - SIZES[task.dtype] * params(config, split).total
+    free = int(memory * task.utilization) - weights(config, split, task)
     return free // slot(config, split, task.dtype) * split.dp
 
 

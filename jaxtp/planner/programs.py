@@ -43,7 +43,7 @@ def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
     each = 2 * memory.products(config, split) + 4 * tokens * config.num_heads * config.head_dim // split.tp
     return Predicted(
         "prefill",
-        size * (held.total - held.head) + cache,  # the head comes after it
+        memory.weights(config, split, task) - size * held.head + cache,  # the head comes after it
         memory.prefill_workspace(config, split, rows=rows // groups, tokens=tokens, size=size),
         each * rows * tokens * split.stages(config).slots,
         collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=task.dtype),
@@ -51,13 +51,13 @@ def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
 
 
 def _decode(config: ModelConfig, split: Split, task: Generation) -> Predicted:
-    size, rows = SIZES[task.dtype], split.rows(task.batch) // split.dp
+    rows = split.rows(task.batch) // split.dp
     each = 2 * memory.products(config, split) + 4 * task.slots * config.num_heads * config.head_dim // split.tp
     ticks = split.pp / split.groups(task.batch)  # in which each group's rows are taken through a stage
     head = 2 * config.hidden_size * math.ceil(config.vocab_size / (split.tp * split.pp))
     return Predicted(
         "decode",
-        size * memory.params(config, split).total + rows * task.slots * memory.slot(config, split, task.dtype),
+        memory.weights(config, split, task) + rows * task.slots * memory.slot(config, split, task.dtype),
         memory.decode_workspace(config, split, rows=rows // split.groups(task.batch), slots=task.slots),
         rows * (each * split.stages(config).slots * ticks + head),
         collectives.decode(config, split, batch=task.batch, dtype=task.dtype),

@@ -17,6 +17,7 @@ from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.log import console, interactive
+from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import cost, hardware, memory
 from jaxtp.planner.cluster import Cluster, cluster, load_links
 from jaxtp.planner.cost import Machine, Time
@@ -81,7 +82,8 @@ class Plan:
     @property
     def machine(self) -> Machine:
         """The rates that it is reckoned with."""
-        return Machine(self.config, self.split, self.cluster, self.task.dtype)
+        quantization = self.task.quantization if isinstance(self.task, Generation) else None
+        return Machine(self.config, self.split, self.cluster, self.task.dtype, quantization)
 
     @functools.cached_property
     def prefill(self) -> Time:
@@ -154,6 +156,7 @@ def plan(
     seq_len: int = 4096,
     max_model_len: int | None = None,
     dtype: str = "bfloat16",
+    quantization: Quantization | None = None,
     objective: Objective | None = None,
     utilization: float | None = None,
     interconnect: str | None = None,
@@ -183,12 +186,15 @@ def plan(
         more: dict[str, Any] = {"known": hardware.load(gpu_file), "links": load_links(gpu_file)} if gpu_file else {}
         where = cluster(gpus, interconnect=interconnect, network=network, **more)
     name, config = _model(model)
-    share = {} if utilization is None else {"utilization": utilization}
+    share: dict[str, Any] = {} if utilization is None else {"utilization": utilization}
     wanted: Task
     if task == "train":
+        if quantization:
+            raise ValueError(f'quantization={quantization!r} is for task="generate"; training keeps its dtype')
         wanted = Training(64 if batch is None else batch, seq_len, dtype, **share)
     else:
-        wanted = Generation(1 if batch is None else batch, prompt_len, output_len, max_model_len, dtype, **share)
+        shape = (1 if batch is None else batch, prompt_len, output_len, max_model_len, dtype)
+        wanted = Generation(*shape, quantization=quantization, **share)
     check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"

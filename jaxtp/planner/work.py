@@ -8,6 +8,7 @@ from typing import Literal
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import AXES, across_nodes
+from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Circulation, Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
@@ -21,7 +22,7 @@ class Generation:
     """`batch` prompts of `prompt_len` tokens, each completed by `output_len`.
 
     max_model_len: tokens of a request at most, for which concurrency is told; default prompt and output. utilization: the
-    share of each GPU that weights and cache may take.
+    share of each GPU that weights and cache may take. quantization: of the blocks' kernels.
     """
 
     batch: int = 1
@@ -30,12 +31,14 @@ class Generation:
     max_model_len: int | None = None
     dtype: str = "bfloat16"
     utilization: float = 0.9
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _positive(batch=self.batch, prompt_len=self.prompt_len, output_len=self.output_len)
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
         _known(self.dtype)
+        check_quantization(self.quantization, self.dtype)
         if self.max_model_len is not None and self.max_model_len < self.total:
             raise ValueError(f"max_model_len={self.max_model_len} is less than prompt_len + output_len = {self.total}")
 
