@@ -1,10 +1,10 @@
-"""XLA's options for GPU programs, each with its reason.
+"""XLA's options for programs, each with its reason.
 
 They travel with a program (`jax.jit(..., compiler_options=options(mesh))`), never in the environment: there a name that a
 version does not know ends the process, and names come and go. Here the compiler is asked first. What XLA_FLAGS sets stays.
 
-Only training has any. In generation each collective waits for the product before it and the next one waits for the collective,
-so that there is nothing to schedule beside it.
+On GPUs only training has any. In generation each collective waits for the product before it and the next one waits for the
+collective, so that there is nothing to schedule beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.log import logger
+from jaxtp.mesh import platform
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,23 @@ TRAINING = (
 )
 """Of the training step."""
 
+QUANTIZED = (
+    Flag(
+        "xla_cpu_scheduler_type",
+        "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "0.10 to 0.12",
+        "The other begins whatever can begin: the weights of all layers would be converted before the first product, and take "
+        "the memory that 8 bits save.",
+    ),
+)
+"""Of generation with `quantization`."""
+
 
 def options(mesh: Mesh, flags: Sequence[Flag] = TRAINING) -> dict[str, bool | str]:
-    """Compiler options for programs over `mesh`: those of `flags` that its devices' compiler knows and XLA_FLAGS does not name.
-
-    Empty where the devices are no GPUs.
+    """Compiler options for programs over `mesh`: those of `flags` that are for its devices (as their names say), that the
+    compiler for them knows, and that XLA_FLAGS does not name.
     """
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-        return {}
+    flags = [flag for flag in flags if flag.name.startswith(f"xla_{platform(mesh)}_")]
     named = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {flag.name: flag.value for flag in flags if flag.name not in named and known(flag, mesh)}
 

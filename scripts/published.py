@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from jaxtp import preset
 from jaxtp.planner import Generation, Plan, Split, Training, cluster
+from jaxtp.planner.hardware import GPUS
 from jaxtp.planner.search import Task
 
 
@@ -32,7 +33,8 @@ class Row:
 
     def predicted(self, efficiency: float) -> float:
         """The same by the planner."""
-        gpus = cluster(f"{self.split.size}x{self.gpu}")
+        nodes = -(-self.split.size // 8)
+        gpus = cluster(f"{nodes}x{self.split.size // nodes}x{self.gpu}", known=KNOWN)
         gpus = dataclasses.replace(gpus, gpu=dataclasses.replace(gpus.gpu, efficiency=efficiency))
         plan = Plan(self.model, preset(self.model), gpus, self.split, self.task)
         if isinstance(self.task, Training):
@@ -50,22 +52,38 @@ def training(source: str, gpu: str, model: str, split: Split, task: Training, *,
     return Row(source, gpu, model, split, task, mfu * peak * 1e12 / flops)
 
 
-ALONE = Generation(1, 128, 256)
+# torchtitan's cards: 96 GB of slower memory, held to 500 of 700 W, and a peak that their owners do not know
+SLOWER = dataclasses.replace(GPUS["H100"], name="H100-500W", gib=94.0, bandwidth=2400.0)
+KNOWN = {**GPUS, SLOWER.name: SLOWER}
+ALONE, SHORT = Generation(1, 128, 256), Generation(1, 5, 200)
 FSDP = Split(dp=8, zero=3, remat="save-dots")
+LEANER = dataclasses.replace(FSDP, dp=64, remat="save-attention")
 MEGATRON = Split(dp=4, tp=2, zero=1, sequence_parallel=True, remat="save-attention", microbatches=16)
 ROWS = [
     *(
-        Row("gpt-fast", "A100-80", "llama-3.1-8b", Split(tp=tp), Generation(1, 8, 200), figure)
+        Row("gpt-fast", "A100-80", "llama-3.1-8b", Split(tp=tp), SHORT, figure)
         for tp, figure in ((1, 93.8), (2, 149.0), (4, 217.0), (8, 276.0))
+    ),
+    *(
+        Row("gpt-fast", "A100-80", "llama-2-70b", Split(tp=tp), SHORT, figure)
+        for tp, figure in ((2, 21.32), (4, 38.01), (8, 62.5))
+    ),
+    *(
+        Row("gpt-fast", "A100-80", model, Split(tp=tp), dataclasses.replace(SHORT, quantization="int8"), figure)
+        for model, tp, figure in (("llama-2-7b", 1, 155.58), ("llama-2-70b", 1, 19.13), ("llama-2-70b", 8, 80.44))
     ),
     *(
         Row("transformers' TP guide", "H100", "llama-3-70b", Split(tp=tp), ALONE, figure)
         for tp, figure in ((2, 45.0), (4, 85.0), (8, 140.0))
     ),
     Row("NIM", "H100", "llama-3.1-8b", Split(), ALONE, 1000 / 4.5),
-    training("MaxText, FSDP", "H100", "llama-2-7b", FSDP, Training(32, 4096), mfu=495 / 989),
+    training("MaxText, FSDP", "H100", "llama-2-7b", FSDP, Training(16, 4096), mfu=495 / 989),
+    Row("MaxText, FSDP", "H100", "llama-2-70b", LEANER, Training(128, 4096), 1036.0),
     training("Megatron-LM", "H100", "llama-3.1-8b", MEGATRON, Training(128, 4096), mfu=0.445),
-    training("torchtitan, FSDP", "H100", "llama-3.1-8b", FSDP, Training(8, 8192), mfu=0.39),
+    *(
+        Row("torchtitan, FSDP", SLOWER.name, "llama-3.1-8b", dataclasses.replace(FSDP, dp=n), Training(2 * n, 8192), figure)
+        for n, figure in ((8, 6667.0), (128, 6514.0))
+    ),
     Row("single H200", "H200", "llama-2-7b", Split(remat="full", microbatches=4), Training(16, 4096), 10471.0),
     Row("vLLM's CI", "H200", "llama-3.1-8b", Split(), Generation(8, 32, 128), 8 / 6.5e-3),
 ]
@@ -101,6 +119,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for row, efficiency, predicted in table():
         kind = "training" if isinstance(row.task, Training) else f"decode, batch {row.task.batch}"
+        if isinstance(row.task, Generation) and row.task.quantization:
+            kind = f"{row.task.quantization}, {kind}"
         gpus = f"{row.split.size}x{row.gpu}, {row.split.told()}"
         numbers = f"{row.figure:,.0f} | {predicted:,.0f} | {predicted / row.figure:.2f} | {efficiency:.2f}"
         print(f"| {row.source} | {row.model}, {kind} | {gpus} | {numbers} |")

@@ -97,9 +97,7 @@ class LLM:
             raise TypeError(f"max_model_len={max_model_len!r} must be an int")
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
-            raise ValueError(
-                f"quantization={quantization!r} is said when a model is loaded, as this one is already"
-            )
+            raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
         if plan is not None and (split != Split() or isinstance(model, Llama)):
             raise ValueError("plan says how the model is split; it goes with no parallel sizes and no loaded model")
         memory.reserve(gpu_memory_utilization)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxtp import xla_flags
 from jaxtp.log import logger
 from jaxtp.model import Llama
 
@@ -22,6 +23,7 @@ class Programs:
         self._leaves, tree = jax.tree.flatten(state)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         self._mesh = model.layout.mesh
+        self._flags = xla_flags.QUANTIZED if model.quantization else ()
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -56,7 +58,8 @@ class Programs:
             with warnings.catch_warnings(), jax.set_mesh(self._mesh):
                 warnings.filterwarnings("error", message="Some donated buffers were not usable")
                 jitted = jax.jit(program, donate_argnums=tuple(i + 1 for i in donate))
-                self._compiled[key] = jitted.lower(self._leaves, *args).compile()
+                options = xla_flags.options(self._mesh, self._flags)
+                self._compiled[key] = jitted.lower(self._leaves, *args).compile(compiler_options=options)
             took = time.perf_counter() - start
             self.compile_seconds += took
             logger.debug("compiled %s in %.1f s", function.__name__, took)

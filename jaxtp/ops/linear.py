@@ -63,7 +63,7 @@ def linear(
         # the barrier keeps XLA from taking whole weights in x's dtype out of the decode loop
         x, values = jax.lax.optimization_barrier((x, weight.values))
         y = _linear(x, values.astype(x.dtype), out, dtype)
-        y = (y * beside(weight.scale, y)).astype(y.dtype)
+        y = (y.astype(jnp.float32) * beside(weight.scale, y)).astype(y.dtype)
     else:
         y = _linear(x, weight, out, dtype)
     return checkpoint_name(y, "product")  # training may keep it, summed, for the backward pass

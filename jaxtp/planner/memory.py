@@ -133,12 +133,13 @@ def capacity(config: ModelConfig, split: Split, task: Generation, memory: float)
     return free // slot(config, split, task.dtype) * split.dp
 
 
-def decode_workspace(config: ModelConfig, split: Split, *, rows: int, slots: int) -> float:
-    """Temporary memory of a decode step for `rows` rows of a group on each device: the logits, and attention's scores. (A few
-    MiB at most; XLA may cut long sums into parts, which takes some more.)
+def decode_workspace(config: ModelConfig, split: Split, *, rows: int, slots: int, size: int) -> float:
+    """Temporary memory of a decode step for `rows` rows of a group on each device: the logits, or attention's scores, beside
+    the residual stream. (A few MiB at most; XLA may cut the sums of products into parts, which takes some more.)
     """
     logits = 4 * rows * math.ceil(config.vocab_size / (split.tp * split.pp))
-    return logits + 1.5 * 4 * rows * slots * (config.num_heads // split.tp)
+    scores = (4 + size) * rows * slots * (config.num_heads // split.tp)
+    return max(logits, scores) + rows * config.hidden_size * size
 
 
 def prefill_workspace(config: ModelConfig, split: Split, *, rows: int, tokens: int, size: int) -> float:

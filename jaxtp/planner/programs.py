@@ -51,14 +51,14 @@ def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
 
 
 def _decode(config: ModelConfig, split: Split, task: Generation) -> Predicted:
-    rows = split.rows(task.batch) // split.dp
+    size, rows = SIZES[task.dtype], split.rows(task.batch) // split.dp
     each = 2 * memory.products(config, split) + 4 * task.slots * config.num_heads * config.head_dim // split.tp
     ticks = split.pp / split.groups(task.batch)  # in which each group's rows are taken through a stage
     head = 2 * config.hidden_size * math.ceil(config.vocab_size / (split.tp * split.pp))
     return Predicted(
         "decode",
         memory.weights(config, split, task) + rows * task.slots * memory.slot(config, split, task.dtype),
-        memory.decode_workspace(config, split, rows=rows // split.groups(task.batch), slots=task.slots),
+        memory.decode_workspace(config, split, rows=rows // split.groups(task.batch), slots=task.slots, size=size),
         rows * (each * split.stages(config).slots * ticks + head),
         collectives.decode(config, split, batch=task.batch, dtype=task.dtype),
     )

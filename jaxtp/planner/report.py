@@ -106,7 +106,8 @@ def _asked(plan: Plan) -> str:
     task = plan.task
     if isinstance(task, Training):
         return f"updates from {task.batch} rows of {task.seq_len:,} tokens"
-    return f"prompts of {task.prompt_len:,} tokens, {task.output_len:,} more each"
+    bits = f", weights in {task.quantization}" if task.quantization else ""
+    return f"prompts of {task.prompt_len:,} tokens, {task.output_len:,} more each{bits}"
 
 
 def _cells(plan: Plan) -> list[str]:

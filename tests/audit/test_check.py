@@ -13,6 +13,7 @@ from jaxtp.planner import Generation, Split, Training, cluster
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collectives.json"  # how often, and MB in all
 FEW, MANY, LONG = Generation(8, 1024, 256), Generation(64, 512, 512), Generation(2, 8192, 512)
+EIGHT_BITS = dataclasses.replace(FEW, quantization="int8")
 SHARED = Split(dp=4, tp=2, sequence_parallel=True, zero=1, microbatches=2, remat="save-dots")
 THREE_D = Split(dp=2, pp=4, tp=8, sequence_parallel=True, zero=1, microbatches=16, remat="save-dots")
 PAIRS = [
@@ -24,6 +25,8 @@ PAIRS = [
     ("llama-3.1-70b", "H100", Split(tp=8), FEW),
     ("llama-3.1-70b", "H100", Split(pp=2, tp=4), FEW),
     ("llama-3.1-405b", "H100", Split(pp=4, tp=8), FEW),
+    ("llama-3.1-8b", "H100", Split(), EIGHT_BITS),
+    ("llama-3.1-70b", "H100", Split(pp=2, tp=2), EIGHT_BITS),
     ("llama-3.1-8b", "H100", Split(dp=8, zero=3, remat="save-dots"), Training(16, 4096)),
     ("llama-3.1-8b", "H100", SHARED, Training(16, 4096)),
     ("llama-3.1-8b", "H200", Split(dp=4, tp=2, zero=2, remat="save-attention", microbatches=2), Training(16, 4096)),
@@ -38,7 +41,8 @@ def name(pair) -> str:
     model, gpu, split, task = pair
     if isinstance(task, Training):
         return f"{model} {gpu} {split.told()} zero={split.zero} {split.remat} train"
-    return f"{model} {gpu} {split.told()} generate {task.batch}x{task.prompt_len}"
+    bits = f" {task.quantization}" if task.quantization else ""
+    return f"{model} {gpu} {split.told()} generate{bits} {task.batch}x{task.prompt_len}"
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import pytest
 
 from jaxtp import preset
 from jaxtp.audit import audit
-from jaxtp.audit.targets import abstract_trainer, compile_step, gpu_mesh
+from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_step, gpu_mesh
 from jaxtp.mesh import make_mesh
 from jaxtp.planner import Split
-from jaxtp.xla_flags import TRAINING, Flag, options
+from jaxtp.xla_flags import QUANTIZED, TRAINING, Flag, options
 
 ADDED = Flag("xla_gpu_graph_min_graph_size", "7", "", "any that all versions know")
 UNKNOWN = Flag("xla_gpu_write_the_paper", True, "", "no version knows it")
@@ -23,8 +23,29 @@ def gpus():
     return gpu_mesh("A100-80", dp=4)
 
 
-def test_cpus_have_none():
-    assert options(make_mesh(dp=2, tp=4)) == {}
+def test_each_goes_to_its_own_devices():
+    mesh = make_mesh(dp=2, tp=4)
+    assert options(mesh, TRAINING) == {}
+    assert [*options(mesh, QUANTIZED)] == [flag.name for flag in QUANTIZED]
+
+
+def test_gpus_have_none_of_the_cpus(gpus):
+    assert options(gpus, QUANTIZED) == {}
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_weights_of_8_bits_are_converted_one_at_a_time(tp, monkeypatch):
+    """What a decode step on CPUs needs beside its arguments is a layer's kernel; without the options it is all of them."""
+    config = dataclasses.replace(preset("llama-3.2-1b"), num_layers=4, vocab_size=1024, windows=())
+
+    def temporary():
+        model = abstract_llama(config, make_mesh(tp=tp), Split(tp=tp), dtype="float32", quantization="int8")
+        return compile_decode(model, batch=8, slots=256).memory_analysis().temp_size_in_bytes
+
+    largest = 4 * 2 * config.intermediate_size * config.hidden_size / tp
+    assert largest < temporary() < 1.1 * largest
+    monkeypatch.setattr("jaxtp.xla_flags.QUANTIZED", ())
+    assert temporary() > 4 * largest
 
 
 def test_only_what_the_compiler_knows(gpus):
@@ -38,7 +59,7 @@ def test_what_the_user_set_stays(gpus, monkeypatch):
 
 
 def test_each_says_why():
-    assert all(flag.why and flag.versions for flag in TRAINING)
+    assert all(flag.why and flag.versions for flag in (*TRAINING, *QUANTIZED))
 
 
 @pytest.mark.slow

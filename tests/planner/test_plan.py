@@ -193,6 +193,23 @@ def test_a_plan_and_sizes_contradict_each_other(tmp_path):
         LLM(folder, plan=refused, progress=False)
 
 
+def test_weights_of_8_bits_need_fewer_gpus_and_less_time(tmp_path):
+    with pytest.raises(ValueError, match="2 of them would do"):
+        plan("llama-3.1-70b", "1xH200")
+    alone = plan("llama-3.1-70b", "1xH200", quantization="int8").best
+    kernels = 80 * (8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672)
+    channels, others = 80 * (8192 + 2 * 1024 + 8192 + 2 * 28672 + 8192), 2 * 128256 * 8192 + 161 * 8192
+    assert alone.memory.weights == kernels + 4 * channels + 2 * others
+    whole, rounded = (plan("llama-3.1-70b", "8xH200", quantization=q).best for q in (None, "int8"))
+    assert rounded.step.weights == pytest.approx(whole.step.weights / 2, rel=0.05)
+    folder = tiny.checkpoint(tmp_path / "model")
+    chosen = plan(folder, "4xH100", prompt_len=8, output_len=4, quantization="int8").best
+    llm = LLM(folder, plan=chosen, quantization="int8", dtype="bfloat16", progress=False)
+    assert llm.budget.weight_bytes == chosen.memory.weights
+    with pytest.raises(ValueError, match="this plan is with quantization='int8'; asked for: None"):
+        LLM(folder, plan=chosen, progress=False)
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +232,9 @@ def test_a_plan_and_sizes_contradict_each_other(tmp_path):
         ("llama-3.1-8b", "8xH100", {"max_model_len": 100}, "max_model_len=100 is less than prompt_len"),
         ("llama-3.1-8b", "8xH100", {"utilization": 1.5}, r"utilization=1.5 must be in \(0, 1\]"),
         ("llama-3.1-8b", "8xH100", {"dtype": "int4"}, "dtype='int4' must be one of float32"),
+        ("llama-3.1-8b", "8xH100", {"quantization": "awq"}, "quantization='awq' is not supported; supported: int8"),
+        ("llama-3.1-8b", "8xH100", {"quantization": "int8", "dtype": "float16"}, "use dtype='bfloat16'"),
+        ("llama-3.1-8b", "8xH100", {"quantization": "int8", "task": "train"}, "training keeps its dtype"),
     ],
 )
 def test_bad_input(model, gpus, options, said):

@@ -1,0 +1,135 @@
+"""Weights of 8 bits: transformers, with the same weights rounded by a formula in NumPy, says what comes out on every mesh."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp.audit.targets import abstract_llama
+from jaxtp.model.stacked import Stacked
+from jaxtp.ops.quantized import quantize
+from jaxtp.planner import Generation, Split, memory
+from jaxtp.sharding import describe, variables
+
+PROMPTS = ["", "Once upon a time, there was a cat", "Lily", "The big dog and the little bird were friends."]
+NEW = 60
+MESHES = [
+    {},
+    {"tensor_parallel_size": 2},
+    {"tensor_parallel_size": 4, "sequence_parallel": True},
+    {"data_parallel_size": 2, "tensor_parallel_size": 4},
+    {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "data_parallel_size": 2},
+]
+
+
+def rounded(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, scale) of a kernel [*O, I], in float64."""
+    kernel = kernel.astype(np.float64)
+    scale = np.abs(kernel).max(axis=-1) / 127
+    return np.rint(kernel / np.where(scale, scale, 1)[..., None]), scale
+
+
+def reference(folder):
+    """transformers' model of a folder with the layers' kernels rounded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            values, scale = rounded(layer.weight.detach().numpy())
+            layer.weight.data = torch.from_numpy((values * scale[:, None]).astype(np.float32))
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(stories):
+    model, tokenizer = reference(stories), AutoTokenizer.from_pretrained(stories)
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0]
+        found.append(out[ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_greedy_tokens_equal_transformers(stories, expected, mesh):
+    llm = LLM(stories, quantization="int8", progress=False, **mesh)
+    requests = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW))
+    assert [r.outputs[0].token_ids for r in requests] == expected
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True}], ids=str
+)
+@pytest.mark.parametrize("tp", [1, 4, 8])
+def test_logits_equal_transformers(tmp_path, tp, changes):
+    folder = tiny.checkpoint(tmp_path / "model", num_kv_heads=4, **changes)
+    ids = np.random.default_rng(0).integers(3, 98, (2, 24))
+    with torch.no_grad():
+        theirs = reference(folder)(torch.from_numpy(ids)).logits.numpy()
+    model = Llama.from_pretrained(folder, mesh=make_mesh(tp=tp), quantization="int8", progress=False)
+    mine = np.asarray(model(ids.astype(np.int32)))
+    assert np.abs(mine - theirs).max() < 1e-5 * max(1, np.abs(theirs).max())
+    plain = np.asarray(Llama.from_pretrained(folder, mesh=make_mesh(tp=tp), progress=False)(ids.astype(np.int32)))
+    assert 1e-3 < np.abs(mine - plain).max() / np.abs(plain).max() < 0.1  # it is rounded, and not by much
+    half = Llama.from_pretrained(folder, mesh=make_mesh(tp=tp), quantization="int8", dtype="bfloat16", progress=False)
+    assert np.abs(np.asarray(half(ids.astype(np.int32))) - mine).max() < 0.05 * np.abs(mine).max()
+
+
+def test_rounding_is_that_of_the_formula():
+    kernel = np.random.default_rng(0).normal(size=(3, 4, 16)).astype(np.float32)
+    kernel[1, 2] = 0  # a channel of zeros, as in a place without a layer
+    found = jax.tree.map(np.asarray, quantize(jax.numpy.asarray(kernel)))
+    values, scale = rounded(kernel)
+    assert found.values.dtype == np.int8
+    np.testing.assert_array_equal(found.values, values)
+    np.testing.assert_allclose(found.scale, np.where(scale, scale, 1), rtol=1e-6)
+    assert np.abs(found.values * found.scale[..., None] - kernel).max() <= scale.max() / 2 * (1 + 1e-6)
+
+
+CONFIGS = {
+    "plain": tiny.config(num_layers=8),
+    "biases": tiny.config(qkv_bias=True, o_bias=True, mlp_bias=True, num_layers=3),
+    "qk-norm": tiny.config(qk_norm=True, head_dim=16, tie_word_embeddings=True),
+    "few KV heads": tiny.config(num_kv_heads=2, num_layers=5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), list(itertools.product(CONFIGS, [{"tp": 1}, {"tp": 8}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 4}])), ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planner_knows_what_is_held(name, axes, dtype):
+    config, split = CONFIGS[name], Split(**axes)
+    model = abstract_llama(config, make_mesh(**axes), split, dtype=dtype, quantization="int8")
+    task = Generation(dtype=dtype, quantization="int8")
+    assert memory.weights(config, split, task) == describe(model).device_bytes
+    assert memory.weights(config, split, dataclasses.replace(task, quantization=None)) > describe(model).device_bytes
+
+
+def test_random_weights_are_quantized_too():
+    model = Llama.random(tiny.config(), mesh=make_mesh(tp=2), quantization="int8")
+    kinds = {path.rpartition(".")[2]: weight.get_value().dtype.name for path, weight in variables(model)}
+    assert {name for name, dtype in kinds.items() if dtype == "int8"} == {"qkv", "o", "gate_up", "down"}
+    assert kinds["embed"] == kinds["head"] == kinds["weight"] == "float32"
+
+
+def test_bad_input(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model")
+    with pytest.raises(ValueError, match="quantization='int4' is not supported; supported: int8"):
+        LLM(folder, quantization="int4", progress=False)
+    with pytest.raises(ValueError, match="float16 may overflow before a product is scaled; use dtype='bfloat16'"):
+        LLM(folder, quantization="int8", dtype="float16", progress=False)
+    model = Llama.from_pretrained(folder, quantization="int8", progress=False)
+    with pytest.raises(ValueError, match="save a model loaded without"):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="a model to train keeps its dtype"):
+        Stacked(model)
+    with pytest.raises(ValueError, match="is said when a model is loaded"):
+        LLM(Llama.from_pretrained(folder, progress=False), quantization="int8", progress=False)
+    assert LLM(model, tokenizer=folder, progress=False).generate("ab", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
