@@ -10,7 +10,7 @@ with a share of the batch (or --dp). `jaxtp generate` has every other flag.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -37,6 +37,7 @@ class Args:
     batch: int = 1
     """With --dummy: how many prompts of 128 random tokens."""
     dtype: str = "auto"
+    quantization: Literal["int8"] | None = None
     audit: bool = False
     """Also print what a decode step communicates."""
     virtual_devices: int | None = None
@@ -55,7 +56,7 @@ def main(args: Args) -> None:
     dp = args.dp or devices // (tp * args.pp)
     load_format = "dummy" if args.dummy else "auto"
     sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": args.pp, "data_parallel_size": dp}
-    llm = LLM(args.model, **sizes, dtype=args.dtype, load_format=load_format)
+    llm = LLM(args.model, **sizes, dtype=args.dtype, quantization=args.quantization, load_format=load_format)
     prompts = [[(7 * i + j) % config.vocab_size for j in range(128)] for i in range(args.batch)] if args.dummy else args.prompt
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=args.dummy)
     if args.dummy:

@@ -69,7 +69,7 @@ def budget(model: Llama, *, utilization: float) -> Budget:
     if free < slot:
         raise ValueError(
             f"the weights take {total / 2**30:.2f} GiB on each device and leave no room for a KV cache; "
-            "use more devices (tensor_parallel_size), a smaller dtype, or a higher gpu_memory_utilization"
+            "use more devices (tensor_parallel_size), a smaller dtype, quantization, or a higher gpu_memory_utilization"
         )
     embedding = 0 if model.head is None else found["embed"]
     return Budget(total, (total - embedding) * model.stages, free, slot, model.layout.parts("batch"))

@@ -60,7 +60,7 @@ def linear(
     if isinstance(weight, Adapted):
         y = _linear(x, weight.kernel, out, dtype) + weight.scale * _low_rank(x, weight.adapters, out, dtype)
     elif isinstance(weight, Quantized):
-        # the barrier keeps XLA from taking whole weights in x's dtype out of the decode loop
+        # without the barrier, XLA:CPU takes all weights in x's dtype out of the decode loop (see xla_flags.QUANTIZED, too)
         x, values = jax.lax.optimization_barrier((x, weight.values))
         y = _linear(x, values.astype(x.dtype), out, dtype)
         y = (y.astype(jnp.float32) * beside(weight.scale, y)).astype(y.dtype)
