@@ -47,8 +47,8 @@ QUANTIZED = (
         "xla_cpu_scheduler_type",
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "0.10 to 0.12",
-        "The other begins whatever can begin: the weights of all layers would be converted before the first product, and take "
-        "the memory that 8 bits save.",
+        "That of jaxlib 0.10 begins whatever can begin: the weights of all layers would be converted before the first product, "
+        "and take the memory that 8 bits save.",
     ),
 )
 """Of generation with `quantization`."""
