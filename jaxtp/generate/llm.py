@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
-from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
 from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.batch import Batch, slots_needed
+from jaxtp.generate.load import eos_of, load_model, tokenizer_of
 from jaxtp.generate.outputs import RequestOutput
 from jaxtp.generate.params import SamplingParams
 from jaxtp.generate.programs import Programs
+from jaxtp.generate.prompts import Prompt, listed, token_id
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS
 from jaxtp.generate.text import Tokenizer
 from jaxtp.log import console, interactive, logger, show
-from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
-from jaxtp.ops.quantized import Quantization, check_quantization
-from jaxtp.parallel.circulate import staged, stages_of
-from jaxtp.parallel.stages import Stages
+from jaxtp.ops.quantized import Quantization
+from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
-from jaxtp.presets import PRESETS, preset
-from jaxtp.sharding import check_layout
-from jaxtp.tp_plan import rules_from_plan
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class LLM:
@@ -112,7 +103,7 @@ class LLM:
         self.model = (
             model
             if isinstance(model, Llama)
-            else _load(
+            else load_model(
                 model,
                 load_format,
                 planned,
@@ -130,8 +121,8 @@ class LLM:
         )
         self.config = self.model.config
         source = tokenizer or self.model.source
-        self.tokenizer = source if isinstance(source, Tokenizer) else _tokenizer(source, asked=tokenizer is not None)
-        self.eos = _eos(self.config, self.model.source, hf_overrides or {})
+        self.tokenizer = source if isinstance(source, Tokenizer) else tokenizer_of(source, asked=tokenizer is not None)
+        self.eos = eos_of(self.config, self.model.source, hf_overrides or {})
         self.programs = Programs(self.model)
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
@@ -219,7 +210,7 @@ class LLM:
     def _requests_of(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> tuple[list[RequestOutput], list[Row]]:
-        each = _as_list(prompts)
+        each = listed(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(each)
         if len(params) != len(each):
@@ -247,7 +238,7 @@ class LLM:
                 raise ValueError("this checkpoint has no tokenizer: give token ids, or LLM(..., tokenizer=folder)")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [_int(token) for token in prompt]
+            ids = [token_id(token) for token in prompt]
         if not ids:
             raise ValueError("a prompt has no tokens; an empty text needs a tokenizer that adds a beginning-of-sequence token")
         if len(ids) >= self.max_model_len:
@@ -348,99 +339,3 @@ class Timing:
                 1e3 * self.decode / self.steps,
                 self.bytes / self.decode / 1e9,
             )
-
-
-def _load(
-    model: str | Path,
-    load_format: str,
-    planned: Callable[[ModelConfig, str], Split],
-    *,
-    sizes: Sequence[int] | None,
-    dtype: str | None,
-    quantization: Quantization | None,
-    tp_plan: str | Mapping[str, str],
-    sequence_parallel: bool,
-    kernel: Kernel | None,
-    across: bool,
-    hf_overrides: Mapping[str, Any] | None,
-    revision: str | None,
-    progress: bool,
-) -> Llama:
-    """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
-    named = load_format == "dummy" and str(model) in PRESETS
-    try:
-        folder = None if named else hf.resolve(model, revision=revision)
-    except FileNotFoundError as error:
-        if str(model) in PRESETS:
-            raise FileNotFoundError(f'{error}; as a preset it needs load_format="dummy"') from None
-        if load_format == "dummy":
-            raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
-        raise
-    source = preset(str(model)).to_hf() if folder is None else folder
-    config = ModelConfig.from_hf(source, overrides=hf_overrides)
-    rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
-    dtype = dtype or config.dtype or "float32"
-    check_quantization(quantization, dtype)
-    split = planned(config, dtype)
-    check_layout(config, split.tp, rules)
-    stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
-    layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
-    mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp, tp_across_nodes=across)
-    layout |= {"mesh": mesh, "kernel": kernel, "quantization": quantization}
-    if load_format == "dummy":
-        made = Llama.random(config, dtype=dtype, **layout)
-        made.source = str(folder) if folder else None
-        return made
-    assert folder is not None
-    return Llama.load(folder, config, dtype=dtype, progress=progress, **layout)
-
-
-def _tokenizer(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
-    if source is None:
-        return None
-    folder = hf.resolve(source)
-    if any(folder.glob("tokenizer*")):
-        return Tokenizer(folder)
-    if asked:
-        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model)")
-    return None
-
-
-def _eos(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
-    path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
-    try:
-        found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if found is None:
-        return config.eos_token_ids
-    return tuple(found) if isinstance(found, list) else (found,)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
-    """One prompt or several, as a list of texts and lists of ids: a list of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [_bare(prompts)]
-    if len(prompts) == 0:
-        raise ValueError("the batch is empty: give at least one prompt")
-    if not isinstance(prompts[0], str | Mapping) and np.ndim(prompts[0]) == 0:  # type: ignore[arg-type,index]
-        return [prompts]  # type: ignore[list-item]
-    return [_bare(prompt) for prompt in prompts]  # type: ignore[arg-type]
-
-
-def _bare(prompt: Prompt) -> str | Sequence[int]:
-    """A prompt as vLLM's dicts hold it: {"prompt": text} or {"prompt_token_ids": ids}."""
-    if not isinstance(prompt, Mapping):
-        return prompt
-    for key, kind in (("prompt", str), ("prompt_token_ids", Sequence)):
-        if isinstance(prompt.get(key), kind):
-            return prompt[key]
-    raise TypeError(f'a prompt is a text, token ids, or a dict with "prompt" or "prompt_token_ids"; given: {prompt!r}')
-
-
-def _int(token: Any) -> int:
-    try:
-        return operator.index(token)
-    except TypeError:
-        raise TypeError(f"token ids are ints; given: {token!r}") from None

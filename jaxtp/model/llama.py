@@ -37,8 +37,7 @@ Stacks = tuple[tuple[int | None, ...], ...]
 class Llama(nnx.Module):
     """A decoder of the Llama family on a mesh.
 
-    Built abstract: its weights are shapes with shardings until `checkpoint.load`, `Llama.from_pretrained` or
-    `Llama.random` fills them.
+    Built abstract: its weights are shapes with shardings until `load` fills them; `from_pretrained` and `random` do both.
     """
 
     def __init__(
@@ -110,31 +109,14 @@ class Llama(nnx.Module):
         rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
         check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
         dtype = (None if dtype == "auto" else dtype) or config.dtype or "float32"
-        layout: dict[str, Any] = {"mesh": mesh or make_mesh(), "rules": rules, "kernel": kernel}
-        return cls.load(folder, config, dtype=dtype, quantization=quantization, progress=progress, **layout)
+        made = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, quantization=quantization, kernel=kernel)
+        return made.load(folder, progress=progress)
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        config: ModelConfig,
-        *,
-        mesh: Mesh,
-        rules: Rules,
-        dtype: str,
-        quantization: Quantization | None = None,
-        kernel: Kernel | None = None,
-        region: Region = on_each_device,
-        stacks: Stacks = (),
-        progress: bool,
-    ) -> Llama:
-        """The same where config and layout are known: reads the folder's weights onto the mesh."""
-        model = cls(
-            config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, region=region, stacks=stacks
-        )
-        hf.load(model, config, folder, keep=model.kept, progress=progress)
-        model.source = str(folder)
-        return model
+    def load(self, folder: Path, *, progress: bool) -> Llama:
+        """Itself, with the weights of a checkpoint folder. Raises ValueError where they are not those of its config."""
+        hf.load(self, self.config, folder, keep=self.kept, progress=progress)
+        self.source = str(folder)
+        return self
 
     @classmethod
     def random(

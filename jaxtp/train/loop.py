@@ -153,7 +153,7 @@ class Run:
         layout = staged(pipeline.stages, rules=self._rules) if pipeline else {"rules": self._rules}
         place: dict[str, Any] = {"mesh": self.mesh, "dtype": dtype, **layout}
         if self._start:
-            return self.stacked.stack(Llama.load(self._start, self.model_config, **place, progress=True))
+            return self.stacked.stack(Llama(self.model_config, **place).load(self._start, progress=True))
         return self.stacked.stack(Llama.random(self.model_config, **place, seed=self.config.seed))
 
     @property

@@ -1,0 +1,91 @@
+"""What `LLM` is made of: a model on its mesh, its tokenizer, and the ids that end its texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtp.checkpoint import hf
+from jaxtp.config import ModelConfig
+from jaxtp.generate.text import Tokenizer
+from jaxtp.mesh import make_mesh
+from jaxtp.model import Llama
+from jaxtp.ops.attention import Kernel
+from jaxtp.ops.quantized import Quantization, check_quantization
+from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.stages import Stages
+from jaxtp.planner import Split
+from jaxtp.presets import PRESETS, preset
+from jaxtp.sharding import check_layout
+from jaxtp.tp_plan import rules_from_plan
+
+
+def load_model(
+    model: str | Path,
+    load_format: str,
+    planned: Callable[[ModelConfig, str], Split],
+    *,
+    sizes: Sequence[int] | None,
+    dtype: str | None,
+    quantization: Quantization | None,
+    tp_plan: str | Mapping[str, str],
+    sequence_parallel: bool,
+    kernel: Kernel | None,
+    across: bool,
+    hf_overrides: Mapping[str, Any] | None,
+    revision: str | None,
+    progress: bool,
+) -> Llama:
+    """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
+    named = load_format == "dummy" and str(model) in PRESETS
+    try:
+        folder = None if named else hf.resolve(model, revision=revision)
+    except FileNotFoundError as error:
+        if str(model) in PRESETS:
+            raise FileNotFoundError(f'{error}; as a preset it needs load_format="dummy"') from None
+        if load_format == "dummy":
+            raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
+        raise
+    source = preset(str(model)).to_hf() if folder is None else folder
+    config = ModelConfig.from_hf(source, overrides=hf_overrides)
+    rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
+    dtype = dtype or config.dtype or "float32"
+    check_quantization(quantization, dtype)
+    split = planned(config, dtype)
+    check_layout(config, split.tp, rules)
+    stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
+    layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
+    mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp, tp_across_nodes=across)
+    layout |= {"mesh": mesh, "dtype": dtype, "kernel": kernel, "quantization": quantization}
+    if load_format == "dummy":
+        made = Llama.random(config, **layout)
+        made.source = str(folder) if folder else None
+        return made
+    assert folder is not None
+    return Llama(config, **layout).load(folder, progress=progress)
+
+
+def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
+    """That of a folder or hub id, or None where it holds none. Raises FileNotFoundError for one that was asked for."""
+    if source is None:
+        return None
+    folder = hf.resolve(source)
+    if any(folder.glob("tokenizer*")):
+        return Tokenizer(folder)
+    if asked:
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model)")
+    return None
+
+
+def eos_of(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
+    path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
+    try:
+        found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if found is None:
+        return config.eos_token_ids
+    return tuple(found) if isinstance(found, list) else (found,)
