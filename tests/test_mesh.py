@@ -24,6 +24,7 @@ def test_minus_one_takes_what_is_left():
     ("sizes", "message"),
     [
         ({"tp": 16}, r"tp=16 needs 16 devices, 8 are there.*--virtual-devices 16"),
+        ({"dp": -1, "tp": 16}, r"tp=16 needs 16 devices, 8 are there.*--virtual-devices 16"),
         ({"dp": -1, "tp": 3}, "dp=-1: the other axes take 3 devices, which does not divide 8"),
         ({"dp": -1, "tp": -1}, "only one axis may be -1"),
         ({"tp": 0}, "tp=0: an axis has a size of at least 1"),

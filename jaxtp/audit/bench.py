@@ -27,8 +27,8 @@ METRICS = {
     "step": ("a token, ms", 1e3, True),
     "tokens_per_second": ("tokens/s made", 1.0, False),
     "total_tokens_per_second": ("tokens/s in and out", 1.0, False),
-    "mbu": ("memory bandwidth used (MBU)", 100.0, False),
-    "mfu": ("operations used, prefill (MFU)", 100.0, False),
+    "mbu": ("memory bandwidth used (MBU), %", 100.0, False),
+    "mfu": ("operations used, prefill (MFU), %", 100.0, False),
     "communication": ("communication in a decode step, %", 100.0, True),
     "communication_prefill": ("communication in the prefill, %", 100.0, True),
     "compile_seconds": ("compiling, s", 1.0, True),
@@ -134,12 +134,14 @@ def measure(
     metrics |= _planned(llm, prompts, input_len, output_len)
     settings = {
         "kind": kind,
+        "model": Path(llm.model.source).name if llm.model.source else f"{config.num_params / 1e6:,.0f}M random weights",
         "prompts": prompts,
         "input_len": input_len,
         "output_len": output_len,
         "mesh": " × ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "1 device",
         "device": mesh.devices.flat[0].device_kind,
-        "dtype": str(llm.model.layout.dtype),
+        "dtype": str(llm.model.layout.dtype) + f", {llm.model.quantization} weights" * bool(llm.model.quantization),
+        "max_num_seqs": llm.max_num_seqs,
         "jax": jax.__version__,
     }
     return Bench(settings, metrics)

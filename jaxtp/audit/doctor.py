@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
-SIZES = tuple(MIB >> 6 << 2 * i for i in range(8))  # 16 KiB to 256 MiB
 SLOW = 0.7  # of the median: what is below is named
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-nccl-cu13",
             "nvidia-nccl-cu12", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # fmt: skip
@@ -98,9 +97,17 @@ class Diagnosis(Shown):
         path.write_text(json.dumps(self.profile(), indent=1) + "\n")
 
 
-def examine(mesh: Mesh, *, sizes: tuple[int, ...] = SIZES) -> Diagnosis:
-    """Times every device and link of a mesh. sizes: bytes of the arrays that collectives are timed with."""
+def sizes_to(largest: int) -> tuple[int, ...]:
+    """Bytes of arrays, from 16 KiB in steps of four, and the largest."""
+    return (*(size for i in range(16) if (size := MIB >> 6 << 2 * i) < largest), largest)
+
+
+def examine(mesh: Mesh, *, largest: int | None = None) -> Diagnosis:
+    """Times every device and link of a mesh. largest: bytes of the largest arrays that collectives are timed with; default 256
+    MiB, on virtual devices 16.
+    """
     local, first = mesh.local_devices, mesh.devices.flat[0]
+    sizes = sizes_to(largest or (16 if first.platform == "cpu" else 256) * MIB)
     bar: Any = {"description": "measuring", "console": console, "disable": not interactive(), "transient": True}
     copies = {d.id: copy_rate(d) for d in track(local, **bar)}
     products = {d.id: product_rate(device=d) for d in track(local, **bar)}

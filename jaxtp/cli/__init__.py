@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import sys
 import warnings
@@ -33,6 +34,9 @@ def main() -> None:
     """The command line. Mistakes end with one line and exit code 2; with JAXTP_DEBUG=1, with the traceback."""
     warnings.simplefilter("default")
     arguments, rest = sys.argv[1:], []
+    if arguments == ["--version"]:
+        print(f"jaxtp {importlib.metadata.version('jaxtp')}")
+        return
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments, rest = arguments[:2], arguments[2:]  # what follows the file are settings of the run
     elif arguments[:1] == ["profile"]:

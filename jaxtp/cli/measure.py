@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxtp.cli.options import Alias, Engine, Flag
+from jaxtp.cli.options import Alias, Engine, Flag, writable
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Plan:
     objective: Literal["latency", "throughput", "memory"] | None = None
     """What is best; default latency to generate, throughput to train."""
     batch: int | None = None
-    """Prompts at once (default 1; for throughput as many as fit), or rows of an update (default 64)."""
+    """Prompts at once (default 1; for throughput the largest power of two that fits, up to 256), or rows of an update (default
+    64)."""
     prompt_len: int | None = None
-    """Tokens of a prompt; default 1024."""
+    """Tokens of a prompt; default 1024, or what the model takes."""
     output_len: int | None = None
-    """Tokens of a completion; default 256."""
+    """Tokens of a completion; default 256, or what the model takes."""
     seq_len: int | None = None
-    """Tokens of a row to train on; default 4096."""
+    """Tokens of a row to train on; default 4096, or what the model takes."""
     max_model_len: int | None = None
     """Tokens of a request at most, for the concurrency; default prompt and output."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -82,7 +83,8 @@ class Plan:
             self._compile(plans.best)
 
     def _check(self) -> None:
-        """Raises ValueError for flags that contradict each other."""
+        """Raises ValueError for flags that contradict each other, FileNotFoundError for a folder that is not there."""
+        writable("--plot", self.plot)
         if bool(self.gpus) == bool(self.measured):
             raise ValueError("give either --gpus, such as 8xH100, or --measured FILE")
         if self.virtual and not self.compile:
@@ -121,8 +123,8 @@ class Doctor:
     """Write what was found as JSON, for `jaxtp plan --measured`."""
     plot: Path | None = None
     """Write a picture of the bus bandwidths."""
-    largest: int = 256
-    """MiB of the largest arrays that collectives are timed with."""
+    largest: int | None = None
+    """MiB of the largest arrays that collectives are timed with; default 256, on virtual devices 16."""
     virtual_devices: int | None = None
     """Look at this many virtual CPU devices."""
 
@@ -130,15 +132,17 @@ class Doctor:
         """Measures and prints."""
         from jaxtp import make_mesh, use_virtual_devices
 
+        writable("--profile", self.profile)
+        writable("--plot", self.plot)
+        if self.largest is not None and self.largest < 1:
+            raise ValueError(f"--largest {self.largest} must be at least 1 MiB")
         if self.virtual_devices is not None:
             use_virtual_devices(self.virtual_devices)
-        from jaxtp.audit.doctor import MIB, SIZES, examine
+        from jaxtp.audit.doctor import MIB, examine
 
-        sizes = tuple(size for size in SIZES if size <= self.largest * MIB)
-        if not sizes:
-            raise ValueError(f"--largest {self.largest} must be at least 1 MiB")
         tp = -1 if self.tensor_parallel_size is None else self.tensor_parallel_size
-        found = examine(make_mesh(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=tp), sizes=sizes)
+        mesh = make_mesh(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=tp)
+        found = examine(mesh, largest=None if self.largest is None else self.largest * MIB)
         for name, version in found.versions.items():
             print(f"{name}: {version}")
         print(f"topology: {found.topology}\n")
@@ -179,10 +183,11 @@ class Bench:
 
         if self.compare and not self.compare.exists():
             raise FileNotFoundError(f"--compare: there is no {self.compare}")
-        llm = self.engine.llm(self.model)
+        writable("--json", self.json)
         from jaxtp.audit import bench
 
         before = bench.read(self.compare) if self.compare else None
+        llm = self.engine.llm(self.model)
         logging.getLogger("jaxtp").setLevel(logging.WARNING)
         count = self.batch_size if self.kind == "latency" else self.num_prompts
         found = bench.measure(llm, kind=self.kind, prompts=count, input_len=self.input_len, output_len=self.output_len,
@@ -214,6 +219,8 @@ class Profile:
 
     def run(self) -> None:
         """Profiles and prints."""
+        writable("--trace", self.trace)
+        writable("--plot", self.plot)
         if Path(self.model).suffix in (".yaml", ".yml"):
             found = self._training()
         else:

@@ -190,6 +190,12 @@ def mistakes() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def writable(flag: str, path: Path | None) -> None:
+    """Raises FileNotFoundError, before any work, where the folder of a file to write is not there."""
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{flag}: there is no folder {path.absolute().parent}")
+
+
 def _object(text: str, flag: str) -> dict[str, Any]:
     try:
         found = json.loads(text)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxtp.cli.options import Alias, Engine, Flag, Launch, Sampling
+from jaxtp.cli.options import Alias, Engine, Flag, Launch, Sampling, writable
 
 if TYPE_CHECKING:
     from jaxtp import LLM, RequestOutput, SamplingParams
@@ -46,8 +46,9 @@ class Generate:
             raise ValueError("give either --prompt TEXT or --prompts-file FILE")
         if self.stream and (self.output or self.sampling.n > 1):
             raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
-        if self.output and not self.output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--output: there is no folder {self.output.absolute().parent}")
+        if self.prompt and not self.output and self.sampling.logprobs is not None:
+            raise ValueError("--logprobs are not part of the text that is printed; --output FILE has them")
+        writable("--output", self.output)
         prompts: list[str | list[int]] = [*self.prompt] or [*_read_prompts(self.prompts_file)]
         params = self.sampling.params()
         self.engine.see_devices()
@@ -134,15 +135,20 @@ class Export:
     """The folder of the run."""
     folder: tyro.conf.Positional[Path]
     """Where to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights written; default the one that the run computed in."""
     step: int | None = None
     """The checkpoint of this step; default the last one."""
+    overwrite: Flag = False
+    """Replace the checkpoint that stands in the folder."""
 
     def run(self) -> None:
         """Exports."""
         from jaxtp import train
+        from jaxtp.log import show
 
-        train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step)
+        show()
+        train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step, overwrite=self.overwrite)
 
 
 def _same_everywhere(asked: Any) -> None:

@@ -44,7 +44,7 @@ def load_model(
         folder = None if named else hf.resolve(model, revision=revision)
     except FileNotFoundError as error:
         if str(model) in PRESETS:
-            raise FileNotFoundError(f'{error}; as a preset it needs load_format="dummy"') from None
+            raise FileNotFoundError(f'{error}; as a preset it needs load_format="dummy" (--load-format dummy)') from None
         if load_format == "dummy":
             raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
         raise

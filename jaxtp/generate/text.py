@@ -25,7 +25,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the tokenizer's own beginning-of-sequence token where it adds one."""
-        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        return self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text, exactly as the tokens spell it."""

@@ -86,6 +86,8 @@ def load_links(path: str | Path) -> dict[str, Link]:
     found, fields = {"nvlink": NVLINK4, "pcie": PCIE4, **NETWORKS}, ("latency", "hop", "bus", "others")
     mine: dict[str, Link] = {}
     for name, given in hardware.entries(path).get("links", {}).items():
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: the link {name} must map fields to values: like, {', '.join(fields)}")
         settings = dict(given)
         like = settings.pop("like", "infiniband")
         if like not in found or (unknown := [key for key in settings if key not in fields]):
@@ -93,7 +95,12 @@ def load_links(path: str | Path) -> dict[str, Link]:
                 f"is like {like!r}, which is none of {', '.join(found)}" if like not in found else f"has {', '.join(unknown)}"
             )
             raise ValueError(f"{path}: the link {name} {wrong}; a link has: like, {', '.join(fields)}")
-        bus = tuple((float(size), float(bandwidth)) for size, bandwidth in settings.pop("bus", found[like].bus))
+        for field in settings.keys() - {"bus"}:
+            hardware.check_number(f"{path}: the link {name}", field, settings[field], zero=field != "others")
+        try:
+            bus = tuple((float(size), float(bandwidth)) for size, bandwidth in settings.pop("bus", found[like].bus))
+        except (TypeError, ValueError):
+            bus = ()
         if not bus or [size for size, _ in bus] != sorted({size for size, _ in bus}) or min(map(min, bus)) <= 0:
             raise ValueError(f"{path}: the bus of {name} must be [MiB, GB/s] pairs, the smallest size first, all above 0")
         mine[name] = dataclasses.replace(found[like], name=name, bus=bus, **settings)
@@ -130,11 +137,13 @@ class Cluster:
         """Bytes of each GPU."""
         return self.gpu.gib * 2**30
 
-    def of(self, gpus: int) -> Cluster:
-        """That many of them, in nodes as large as these, at least as large as is usual."""
+    def of(self, gpus: int) -> Cluster | None:
+        """That many of them, in nodes as large as these, at least as large as is usual; None where these would not be full."""
         most = self.per_node if self.nodes > 1 else max(self.per_node, self.gpu.domain, 8)
-        most = 1 << (most.bit_length() - 1)  # the counts that are tried are powers of two
+        most = 1 << (most.bit_length() - 1)  # so that powers of two fill them
         per_node, nodes = min(most, gpus), max(1, gpus // most)
+        if per_node * nodes != gpus:
+            return None
         *inside, node, network = self.levels if len(self.levels) > 1 else (*self.levels, *self.levels)
         return dataclasses.replace(
             self, nodes=nodes, per_node=per_node, levels=(*inside, (per_node, node[1]), (gpus, network[1]))
@@ -190,17 +199,18 @@ def measured(path: str | Path) -> Cluster:
         reduces = [t for t in found["collectives"] if t["kind"] == "all-reduce"]
         copies, products = ([*found[name].values()] for name in ("copies", "products"))
         devices = found["devices"]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        like = hardware.of_device(found["device"]) or hardware.GPUS["A10G"]
+        shared = devices if found["device"] == "cpu" else 1  # virtual devices, each measured with the whole host to itself
+        gpu = dataclasses.replace(
+            like,
+            name=found["device"].replace(" ", "-"),
+            tflops=statistics.median(products) / 1e12 / hardware.MATMUL / shared,
+            bandwidth=statistics.median(copies) / 1e9 / hardware.COPY / shared,
+            gib=(found["memory_bytes"] or like.gib * 2**30) / 2**30,
+            efficiency=1.0,
+        )
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError) as error:
         raise ValueError(f"{path} is no profile of `jaxtp doctor`: {error!r}") from None
-    like = hardware.of_device(found["device"]) or hardware.GPUS["A10G"]
-    gpu = dataclasses.replace(
-        like,
-        name=found["device"].replace(" ", "-"),
-        tflops=statistics.median(products) / 1e12 / hardware.MATMUL,
-        bandwidth=statistics.median(copies) / 1e9 / hardware.COPY,
-        gib=(found["memory_bytes"] or like.gib * 2**30) / 2**30,
-        efficiency=1.0,
-    )
     axis = max(reduces, key=lambda t: t["devices"])["axis"] if reduces else None  # the widest
     wide = sorted((t for t in reduces if t["axis"] == axis), key=lambda t: t["bytes"])
     widest = wide[0]["devices"] if wide else 1
@@ -223,7 +233,7 @@ def cluster(
     `NETWORKS`, what joins nodes. known: GPUs by name; links: more of what may join them. Raises ValueError, with what would
     do, for anything else.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(?:(\d+)\s*[x×]\s*)?([A-Za-z][\w\- ]*|4090)\s*", spec)
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(?:(\d+)\s*[x×]\s*)?([A-Za-z][\w\- ]*|4090)\s*", str(spec))
     if not match:
         raise ValueError(f"{spec!r} names no GPUs; such as 8xH100, or 2x8xH100 for two nodes of eight")
     gpu = hardware.gpu(match[3], known)
@@ -238,8 +248,9 @@ def cluster(
         raise ValueError(f"the {gpu.name} has no NVLink; interconnect: pcie")
     if network not in networks:
         raise ValueError(f"network={network!r} must be one of {', '.join(networks)}")
-    inside = links[interconnect] if interconnect and interconnect in links else PCIE4.scaled("PCIe", gpu.pcie / 31)
+    pcie = links.get("pcie", PCIE4.scaled("PCIe", gpu.pcie / 31))
+    inside = pcie if interconnect in (None, *INTERCONNECTS) else links[interconnect]
     levels = [(per_node, inside), (nodes * per_node, networks[network])]
     if gpu.nvlink and interconnect in (None, "nvlink"):
-        levels.insert(0, (min(gpu.domain, per_node), nvlink(gpu)))
+        levels.insert(0, (min(gpu.domain, per_node), links.get("nvlink", nvlink(gpu))))
     return Cluster(gpu, nodes, per_node, tuple(levels))

@@ -43,7 +43,7 @@ NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # as XLA write
 def decode(config: ModelConfig, split: Split, *, batch: int, dtype: str) -> Program:
     """Of one decode step for all rows of a batch."""
     size = SIZES[dtype]
-    rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
+    rows, groups = split.group_rows(batch), split.groups(batch)
     say = _Say(split, NAMES[dtype])
     stream, places = rows * config.hidden_size * size, split.stages(config).slots * split.pp
     say.reduce("tp", stream, times=2 * places)
@@ -61,7 +61,7 @@ def decode(config: ModelConfig, split: Split, *, batch: int, dtype: str) -> Prog
 def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, dtype: str) -> Program:
     """Of one prefill chunk of `tokens` tokens of every row (in stages: of a tick for each group)."""
     size = SIZES[dtype]
-    rows, groups = split.rows(batch) // split.dp // split.groups(batch), split.groups(batch)
+    rows, groups = split.group_rows(batch), split.groups(batch)
     say = _Say(split, NAMES[dtype])
     D, blocks = config.hidden_size, split.stages(config).slots
     stream, scattered = rows * tokens * D * size, split.sequence_parallel and tokens % split.tp == 0

@@ -132,7 +132,7 @@ class Machine:
 def decode(machine: Machine, task: Generation) -> Time:
     """One step: a token for every row, with the cache as full as it is on average over the work."""
     config, split = machine.config, machine.split
-    rows, groups = split.rows(task.batch) // split.dp // split.groups(task.batch), split.groups(task.batch)
+    rows, groups = split.group_rows(task.batch), split.groups(task.batch)
     busy = machine.layer(rows, 1, task.prompt_len + task.output_len / 2) * split.stages(config).slots
     head = Time(weights=groups * machine.head(rows), launch=KERNELS * LAUNCH * groups)
     sent = Time(communication=machine.sent(collectives.decode(config, split, batch=task.batch, dtype=machine.dtype)))
@@ -144,7 +144,7 @@ def prefill(machine: Machine, task: Generation) -> Time:
     """All prompts, to the first token of each."""
     config, split = machine.config, machine.split
     groups, chunks = split.groups(task.batch), split.chunks_of(task)
-    rows, busy = split.rows(task.batch) // split.dp // groups, Time()
+    rows, busy = split.group_rows(task.batch), Time()
     for start, tokens in chunks:
         # what is cached already is seen by all tokens, those of the chunk by half of them
         one = machine.layer(rows, tokens, tokens)
@@ -177,8 +177,7 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         rows, sustained = task.batch // split.microbatches // split.dp, dataclasses.replace(machine, pace=SUSTAINED)
         head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
         return {"step": parts(train(machine, task), head, rows * task.seq_len)}
-    groups = split.groups(task.batch)
-    rows = split.rows(task.batch) // split.dp // groups
+    rows, groups = split.group_rows(task.batch), split.groups(task.batch)
     head = groups * machine.head(rows)
     return {
         "prefill": parts(prefill(machine, task), head, rows * split.chunks_of(task)[0][1]),

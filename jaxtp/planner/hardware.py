@@ -126,27 +126,35 @@ GPUS = {
         GPU("RTX-4090", 165, 330, 23.5, 1008, None, 1, 31, "8.9", 128, 128, 72, 100, 1536, 0),
     )
 }
+BESIDE_NAMES = {"NVIDIA", "GEFORCE", "40GB", "80GB", "HBM3", "SXM4", "SXM5"}  # words of device kinds that change no rate
 ALIASES = {"A100": "A100-80", "H100-SXM": "H100", "H200-SXM": "H200", "RTX4090": "RTX-4090", "4090": "RTX-4090"}
 
 
 def gpu(name: str, known: Mapping[str, GPU] = GPUS) -> GPU:
     """The GPU of that name, whatever its case. Raises ValueError, with near names, for one that is not known."""
-    names = {key.lower(): key for key in (*known, *(alias for alias, of in ALIASES.items() if of in known))}
-    found = names.get(name.lower().replace("_", "-").replace(" ", "-"))
-    if found is None:
-        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-        hint = f"near: {', '.join(names[n] for n in near)}; all" if near else "known"
-        raise ValueError(f"no GPU is named {name!r}; {hint}: {', '.join(known)}")
-    return known[ALIASES.get(found, found)]
+    names = {_plain(alias): of for alias, of in ALIASES.items() if of in known} | {_plain(key): key for key in known}
+    if _plain(name) in names:
+        return known[names[_plain(name)]]
+    near = dict.fromkeys(names[n] for n in difflib.get_close_matches(_plain(name), names, n=3, cutoff=0.4))
+    hint = f"near: {', '.join(near)}; all" if near else "known"
+    raise ValueError(f"no GPU is named {name!r}; {hint}: {', '.join(known)}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace(" ", "-")
 
 
 def of_device(kind: str) -> GPU | None:
-    """The GPU that JAX's `device_kind` speaks of ("NVIDIA H100 80GB HBM3"); None for what is none of them."""
-    words = re.sub(r"[^A-Z0-9]+", " ", kind.upper()).split()
-    candidates = [name for name in GPUS if set(re.sub(r"[^A-Z0-9]+", " ", name.upper()).split()) <= set(words)]
-    if "A100" in words:
-        return GPUS["A100-40" if any(word.startswith("40") for word in words) else "A100-80"]
-    return GPUS[max(candidates, key=len)] if candidates else None
+    """The GPU that JAX's `device_kind` speaks of ("NVIDIA H100 80GB HBM3"); None for what is none of them, as are a part of one
+    (MIG) and a variant with other rates (H100 NVL).
+    """
+    said = set(re.findall(r"[A-Z0-9]+", kind.upper()))
+    if "A100" in said:
+        pcie, name = "PCIE" in said, "A100-40" if "40GB" in said else "A100-80"
+        found = dataclasses.replace(GPUS[name], name=f"{name}-PCIe", domain=2) if pcie else GPUS[name]
+        return found if said <= {"A100", "PCIE", *BESIDE_NAMES} else None
+    words = {name: set(re.findall(r"[A-Z0-9]+", name.upper())) for name in GPUS}
+    return next((GPUS[name] for name in GPUS if words[name] <= said <= words[name] | BESIDE_NAMES), None)
 
 
 def cpu(memory: float) -> GPU:
@@ -170,15 +178,26 @@ def load(path: str | Path) -> dict[str, GPU]:
         if unknown:
             raise ValueError(f"{path}: {name} has {', '.join(unknown)}; a GPU has: like, {', '.join(sorted(fields))}")
         for field, value in settings.items():
-            if field != "capability" and not isinstance(value, int | float):
-                raise ValueError(f"{path}: {name} has {field}: {value!r}, which is no number")
+            if field == "capability":
+                settings[field] = str(value)
+            elif value is not None or field not in ("nvlink", "tflops_fp8"):
+                check_number(f"{path}: {name}", field, value, zero=field == "links")
         found[name] = dataclasses.replace(base, name=name, **settings)
     return found
 
 
+def check_number(whose: str, field: str, value: Any, *, zero: bool) -> None:
+    """Raises ValueError for what is no number above 0 (zero: or 0)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{whose} has {field}: {value!r}, which is no number {'of at least' if zero else 'above'} 0")
+
+
 def entries(path: str | Path) -> dict[str, dict[str, Any]]:
     """A user's YAML file: what it says of each name. Raises ValueError where it is none."""
-    raw = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        raw = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(raw, dict) or not all(isinstance(given, dict) for given in raw.values()):
         raise ValueError(f"{path} must map names of GPUs to what they have, such as H20: {{like: H100, tflops: 148}}")
     return raw

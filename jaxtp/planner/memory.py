@@ -117,13 +117,11 @@ class Memory:
 def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
     """Of a batch at its end, when its cache has the slots for all its tokens."""
     size = SIZES[task.dtype]
-    rows = split.rows(task.batch) // split.dp
+    rows, tokens = split.group_rows(task.batch), split.chunks_of(task)[0][1]
     return Memory(
         weights=weights(config, split, task),
-        kv=rows * task.slots * slot(config, split, task.dtype),
-        workspace=prefill_workspace(
-            config, split, rows=rows // split.groups(task.batch), tokens=split.chunks_of(task)[0][1], size=size
-        ),
+        kv=split.rows(task.batch) // split.dp * task.slots * slot(config, split, task.dtype),
+        workspace=prefill_workspace(config, split, rows=rows, tokens=tokens, size=size),
     )
 
 

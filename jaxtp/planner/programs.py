@@ -36,7 +36,7 @@ def programs(config: ModelConfig, split: Split, task: Task) -> list[Predicted]:
 
 
 def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
-    size, tokens, groups = SIZES[task.dtype], split.chunks_of(task)[0][1], split.groups(task.batch)
+    size, tokens, group = SIZES[task.dtype], split.chunks_of(task)[0][1], split.group_rows(task.batch)
     rows, held = split.rows(task.batch) // split.dp, memory.params(config, split)
     slots = buckets.slots(tokens, max(task.total, tokens))
     cache = rows * slots * memory.slot(config, split, task.dtype)
@@ -44,7 +44,7 @@ def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
     return Predicted(
         "prefill",
         memory.weights(config, split, task) - size * held.head + cache,  # the head comes after it
-        memory.prefill_workspace(config, split, rows=rows // groups, tokens=tokens, size=size),
+        memory.prefill_workspace(config, split, rows=group, tokens=tokens, size=size),
         each * rows * tokens * split.stages(config).slots,
         collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=task.dtype),
     )
@@ -58,7 +58,7 @@ def _decode(config: ModelConfig, split: Split, task: Generation) -> Predicted:
     return Predicted(
         "decode",
         memory.weights(config, split, task) + rows * task.slots * memory.slot(config, split, task.dtype),
-        memory.decode_workspace(config, split, rows=rows // split.groups(task.batch), slots=task.slots, size=size),
+        memory.decode_workspace(config, split, rows=split.group_rows(task.batch), slots=task.slots, size=size),
         rows * (each * split.stages(config).slots * ticks + head),
         collectives.decode(config, split, batch=task.batch, dtype=task.dtype),
     )

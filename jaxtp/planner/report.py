@@ -125,7 +125,7 @@ def _cells(plan: Plan) -> list[str]:
         layout,
         held,
         f"{plan.kv_tokens:,}",
-        f"{plan.task.batch} / {int(plan.concurrency):,}",
+        f"{plan.task.batch} / {plan.most_rows:,}",
         *times,
         f"{rate:,.1f}",
         sent,
@@ -139,15 +139,18 @@ def why(plan: Plan, best: Plan, objective: str = "latency") -> str:
     if plan is best:
         return "; ".join(["the best", *notes])
     slower = plan.seconds / plan.task.batch / (best.seconds / best.task.batch)
-    if slower > 1.005:
+    heavier = plan.memory.total - best.memory.total
+    if objective == "memory" and heavier > 0.005 * best.memory.total:
+        notes.insert(0, f"{heavier / GIB:.1f} GiB more, {slower:.2f}x the time")
+    elif slower > 1.005:
         mine, its = (_whole(p) * (1 / p.task.batch) for p in (plan, best))
         growth = {part.name: getattr(mine, part.name) - getattr(its, part.name) for part in dataclasses.fields(Time)}
         part = max(growth, key=growth.__getitem__)
         notes.insert(0, f"{slower:.2f}x the time: {WORDS[part]}")
     elif slower < 0.995:
         notes.insert(0, f"faster ({slower:.2f}x the time), but not the best by {objective}")
-    elif plan.memory.total > 1.005 * best.memory.total:
-        notes.insert(0, f"as fast, {(plan.memory.total - best.memory.total) / GIB:.1f} GiB more")
+    elif heavier > 0.005 * best.memory.total:
+        notes.insert(0, f"as fast, {heavier / GIB:.1f} GiB more")
     else:
         notes.insert(0, "as good")
     return "; ".join(notes)
@@ -181,7 +184,8 @@ def _notes(plan: Plan) -> list[str]:
     stages = split.stages(config)
     if not stages.even:
         notes.append(f"uneven stages add {stages.waste:.0%}")
-    if split.pp > 1 and plan.cluster.nodes > 1 and plan.cluster.crosses("pp", split.axes) == plan.cluster.levels[-1][1].name:
+    network = plan.cluster.levels[-1][1].name
+    if plan.cluster.nodes > 1 and plan.cluster.crosses("pp", split.axes) == network != slowest:
         notes.append("stages, not tp, cross nodes")
     return notes
 
@@ -190,8 +194,7 @@ def _reasons(refused: Sequence[Plan]) -> list[Plan]:
     """One for each mesh: what came closest, of those that only want too much memory."""
 
     def far(plan: Plan) -> tuple[bool, float]:
-        full = bool(plan.refused and plan.refused.startswith("needs"))
-        return not full, plan.memory.total if full else 0.0
+        return not plan.full, plan.memory.total if plan.full else 0.0
 
     meshes = {tuple(plan.split.axes.values()) for plan in refused}
     closest = (min((p for p in refused if tuple(p.split.axes.values()) == mesh), key=far) for mesh in meshes)

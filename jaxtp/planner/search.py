@@ -34,7 +34,9 @@ MOST_GPUS = 4096  # up to which it is tried how many would do
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to do some work: what each device holds, and how long it takes. Where it cannot be, `refused` says why."""
+    """One way to do some work: what each device holds, and how long it takes. Where it cannot be, `refused` says why; full:
+    memory is all that it lacks.
+    """
 
     model: str
     config: ModelConfig
@@ -42,6 +44,7 @@ class Plan:
     split: Split
     task: Task
     refused: str | None = None
+    full: bool = False
 
     @functools.cached_property
     def memory(self) -> Memory:
@@ -75,9 +78,19 @@ class Plan:
 
     @property
     def concurrency(self) -> float:
-        """Requests of full length that fit at once."""
+        """Requests of full length whose tokens the caches hold."""
         assert isinstance(self.task, Generation)
         return self.kv_tokens / self.task.request
+
+    @functools.cached_property
+    def most_rows(self) -> int:
+        """Requests of full length that fit at once, padded as `Split.rows` does."""
+        assert isinstance(self.task, Generation)
+        split, sizes = self.split, [1 << i for i in range(max(0, int(self.concurrency)).bit_length())]
+        counts = {split.dp * groups * size for groups in range(1, split.pp + 1) for size in sizes} | {1}
+        whole = dataclasses.replace(self.task, output_len=self.task.request - self.task.prompt_len)
+        tried = (dataclasses.replace(whole, batch=rows) for rows in sorted(counts, reverse=True))
+        return next((task.batch for task in tried if dataclasses.replace(self, task=task).holds), 0)
 
     @property
     def machine(self) -> Machine:
@@ -133,7 +146,7 @@ class Plan:
             "task": {"kind": type(self.task).__name__.lower(), **dataclasses.asdict(self.task)},
             "refused": self.refused,
         }
-        if self.split.cp == self.split.ep == 1 and not problem(self.config, self.split, self.task):
+        if self.full or self.fits:
             found |= {"memory": {**dataclasses.asdict(self.memory), "total": self.memory.total}}
             found |= {"step": {**dataclasses.asdict(self.step), "total": self.step.total}}
             found |= {"seconds": self.seconds, "tokens_per_second": self.tokens_per_second}
@@ -141,7 +154,7 @@ class Plan:
                 found |= {"mfu": self.mfu}
             else:
                 found |= {"prefill": {**dataclasses.asdict(self.prefill), "total": self.prefill.total}}
-                found |= {"kv_tokens": self.kv_tokens, "concurrency": self.concurrency}
+                found |= {"kv_tokens": self.kv_tokens, "concurrency": self.concurrency, "most_rows": self.most_rows}
         return found
 
 
@@ -151,9 +164,9 @@ def plan(
     *,
     task: Literal["generate", "train"] = "generate",
     batch: int | None = None,
-    prompt_len: int = 1024,
-    output_len: int = 256,
-    seq_len: int = 4096,
+    prompt_len: int | None = None,
+    output_len: int | None = None,
+    seq_len: int | None = None,
     max_model_len: int | None = None,
     dtype: str = "bfloat16",
     quantization: Quantization | None = None,
@@ -167,8 +180,9 @@ def plan(
     """Every way to run a model on GPUs, the best first, and behind them those that cannot be, with the reason.
 
     model: the name of a preset, a checkpoint folder (its config.json), or a `ModelConfig`. gpus: "8xH100", "2x8xH100" (nodes x
-    GPUs of each). task: "generate" completes `batch` prompts of `prompt_len` tokens by `output_len`; batch None: 1 for latency,
-    else the largest power of two that fits, at most 256. "train" updates from `batch` rows (default 64) of `seq_len` tokens.
+    GPUs of each). task: "generate" completes `batch` prompts of `prompt_len` tokens (default 1024) by `output_len` (256) at
+    once; batch None: 1, for throughput the largest power of two that fits, at most 256. "train" updates from `batch` rows
+    (default 64) of `seq_len` tokens (4096). The defaults of lengths are less for models with fewer positions.
     objective: what is best, "latency" (generate's default: seconds until all is done), "throughput" (train's: tokens a second)
     or "memory" (the least on each GPU). interconnect, network: see `cluster`. gpu_file: YAML with more GPUs and
     links, see `hardware.load` and `cluster.load_links`.
@@ -187,6 +201,10 @@ def plan(
         where = cluster(gpus, interconnect=interconnect, network=network, **more)
     name, config = _model(model)
     share: dict[str, Any] = {} if utilization is None else {"utilization": utilization}
+    most = config.max_position_embeddings
+    output_len = min(256, max(1, most // 4)) if output_len is None else output_len
+    prompt_len = min(1024, max(1, most - output_len)) if prompt_len is None else prompt_len
+    seq_len = min(4096, most) if seq_len is None else seq_len
     wanted: Task
     if task == "train":
         if quantization:
@@ -246,7 +264,9 @@ def _judged(
         f"needs {plan.memory.total / 2**30:.1f} GiB of the {plan.limit / 2**30:.1f} that may be used of each GPU "
         f"(most of it, {part[1] / 2**30:.1f}: {part[0]})"
     )
-    return dataclasses.replace(plan, refused=refused)
+    if isinstance(task, Generation) and plan.most_rows:
+        refused += f" for all rows at once; {plan.most_rows} fit, and LLM takes the others after them"
+    return dataclasses.replace(plan, refused=refused, full=True)
 
 
 def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
@@ -264,18 +284,27 @@ def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
 
 def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
     """Why nothing fits, and how many GPUs would do."""
-    sample, full = plans[0], [plan for plan in plans if plan.refused and plan.refused.startswith("needs")]
+    sample, full = plans[0], [plan for plan in plans if plan.full]
     closest = min(full, key=lambda plan: plan.memory.total) if full else sample
     why = f"{closest.split.told()} {closest.refused}" if full else str(sample.refused)
-    for count in (1 << i for i in range(MOST_GPUS.bit_length())):
-        if full and count <= where.size:
-            continue
+
+    @functools.cache
+    def enough(count: int) -> Cluster | None:
+        """So many of them, if they would do."""
         more = where.of(count)
+        if more is None or (full and count <= where.size):
+            return None
         frugal = (s for s in splits(count, task=sample.task) if isinstance(sample.task, Generation) or s.remat == "full")
         per_node = None if across else more.per_node
-        if any(_judged(sample.model, sample.config, more, s, sample.task, per_node, fill=False).fits for s in frugal):
-            return f"{sample.model} cannot be run so on {where}: {why}; {count} of them would do ({more})"
-    return f"{sample.model} cannot be run so on {where}: {why}; nor would {MOST_GPUS} of them do"
+        fits = any(_judged(sample.model, sample.config, more, s, sample.task, per_node, fill=False).fits for s in frugal)
+        return more if fits else None
+
+    counts = [1 << i for i in range(MOST_GPUS.bit_length())]
+    most = next((count for count in counts if enough(count)), None)
+    if most is None:
+        return f"{sample.model} cannot be run so on {where}: {why}; nor would {MOST_GPUS} of them do"
+    least = next(filter(None, map(enough, range(most // 2 + 1, most + 1))))
+    return f"{sample.model} cannot be run so on {where}: {why}; {least.size} of them would do ({least})"
 
 
 def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
@@ -283,7 +312,7 @@ def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
         return model.model_type, model
     if str(model) in PRESETS:
         return str(model), preset(str(model))
-    if str(model) == "demo" or Path(model).exists():
+    if str(model) == "demo" or (str(model) and Path(model).is_dir()):
         return str(model), ModelConfig.from_hf(hf.resolve(model))
     near = difflib.get_close_matches(str(model).lower(), PRESETS, n=3, cutoff=0.4)
     hint = f"near: {', '.join(near)}; all" if near else "presets"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +16,12 @@ from jaxtp.sharding import Rules, check_layout
 
 Remat = Literal["none", "full", "save-dots", "save-attention"]
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16")  # to train in
 
 
 @dataclass(frozen=True)
 class Generation:
-    """`batch` prompts of `prompt_len` tokens, each completed by `output_len`.
+    """`batch` prompts of `prompt_len` tokens at once, each completed by `output_len`.
 
     max_model_len: tokens of a request at most, for which concurrency is told; default prompt and output. utilization: the
     share of each GPU that weights and cache may take. quantization: of the blocks' kernels.
@@ -37,7 +39,7 @@ class Generation:
         _positive(batch=self.batch, prompt_len=self.prompt_len, output_len=self.output_len)
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
-        _known(self.dtype)
+        _known(self.dtype, SIZES)
         check_quantization(self.quantization, self.dtype)
         if self.max_model_len is not None and self.max_model_len < self.total:
             raise ValueError(f"max_model_len={self.max_model_len} is less than prompt_len + output_len = {self.total}")
@@ -71,7 +73,7 @@ class Training:
         _positive(batch=self.batch, seq_len=self.seq_len)
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
-        _known(self.dtype)
+        _known(self.dtype, DTYPES)
 
 
 Task = Generation | Training
@@ -79,13 +81,13 @@ Task = Generation | Training
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
-def _known(dtype: str) -> None:
-    if dtype not in SIZES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(SIZES)}")
+def _known(dtype: str, among: Iterable[str]) -> None:
+    if dtype not in among:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(among)}")
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,16 @@ class Split:
         """In how many groups the rows go through stages."""
         return Circulation.groups_of(-(-batch // self.dp), self.pp)
 
+    def group_rows(self, batch: int) -> int:
+        """Rows of a group on each device."""
+        return self.rows(batch) // self.dp // self.groups(batch)
+
     def chunks_of(self, task: Generation) -> list[tuple[int, int]]:
         """How prompts are prefilled, as `LLM` does: (start, tokens of each row) of each call."""
-        rows, groups = self.rows(task.batch), self.groups(task.batch)
-        largest = buckets.chunk_size(rows, buckets.MAX_BATCHED_TOKENS)
+        groups, rows = self.groups(task.batch), self.group_rows(task.batch)
+        largest = buckets.chunk_size(self.rows(task.batch), buckets.MAX_BATCHED_TOKENS)
         if self.pp > 1:
-            largest = min(largest, buckets.filling(task.prompt_len, self.pp, groups, rows // groups // self.dp))
+            largest = min(largest, buckets.filling(task.prompt_len, self.pp, groups, rows))
         return buckets.chunks(task.prompt_len, largest=largest, alike=self.pp > 1)
 
     def told(self) -> str:

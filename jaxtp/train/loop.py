@@ -368,12 +368,17 @@ def train(config: TrainConfig) -> Result:
     return Run(config).train()
 
 
-def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "bfloat16", step: int | None = None) -> None:
+def export(
+    run_folder: str | Path, folder: str | Path, *, dtype: str | None = None, step: int | None = None, overwrite: bool = False
+) -> None:
     """Writes a checkpoint of a run (default the last) as a Hugging Face folder, with its tokenizer.
 
-    Raises ValueError where there is none that can be read.
+    dtype: of the weights written, default the one that the run computed in. overwrite: replace the model in a folder that is
+    not empty. Raises FileExistsError for such a folder without, and ValueError where there is no checkpoint that can be read.
     """
-    run_folder = Path(run_folder)
+    run_folder, folder = Path(run_folder), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise FileExistsError(f"{folder} is there and not empty; give a new folder, or --overwrite (overwrite=True)")
     meta = last_meta(run_folder / "checkpoints", step)
     config = parse(meta["config"], where=f"the config kept in {run_folder}")
     model_config = ModelConfig.from_hf(meta["model"])
@@ -385,6 +390,10 @@ def export(run_folder: str | Path, folder: str | Path, *, dtype: str = "bfloat16
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
     frozen = stacked.stack(Llama.from_pretrained(config.model.start or "", dtype="float32")) if trainer.adapters else None
+    dtype = dtype or config.model.dtype
     model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
     model.source = config.data.tokenizer or config.model.start
+    if overwrite:  # what the model that stood there said of generation
+        (folder / "generation_config.json").unlink(missing_ok=True)
     model.save_pretrained(folder)
+    logger.info("wrote step %d of %s to %s, in %s", int(found[0].step), run_folder, folder, dtype)

@@ -69,6 +69,13 @@ def test_a_users_own_links(tmp_path):
         cluster("2x4xH20", network="wire", links=links, known=known)
 
 
+def test_links_of_ones_own_go_before_those_that_are_known(tmp_path):
+    (tmp_path / "mine.yaml").write_text("links: {nvlink: {like: nvlink, bus: [[1, 5]]}, pcie: {like: pcie, bus: [[1, 2]]}}")
+    links = load_links(tmp_path / "mine.yaml")
+    assert [link for _, link in cluster("8xH100", links=links).levels][:2] == [links["nvlink"], links["pcie"]]
+    assert cluster("8xH100", interconnect="pcie", links=links).levels[0][1] == links["pcie"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -76,6 +83,9 @@ def test_a_users_own_links(tmp_path):
         ("{speed: 3}", "roce has speed; a link has: like, latency, hop, bus, others"),
         ("{bus: [[64, 20], [1, 5]]}", "the bus of roce must be"),
         ("{bus: []}", "the bus of roce must be"),
+        ("{bus: 40}", "the bus of roce must be"),
+        ("{latency: fast}", "roce has latency: 'fast', which is no number"),
+        ("5", "the link roce must map fields to values"),
     ],
 )
 def test_bad_links(given, said, tmp_path):

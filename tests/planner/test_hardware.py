@@ -30,13 +30,44 @@ def test_an_unknown_gpu_is_refused_with_near_names():
     ("kind", "found"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA A100-PCIE-40GB", "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA GH200 480GB", None),
         ("NVIDIA L40S", "L40S"), ("NVIDIA A10G", "A10G"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("cpu", None),
+        ("NVIDIA H100 NVL", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H200 NVL", None),
         ("NVIDIA L4", None), ("NVIDIA GeForce RTX 3090", None), ("NVIDIA A10", None),
     ],
 )  # fmt: skip
 def test_devices(kind, found):
     assert of_device(kind) == (found and GPUS[found])
+
+
+@pytest.mark.parametrize(("kind", "like"), [("NVIDIA A100-PCIE-40GB", "A100-40"), ("NVIDIA A100 80GB PCIe", "A100-80")])
+def test_nvlink_joins_pairs_of_a100s_on_pcie(kind, like):
+    assert of_device(kind) == dataclasses.replace(GPUS[like], name=f"{like}-PCIe", domain=2)
+
+
+def test_names_of_ones_own(tmp_path):
+    path = tmp_path / "gpus.yaml"
+    path.write_text("my_gpu: {like: H100, tflops: 500}\nA100: {like: A100-40, gib: 20, nvlink: null, capability: 8.0}\n")
+    found = hardware.load(path)
+    assert gpu("my_gpu", found).tflops == gpu("My-GPU", found).tflops == 500
+    assert gpu("A100", found) == dataclasses.replace(GPUS["A100-40"], name="A100", gib=20, nvlink=None)
+    assert gpu("A100") == GPUS["A100-80"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("H20: {like: H100, tflops: 0}", "H20 has tflops: 0, which is no number above 0"),
+        ("H20: {like: H100, gib: -4}", "H20 has gib: -4, which is no number above 0"),
+        ("H20: {like: H100, bandwidth: null}", "H20 has bandwidth: None, which is no number"),
+        ("H20: {like: [}", "is no YAML"),
+    ],
+)
+def test_bad_files(given, said, tmp_path):
+    (tmp_path / "gpus.yaml").write_text(given)
+    with pytest.raises(ValueError, match=said):
+        hardware.load(tmp_path / "gpus.yaml")
 
 
 def test_a_file_adds_and_changes_gpus(tmp_path):

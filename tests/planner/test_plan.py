@@ -224,10 +224,14 @@ def test_weights_of_8_bits_need_fewer_gpus_and_less_time(tmp_path):
         ),
         ("llama-3.1-8b", "8xH10", {}, "no GPU is named 'H10'; near: .*H100"),
         ("llama-3.1-405b", "8xH100", {}, "cannot be run so on 8xH100: .* needs .* GiB .*; 16 of them would do"),
-        ("llama-3.1-70b", "8xH100", {"task": "train"}, "cannot be run so on 8xH100: .*; 32 of them would do"),
+        ("llama-3.1-70b", "8xH100", {"task": "train"}, "cannot be run so on 8xH100: .*; 24 of them would do"),
         ("llama-3.1-8b", "8xH100", {"objective": "speed"}, "objective='speed' must be one of latency, throughput, memory"),
         ("llama-3.1-8b", "8xH100", {"task": "tune"}, 'task=\'tune\' must be "generate" or "train"'),
-        ("llama-3.1-8b", "8xH100", {"prompt_len": 0}, "prompt_len=0 must be at least 1"),
+        ("llama-3.1-8b", "8xH100", {"task": "train", "dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16$"),
+        ("llama-3.1-8b", "8xH100", {"batch": 2.5}, "batch=2.5 must be an integer"),
+        ("llama-3.1-8b", 8, {}, "'?8'? names no GPUs"),
+        ("", "8xH100", {}, "no model is named ''"),
+        ("llama-3.1-8b", "8xH100", {"prompt_len": 0}, "prompt_len=0 must be an integer of at least 1"),
         ("llama-2-7b", "8xH100", {"prompt_len": 9000}, "exceeds the model's max_position_embeddings=4096"),
         ("llama-3.1-8b", "8xH100", {"max_model_len": 100}, "max_model_len=100 is less than prompt_len"),
         ("llama-3.1-8b", "8xH100", {"utilization": 1.5}, r"utilization=1.5 must be in \(0, 1\]"),
@@ -252,7 +256,7 @@ def test_tp_that_nodes_would_cut_is_refused():
 def test_rows_longer_than_the_models_positions_are_refused():
     with pytest.raises(ValueError, match="seq_len=8192 exceeds the model's max_position_embeddings=4096"):
         plan("llama-2-7b", "8xH100", task="train", seq_len=8192)
-    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch=0 must be an integer of at least 1"):
         plan("llama-2-7b", "8xH100", batch=0)
 
 
@@ -267,16 +271,48 @@ def test_throughput_takes_the_most_rows_that_fit():
     assert plan("llama-3.1-8b", "8xH100", objective="throughput").best.task.batch == 256
 
 
+@pytest.mark.parametrize("gpus", ["1xH100", "8xH100", "6xL40S"])
+def test_the_rows_that_are_said_to_fit_do_and_no_more(gpus):
+    for found in plan("llama-3.1-8b", gpus).legal:
+        rows = [dataclasses.replace(found, task=Generation(batch=n)) for n in (found.most_rows, found.most_rows + 1)]
+        assert [r.holds for r in rows] == [True, False]
+    with pytest.raises(ValueError, match=r"for all rows at once; \d+ fit, and LLM takes the others after them; \d+ of them"):
+        plan("llama-3.1-8b", gpus, batch=10000)
+
+
+def test_lengths_follow_the_model_unless_they_are_said():
+    assert plan("demo", "2xL40S").best.task == Generation(prompt_len=768, output_len=256)
+    with pytest.raises(ValueError, match=r"prompt_len \+ output_len=1280 exceeds"):
+        plan("demo", "2xL40S", prompt_len=1024)
+
+
+def test_what_needs_more_memory_loses_by_it():
+    plans = plan("llama-3.1-8b", "2x8xA100-80", task="train", batch=64, objective="memory")
+    others = [p for p in plans.legal[1:200] if p.memory.total > 1.01 * plans.best.memory.total]
+    assert others
+    assert all(" GiB more, " in why(p, plans.best, "memory").split(";")[0] for p in others)
+
+
+def test_tp_that_crosses_nodes_is_not_said_to_stay_within_them():
+    plans = plan("llama-3.1-405b", "4x8xH100", tp_across_nodes=True, batch=8)
+    (wide,) = [why(p, plans.best) for p in plans.legal if p.split.told() == "pp=2 × tp=16"]
+    assert "tp goes over InfiniBand" in wide
+    assert "stages, not tp" not in wide
+
+
 def test_the_fastest_is_told_where_memory_is_the_objective():
     plans = plan("llama-3.1-8b", "8xH100", objective="memory")
     told = [why(p, plans.best, "memory") for p in plans.legal]
-    assert any("faster (0." in line for line in told)
+    assert any(" GiB more, 0." in line for line in told)
 
 
 def test_the_number_of_gpus_that_would_do_does():
     with pytest.raises(ValueError, match="16 of them would do"):
         plan("llama-3.1-405b", "8xH100")
     assert plan("llama-3.1-405b", "2x8xH100").best.fits
+    with pytest.raises(ValueError, match=r"3 of them would do \(3xH100\)"):  # 3 are enough: the layers in three stages
+        plan("llama-3.1-70b", "2xH100", prompt_len=4096, batch=8)
+    assert plan("llama-3.1-70b", "3xH100", prompt_len=4096, batch=8).best.fits
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------------

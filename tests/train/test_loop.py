@@ -91,6 +91,21 @@ def test_export_is_what_transformers_loads(text, tmp_path):
         export(tmp_path / "run", tmp_path / "no", step=5)
 
 
+def test_export_leaves_what_stands_in_its_folder_alone_unless_told(text, tmp_path):
+    train(config(text, tmp_path / "run"))
+    folder = tiny.checkpoint(tmp_path / "precious")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 77}')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match=r"precious is there and not empty; give a new folder, or --overwrite"):
+        export(tmp_path / "run", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    export(tmp_path / "run", folder, overwrite=True)
+    export(tmp_path / "run", tmp_path / "new")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "new" / name).read_bytes() != before[name]
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"  # what the run computed in
+
+
 MESHES = [{"dp": 8, "zero": 3}, {"dp": 2, "tp": 4, "zero": 1}, {"tp": 8, "dp": 1, "zero": 0}]
 
 
