@@ -34,7 +34,7 @@ class Args:
     batch: int = 8
     length: int = 256
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"
+    remat: Literal["none", "full", "save-dots", "save-attention"] = "none"
     steps: int = 3
     rounds: int = 3
     """Turns of `steps` steps of either side, after one that does not count; the best turn counts."""
