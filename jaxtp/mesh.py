@@ -88,7 +88,7 @@ def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
             raise ValueError(f"{free[0]}=-1: the other axes take {fixed} devices, which does not divide {count}")
         sizes = {**sizes, free[0]: count // fixed}
     elif fixed > count:
-        sizes = {axis: abs(size) for axis, size in sizes.items()}
+        sizes = {axis: abs(size) for axis, size in sizes.items()}  # what is left would be one at least
         raise ValueError(
             f"{_shown(tuple(sizes.values()))} needs {fixed} devices, {count} are there. On a machine without GPUs, "
             f"virtual ones can be made: --virtual-devices {fixed}, or jaxtp.use_virtual_devices({fixed}) at the start"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -22,18 +22,17 @@ def at_hand() -> Cluster:
     """The devices that JAX sees, as the planner knows them. Raises ValueError for GPUs that it does not."""
     device, count = jax.devices()[0], jax.device_count()
     if device.platform == "cpu":
-        known = {"CPU": hardware.cpu(memory.available() / jax.local_device_count())}
-        return _of(count, "CPU", known=known)
+        return _of(count, hardware.cpu(memory.available() / jax.local_device_count()))
     gpu = hardware.of_device(device.device_kind)
     if gpu is None:
         raise ValueError(f'plan="auto" knows no {device.device_kind}; say tensor_parallel_size and the like, or give a Plan')
-    return _of(count, gpu.name)
+    return _of(count, gpu)
 
 
-def _of(devices: int, name: str, **more: Any) -> Cluster:
+def _of(devices: int, gpu: hardware.GPU) -> Cluster:
     """So many of them, over the processes of this job."""
     nodes = jax.process_count()
-    return cluster(f"{nodes}x{devices // nodes}x{name}", **more)
+    return cluster(f"{nodes}x{devices // nodes}x{gpu.name}", known={gpu.name: gpu})
 
 
 def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
@@ -46,7 +45,7 @@ def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
     if gpu is None:
         return None
     split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
-    return Machine(model.config, split, _of(mesh.size, gpu.name), str(model.layout.dtype), model.quantization)
+    return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization)
 
 
 def split_of(

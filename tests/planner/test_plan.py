@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import jaxtp
-from jaxtp import LLM, SamplingParams
-from jaxtp.planner import Generation, Plan, Split, Training, cluster, cost, plan
+from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp.generate.auto import machine_of
+from jaxtp.planner import Generation, Plan, Split, Training, cluster, cost, hardware, plan
 from jaxtp.planner.report import frontier, points, why
 from jaxtp.planner.search import splits
 from jaxtp.planner.work import problem
@@ -175,6 +176,13 @@ def test_llm_takes_the_best_plan_for_the_devices_at_hand(tmp_path):
     }
     same = found.generate("ab", SamplingParams(max_tokens=4, temperature=0))
     assert same[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+
+def test_a_model_is_seen_on_a_gpu_that_has_no_row_of_its_own(monkeypatch):
+    bridged = hardware.of_device("NVIDIA A100 80GB PCIe")
+    monkeypatch.setattr(hardware, "of_device", lambda kind: bridged)
+    found = machine_of(Llama(tiny.config(), mesh=make_mesh(tp=2)))
+    assert (found.cluster.gpu, found.cluster.size, found.split.tp) == (bridged, 2, 2)
 
 
 def test_a_plan_and_sizes_contradict_each_other(tmp_path):
