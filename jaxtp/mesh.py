@@ -83,16 +83,15 @@ def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     if len(free) > 1:
         raise ValueError(f"only one axis may be -1, not {free}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and fixed <= count:
-        if count % fixed:
-            raise ValueError(f"{free[0]}=-1: the other axes take {fixed} devices, which does not divide {count}")
-        sizes = {**sizes, free[0]: count // fixed}
-    elif fixed > count:
-        sizes = {axis: abs(size) for axis, size in sizes.items()}  # what is left would be one at least
+    if fixed > count:
         raise ValueError(
             f"{_shown(tuple(sizes.values()))} needs {fixed} devices, {count} are there. On a machine without GPUs, "
             f"virtual ones can be made: --virtual-devices {fixed}, or jaxtp.use_virtual_devices({fixed}) at the start"
         )
+    if free:
+        if count % fixed:
+            raise ValueError(f"{free[0]}=-1: the other axes take {fixed} devices, which does not divide {count}")
+        sizes = {**sizes, free[0]: count // fixed}
     return tuple(sizes.values())
 
 

@@ -97,7 +97,7 @@ class Diagnosis(Shown):
         path.write_text(json.dumps(self.profile(), indent=1) + "\n")
 
 
-def sizes_to(largest: int) -> tuple[int, ...]:
+def _sizes(largest: int) -> tuple[int, ...]:
     """Bytes of arrays, from 16 KiB in steps of four, and the largest."""
     return (*(size for i in range(16) if (size := MIB >> 6 << 2 * i) < largest), largest)
 
@@ -107,7 +107,7 @@ def examine(mesh: Mesh, *, largest: int | None = None) -> Diagnosis:
     MiB, on virtual devices 16.
     """
     local, first = mesh.local_devices, mesh.devices.flat[0]
-    sizes = sizes_to(largest or (16 if first.platform == "cpu" else 256) * MIB)
+    sizes = _sizes(largest or (16 if first.platform == "cpu" else 256) * MIB)
     bar: Any = {"description": "measuring", "console": console, "disable": not interactive(), "transient": True}
     copies = {d.id: copy_rate(d) for d in track(local, **bar)}
     products = {d.id: product_rate(device=d) for d in track(local, **bar)}

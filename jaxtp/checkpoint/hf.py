@@ -200,16 +200,15 @@ def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: 
 
 
 def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None:
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}
-    if source is None or source.resolve() == folder.resolve():
-        if not (folder / "generation_config.json").exists():
-            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    generation, own = folder / "generation_config.json", source is not None and source.resolve() == folder.resolve()
+    if not (own and generation.exists()):  # one that stands there else is of another model
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}
+        generation.write_text(json.dumps(ids, indent=2) + "\n")
+    if source is None or own:
         return
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+    for pattern in (*TOKENIZER_FILES, generation.name):
         for path in source.glob(pattern):
             shutil.copy(path, folder / path.name)
-    if not (folder / "generation_config.json").exists():
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _files(folder: Path) -> list[Path]:

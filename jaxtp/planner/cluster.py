@@ -209,13 +209,13 @@ def measured(path: str | Path) -> Cluster:
             gib=(found["memory_bytes"] or like.gib * 2**30) / 2**30,
             efficiency=1.0,
         )
+        axis = max(reduces, key=lambda t: t["devices"])["axis"] if reduces else None  # the widest
+        wide = sorted((t for t in reduces if t["axis"] == axis), key=lambda t: t["bytes"])
+        widest = wide[0]["devices"] if wide else 1
+        bus = tuple((t["bytes"] / MIB, 2e-9 * (widest - 1) / widest * t["bytes"] / t["seconds"]) for t in wide)
+        latency = min((1e6 * t["seconds"] for t in wide), default=0.0)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError) as error:
         raise ValueError(f"{path} is no profile of `jaxtp doctor`: {error!r}") from None
-    axis = max(reduces, key=lambda t: t["devices"])["axis"] if reduces else None  # the widest
-    wide = sorted((t for t in reduces if t["axis"] == axis), key=lambda t: t["bytes"])
-    widest = wide[0]["devices"] if wide else 1
-    bus = tuple((t["bytes"] / MIB, 2e-9 * (widest - 1) / widest * t["bytes"] / t["seconds"]) for t in wide)
-    latency = min((1e6 * t["seconds"] for t in wide), default=0.0)
     return Cluster(gpu, 1, devices, ((devices, Link("measured", latency, 0.0, bus or ((1.0, gpu.pcie),))),))
 
 

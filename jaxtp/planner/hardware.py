@@ -126,7 +126,7 @@ GPUS = {
         GPU("RTX-4090", 165, 330, 23.5, 1008, None, 1, 31, "8.9", 128, 128, 72, 100, 1536, 0),
     )
 }
-BESIDE_NAMES = {"NVIDIA", "GEFORCE", "40GB", "80GB", "HBM3", "SXM4", "SXM5"}  # words of device kinds that change no rate
+BESIDE_NAMES = {"NVIDIA", "GEFORCE", "40GB", "80GB", "HBM3", "SXM", "SXM4", "SXM5"}  # words of device kinds that change no rate
 ALIASES = {"A100": "A100-80", "H100-SXM": "H100", "H200-SXM": "H200", "RTX4090": "RTX-4090", "4090": "RTX-4090"}
 
 

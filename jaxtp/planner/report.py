@@ -217,10 +217,9 @@ def points(plans: Plans) -> list[Point]:
     """Every mesh with 1, 2, 4, ... rows, as far as the cache holds them."""
     found = []
     for plan in plans.distinct():
-        task = plan.task
-        assert isinstance(task, Generation), "a picture of latency and throughput is of generation"
+        assert isinstance(plan.task, Generation), "a picture of latency and throughput is of generation"
         rows = 1
-        while rows <= MAX_NUM_SEQS and (at := dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows))).holds:
+        while rows <= MAX_NUM_SEQS and (at := plan.of_rows(rows)).holds:
             found.append(Point(at, at.step.total, at.tokens_per_second / at.cluster.size))
             rows *= 2
     return found

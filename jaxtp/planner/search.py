@@ -82,6 +82,10 @@ class Plan:
         assert isinstance(self.task, Generation)
         return self.kv_tokens / self.task.request
 
+    def of_rows(self, rows: int) -> Plan:
+        """The same for a batch of so many rows."""
+        return dataclasses.replace(self, task=dataclasses.replace(self.task, batch=rows))
+
     @functools.cached_property
     def most_rows(self) -> int:
         """Requests of full length that fit at once, padded as `Split.rows` does."""
@@ -89,8 +93,8 @@ class Plan:
         split, sizes = self.split, [1 << i for i in range(max(0, int(self.concurrency)).bit_length())]
         counts = {split.dp * groups * size for groups in range(1, split.pp + 1) for size in sizes} | {1}
         whole = dataclasses.replace(self.task, output_len=self.task.request - self.task.prompt_len)
-        tried = (dataclasses.replace(whole, batch=rows) for rows in sorted(counts, reverse=True))
-        return next((task.batch for task in tried if dataclasses.replace(self, task=task).holds), 0)
+        longest = dataclasses.replace(self, task=whole)
+        return next((rows for rows in sorted(counts, reverse=True) if longest.of_rows(rows).holds), 0)
 
     @property
     def machine(self) -> Machine:
@@ -254,8 +258,7 @@ def _judged(
     if refused:
         return dataclasses.replace(plan, refused=refused)
     if fill and isinstance(task, Generation):
-        sizes = (1 << i for i in reversed(range(MAX_NUM_SEQS.bit_length())))
-        tried = (dataclasses.replace(plan, task=dataclasses.replace(task, batch=rows)) for rows in sizes)
+        tried = (plan.of_rows(1 << i) for i in reversed(range(MAX_NUM_SEQS.bit_length())))
         plan = next((found for found in tried if found.holds), plan)
     if plan.holds:
         return plan
@@ -288,7 +291,6 @@ def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
     closest = min(full, key=lambda plan: plan.memory.total) if full else sample
     why = f"{closest.split.told()} {closest.refused}" if full else str(sample.refused)
 
-    @functools.cache
     def enough(count: int) -> Cluster | None:
         """So many of them, if they would do."""
         more = where.of(count)
@@ -299,11 +301,10 @@ def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
         fits = any(_judged(sample.model, sample.config, more, s, sample.task, per_node, fill=False).fits for s in frugal)
         return more if fits else None
 
-    counts = [1 << i for i in range(MOST_GPUS.bit_length())]
-    most = next((count for count in counts if enough(count)), None)
-    if most is None:
+    least = next(filter(None, (enough(1 << i) for i in range(MOST_GPUS.bit_length()))), None)
+    if least is None:
         return f"{sample.model} cannot be run so on {where}: {why}; nor would {MOST_GPUS} of them do"
-    least = next(filter(None, map(enough, range(most // 2 + 1, most + 1))))
+    least = next(filter(None, map(enough, range(least.size // 2 + 1, least.size))), least)
     return f"{sample.model} cannot be run so on {where}: {why}; {least.size} of them would do ({least})"
 
 

@@ -393,7 +393,5 @@ def export(
     dtype = dtype or config.model.dtype
     model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
     model.source = config.data.tokenizer or config.model.start
-    if overwrite:  # what the model that stood there said of generation
-        (folder / "generation_config.json").unlink(missing_ok=True)
     model.save_pretrained(folder)
     logger.info("wrote step %d of %s to %s, in %s", int(found[0].step), run_folder, folder, dtype)
