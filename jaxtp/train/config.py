@@ -123,7 +123,7 @@ class Parallel:
     remat: Literal["none", "full", "save-dots", "save-attention"] = "save-dots"
     """What the backward pass computes again instead of keeping; by default what lies between the products."""
     xla_flags: bool = True
-    """Compile for GPUs with the options of `jaxtp.xla_flags`."""
+    """Compile with the options of `jaxtp.xla_flags`."""
     virtual_devices: int = 0
     """Run on this many virtual CPU devices (on each node)."""
 

@@ -178,7 +178,8 @@ class Trainer:
 
     def jitted(self, *, options: bool = True) -> Any:
         """`step`, to be compiled: it takes the state's memory. options: with those of `jaxtp.xla_flags`."""
-        chosen = xla_flags.options(self.stacked.layout.mesh) if options else None
+        layout = self.stacked.layout
+        chosen = xla_flags.options(layout.mesh, xla_flags.training(layout.dtype)) if options else None
         return jax.jit(self.step, donate_argnums=0, compiler_options=chosen)
 
     def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:

@@ -1,16 +1,17 @@
 """XLA's options: known ones are set for GPUs, unknown ones are not, the user's own stay; and what they do to a program."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
 
-from jaxtp import preset
+from jaxtp import preset, xla_flags
 from jaxtp.audit import audit
 from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_step, gpu_mesh
 from jaxtp.mesh import make_mesh
 from jaxtp.planner import Split
-from jaxtp.xla_flags import QUANTIZED, TRAINING, Flag, options
+from jaxtp.xla_flags import BFLOAT16, QUANTIZED, TRAINING, Flag, options, slow_bfloat16
 
 ADDED = Flag("xla_gpu_graph_min_graph_size", "7", "", "any that all versions know")
 UNKNOWN = Flag("xla_gpu_write_the_paper", True, "", "no version knows it")
@@ -30,7 +31,7 @@ def test_each_goes_to_its_own_devices():
 
 
 def test_gpus_have_none_of_the_cpus(gpus):
-    assert options(gpus, QUANTIZED) == {}
+    assert options(gpus, (*QUANTIZED, *BFLOAT16)) == {}
 
 
 @pytest.mark.parametrize("tp", [1, 4])
@@ -53,7 +54,36 @@ def test_what_the_user_set_stays(gpus, monkeypatch):
 
 
 def test_each_says_why():
-    assert all(flag.why and flag.versions for flag in (*TRAINING, *QUANTIZED))
+    assert all(flag.why and flag.versions for flag in (*TRAINING, *QUANTIZED, *BFLOAT16))
+
+
+@pytest.mark.parametrize(
+    ("says", "slow"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16 amx_tile", False),
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_is_slow_on_intel_without_amx(says, slow, tmp_path):
+    if says:
+        (tmp_path / "cpuinfo").write_text(says)
+    assert slow_bfloat16(tmp_path / "cpuinfo") == slow
+
+
+@pytest.mark.parametrize(("dtype", "slow"), [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+def test_slow_bfloat16_is_multiplied_in_float32(dtype, slow, monkeypatch):
+    """Only there do XLA's own products take the place of those of its library, whose fusions are custom ones."""
+    monkeypatch.setattr(xla_flags, "slow_bfloat16", lambda: slow)
+    config = dataclasses.replace(preset("llama-3.2-1b"), num_layers=2, vocab_size=512, hidden_size=256, windows=())
+    trainer = abstract_trainer(config, make_mesh(devices=jax.devices()[:1]), Split(), dtype=dtype)
+    program = compile_step(trainer, rows=2, tokens=64).as_text()
+    library = re.findall(r"kind=kCustom.*/dot_general", program)
+    if dtype == "bfloat16" and slow:
+        assert not library
+    elif jax.__version_info__ < (0, 11):
+        assert library
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_a_run_learns_keeps_and_tells(text, tmp_path):
 
 def test_the_compilers_options_reach_the_step(text, tmp_path, monkeypatch):
     """One that no compiler knows shows that they arrive; one setting keeps them away."""
-    monkeypatch.setattr(xla_flags, "options", lambda mesh: {"xla_write_the_paper": True})
+    monkeypatch.setattr(xla_flags, "options", lambda mesh, flags: {"xla_write_the_paper": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_write_the_paper"):
         train(config(text, tmp_path / "with", steps=1))
     assert train(config(text, tmp_path / "without", steps=1, parallel={"xla_flags": False})).steps == 1
