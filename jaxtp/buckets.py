@@ -7,7 +7,7 @@ from __future__ import annotations
 
 MIN_TOKENS, MIN_SLOTS = 32, 128
 MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 256, 8192  # LLM's defaults: rows that run together, prompt tokens of a prefill call
-LOGITS_TOKENS = 512  # of a row in training, whose logits exist at a time
+LOGITS_TOKENS, MIN_LOGITS_TOKENS = 512, 32  # of a row in training, whose logits exist at a time; below, all of them do
 BUSY_TOKENS = 512  # what a stage should have in one tick of prefill
 
 
@@ -50,6 +50,12 @@ def chunks(length: int, *, largest: int, alike: bool = False) -> list[tuple[int,
         found.append((start, size))
         start += size
     return found
+
+
+def logits_chunk(length: int, *, most: int = LOGITS_TOKENS) -> int:
+    """Tokens of a row in training whose logits exist at a time: a divisor of the row's `length`, or all where that is tiny."""
+    size = next(size for size in range(min(most, length), 0, -1) if length % size == 0)
+    return size if size >= MIN_LOGITS_TOKENS else length
 
 
 def filling(longest: int, ranks: int, groups: int, rows: int) -> int:

@@ -68,7 +68,7 @@ QUANTIZED = (
 
 
 def training(dtype: jnp.dtype) -> tuple[Flag, ...]:
-    """The training step's that computes in `dtype` on this machine."""
+    """Those of a training step in `dtype`, on this machine."""
     return TRAINING + BFLOAT16 if dtype == jnp.bfloat16 and slow_bfloat16() else TRAINING
 
 

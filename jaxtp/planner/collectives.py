@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.planner import memory
 from jaxtp.planner.work import SIZES, Split
@@ -83,12 +84,17 @@ def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, dtype
             say("reduce-scatter", "tp", stream, times=groups)
         say.reduce("pp" if scattered else both, stream // part, times=groups)
         say("collective-permute", "pp", stream // part, times=groups)
-        say.reduce(both if scattered else "pp", rows * D * size, times=groups)  # the last tokens of the prompts
+        if scattered:  # the last tokens of the prompts, group by group
+            say.reduce(both, rows * D * size, times=groups)
+        else:
+            say.reduce("pp", groups * rows * D * size)
     return say.program
 
 
 def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype: str) -> Program:
-    """Of one update. (Over dp XLA joins what is sent at the same time: there the bytes are what counts.)"""
+    """Of one update. Small arrays that are sent at the same time are one collective, as XLA makes it of large models'; of
+    other models, and of the gradients of ZeRO 3, it may join more or fewer.
+    """
     size = SIZES[dtype]
     say = _Say(split, NAMES[dtype])
     D, rows = config.hidden_size, batch // split.microbatches // split.dp
@@ -104,18 +110,26 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         gathers = sums - again + (2 if split.remat == "none" else 4)
         say("all-gather", "tp", stream, times=turns * (gathers * layers + 2))
         say("reduce-scatter", "tp", stream, times=turns * ((sums + 2) * layers + 2))
-        say.reduce("tp", rows * D * size, times=turns * 2 * layers + (2 if split.pp > 1 and split.dp == 1 else turns))  # norms
+        norms = 2 * D + (2 * config.head_dim if config.qk_norm else 0)
+        say.reduce("tp", rows * norms * size, times=turns * layers)
+        if split.pp > 1 and split.dp == 1:
+            say.reduce("tp", rows * 2 * D * size)
+        else:
+            say.reduce("tp", rows * D * size, times=turns)
         say.reduce("pp", part, times=2 * turns)  # what enters, and the gradient that the head gives
     else:
         say.reduce("tp", stream, times=turns * (sums + 2) * layers)
         say.reduce(both, stream, times=2 * turns)
-    if config.qk_norm:  # theirs: each device has its own heads
-        say.reduce("tp", rows * 2 * config.head_dim * size, times=turns * layers)
+        if config.qk_norm:  # theirs: each device has its own heads
+            say.reduce("tp", rows * 2 * config.head_dim * size, times=turns * layers)
     if split.pp > 1:
         say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
         say("collective-permute", "pp", part, times=2 * turns - spare)
-    # the largest logit, the sum of exponentials and the label's logit, and the last two once more
-    say.reduce(both, 4 * rows * seq_len, dtype="f32", times=5 * turns - 3 * spare)
+    # of each chunk of tokens the largest logit, the sum of exponentials and the label's logit, and the last two once more
+    chunk = buckets.logits_chunk(seq_len)
+    numbers, chunks = 4 * rows * chunk, seq_len // chunk
+    say.reduce(both, numbers, dtype="f32", times=3 * (turns - spare) * chunks)
+    say.reduce(both, 2 * numbers, dtype="f32", times=turns * chunks)
     _over_dp(say, config, split, size)
     return say.program
 
@@ -127,17 +141,20 @@ def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
         say.reduce("dp", 4 * held.total, dtype="f32")
         return
     say.reduce("dp", 4 * held.whole, dtype="f32")
+    vectors = held.block - held.unshared - sum(held.kernels)
     if split.zero == 3:
-        layers, block = config.num_layers * M, held.block - held.unshared
-        say("all-gather", "dp", size * block, times=layers if split.remat == "none" else 2 * layers)
-        say("reduce-scatter", "dp", size * block, times=layers)
+        layers = config.num_layers * M
+        for weights in (*held.kernels, vectors):
+            say("all-gather", "dp", size * weights, times=layers if split.remat == "none" else 2 * layers)
+        say("reduce-scatter", "dp", size * (held.block - held.unshared), times=layers)
         for table in (held.embed, held.head, held.norm):
             say("all-gather", "dp", size * table, times=M)
             say("reduce-scatter", "dp", size * table, times=M)
     else:
-        shared = held.total - held.whole
-        say("all-gather", "dp", size * shared)
-        say("reduce-scatter", "dp", 4 * shared, dtype="f32", times=M if split.zero == 2 else 1)
+        stacks = (held.blocks * weights for weights in held.kernels)
+        for weights in (*stacks, held.blocks * vectors + held.norm, held.embed, held.head):
+            say("all-gather", "dp", size * weights)
+            say("reduce-scatter", "dp", 4 * weights, dtype="f32", times=M if split.zero == 2 else 1)
 
 
 class _Say:

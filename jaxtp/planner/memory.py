@@ -16,8 +16,8 @@ from jaxtp.planner.work import SIZES, Generation, Split, Training
 @dataclass(frozen=True)
 class Params:
     """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
-    unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels, channels: a block's weights of products,
-    and their output channels.
+    unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels: of each of a block's products. channels:
+    those products' output channels.
     """
 
     block: int
@@ -26,7 +26,7 @@ class Params:
     embed: int
     head: int
     norm: int
-    kernels: int
+    kernels: tuple[int, ...]
     channels: int
 
     @property
@@ -56,20 +56,20 @@ def params(config: ModelConfig, split: Split) -> Params:
     kv = kv_heads(config, tp)
     queries, mlp = config.num_heads * H // tp, config.intermediate_size // tp
     rows = queries + 2 * kv * H
-    block = rows * D + D * queries + 3 * mlp * D + 2 * D
+    kernels = (rows * D, D * queries, 2 * mlp * D, mlp * D)
+    block = sum(kernels) + 2 * D
     unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm * 2 * H
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
     head = 0 if config.tie_word_embeddings else table
-    kernels, channels = products(config, split), rows + 2 * mlp + 2 * D
-    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels)
+    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels=rows + 2 * mlp + 2 * D)
 
 
 def weights(config: ModelConfig, split: Split, task: Generation) -> int:
     """Bytes of what each device holds to generate: quantized kernels are a byte a weight, and a float32 scale a channel."""
     held, size = params(config, split), SIZES[task.dtype]
-    saved = held.blocks * ((size - 1) * held.kernels - 4 * held.channels) if task.quantization else 0
+    saved = held.blocks * ((size - 1) * sum(held.kernels) - 4 * held.channels) if task.quantization else 0
     return size * held.total - saved
 
 
@@ -153,9 +153,7 @@ def prefill_workspace(config: ModelConfig, split: Split, *, rows: int, tokens: i
 
 def products(config: ModelConfig, split: Split) -> int:
     """Weights of a layer's products on each device: half the operations for a token."""
-    tp, queries = split.tp, config.num_heads // split.tp
-    heads = 2 * queries + 2 * kv_heads(config, tp)
-    return (heads * config.head_dim + 3 * config.intermediate_size // tp) * config.hidden_size
+    return sum(params(config, split).kernels)
 
 
 def training(config: ModelConfig, split: Split, task: Training) -> Memory:
@@ -164,7 +162,7 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     everything, dp, tp = held.total, split.dp, split.tp
     tokens = task.batch // split.microbatches // dp * task.seq_len
     kept = kept_a_layer(config, split, tokens=tokens, size=size)
-    chunk = tokens // task.seq_len * min(buckets.LOGITS_TOKENS, task.seq_len)
+    chunk = tokens // task.seq_len * buckets.logits_chunk(task.seq_len)
     logits = 2 * 4 * chunk * math.ceil(config.vocab_size / (tp * split.pp))  # and their gradient
     state = 12 * (held.whole + (everything - held.whole) / (dp if split.zero else 1))
     if split.pp > 1:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxtp.buckets import LOGITS_TOKENS
+from jaxtp.buckets import LOGITS_TOKENS, logits_chunk
 from jaxtp.model.stacked import Params, Stacked
-
-SMALLEST = 32  # tokens of a row whose logits exist at a time; below, all of them do
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +42,7 @@ def cross_entropy(
     """
     x = stacked.layout.gather(x)
     T = x.shape[1]
-    size = next(size for size in range(min(chunk, T), 0, -1) if T % size == 0)
-    size = size if size >= SMALLEST else T
+    size = logits_chunk(T, most=chunk)
     whole = functools.partial(_sums, stacked, params, z_loss=z_loss)
     if size == T:
         return whole(x, batch.labels, batch.weights)

@@ -69,8 +69,11 @@ def test_predictions(pair):
             assert abs(line.difference) < 0.15, told
         elif line.what == "products":
             assert abs(line.difference) < 0.02, told
-        elif line.compiled > 0.1 or line.program == "decode":  # MB
-            assert line.predicted == pytest.approx(line.compiled, rel=1e-6), told
+        else:
+            if line.compiled > 0.1 or line.program == "decode":  # MB
+                assert line.predicted == pytest.approx(line.compiled, rel=1e-6), told
+            if split.zero != 3 or "reduce-scatter" not in line.what:  # XLA joins a layer's gradients as their sizes allow
+                assert line.times[0] == line.times[1], f"{told}, {line.times} times"
 
 
 def test_a_plan_is_checked_on_virtual_cpus_too():
