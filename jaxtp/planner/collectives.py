@@ -112,7 +112,7 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         say("reduce-scatter", "tp", stream, times=turns * ((sums + 2) * layers + 2))
         norms = 2 * D + (2 * config.head_dim if config.qk_norm else 0)
         say.reduce("tp", rows * norms * size, times=turns * layers)
-        if split.pp > 1 and split.dp == 1:
+        if split.pp > 1 and split.dp == 1:  # the last norm's: summed over the turns first
             say.reduce("tp", rows * 2 * D * size)
         else:
             say.reduce("tp", rows * D * size, times=turns)
@@ -140,13 +140,15 @@ def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
     if split.zero == 0:
         say.reduce("dp", 4 * held.total, dtype="f32")
         return
-    say.reduce("dp", 4 * held.whole, dtype="f32")
-    vectors = held.block - held.unshared - sum(held.kernels)
+    if held.whole:
+        say.reduce("dp", 4 * (held.whole + 3), dtype="f32")  # with the loss's three numbers
+    shared = held.block - held.unshared
+    vectors = shared - sum(held.kernels)
     if split.zero == 3:
         layers = config.num_layers * M
         for weights in (*held.kernels, vectors):
             say("all-gather", "dp", size * weights, times=layers if split.remat == "none" else 2 * layers)
-        say("reduce-scatter", "dp", size * (held.block - held.unshared), times=layers)
+        say("reduce-scatter", "dp", size * shared, times=layers)
         for table in (held.embed, held.head, held.norm):
             say("all-gather", "dp", size * table, times=M)
             say("reduce-scatter", "dp", size * table, times=M)

@@ -32,6 +32,8 @@ PAIRS = [
     ("llama-3.1-8b", "H200", Split(dp=4, tp=2, zero=2, remat="save-attention", microbatches=2), Training(16, 4096)),
     ("llama-3.2-1b", "A100-80", Split(tp=2, remat="full"), Training(8, 2048)),
     ("qwen3-8b", "H200", SHARED, Training(16, 4096)),
+    ("llama-3.1-8b", "H100", dataclasses.replace(SHARED, dp=1, tp=8, zero=0), Training(8, 4096)),
+    ("qwen2.5-7b", "H100", dataclasses.replace(SHARED, dp=2, tp=4, remat="full"), Training(16, 4096)),
     ("llama-3.1-70b", "H200", THREE_D, Training(32, 4096)),
     ("llama-3.1-405b", "B200", dataclasses.replace(THREE_D, dp=1, remat="full"), Training(16, 4096)),
 ]
