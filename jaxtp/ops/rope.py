@@ -86,12 +86,4 @@ def _yarn(rope: Rope, inv: np.ndarray, head_dim: int) -> tuple[np.ndarray, float
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    scale = rope.attention_factor
-    if scale is None:
-        both = rope.mscale and rope.mscale_all_dim
-        scale = mscale(rope.mscale or 1) / mscale(rope.mscale_all_dim or 1) if both else mscale(1)
-    return inv / factor * ramp + inv * (1 - ramp), float(scale)
+    return inv / factor * ramp + inv * (1 - ramp), rope.attention_scale

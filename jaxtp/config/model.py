@@ -1,0 +1,185 @@
+"""The config of one model: sizes and mathematics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtp import files
+from jaxtp.checks import INT32, whole
+from jaxtp.config.families import FAMILIES
+from jaxtp.config.reader import read
+from jaxtp.config.rope import Rope, rope_to_hf
+
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape and mathematics of one model. Sizes are counts; `rms_norm_eps` has no unit.
+
+    `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
+    None for full attention. `dtype` is the checkpoint's, None where it does not say.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: Rope = field(default_factory=Rope)
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        for name in _COUNTS:
+            whole(name, getattr(self, name), least=1, most=INT32)
+        for window in set(self.windows) - {None}:
+            whole("sliding_window", window, least=1, most=INT32)
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be at least 0 and finite")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_kv_heads} does not divide num_attention_heads={self.num_heads}; "
+                f"legal: {_divisors(self.num_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+
+    # -- lengths and sizes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence at most: `max_position_embeddings`, or what RoPE scaling makes of it (`Rope.context`)."""
+        return min(self.rope.context(self.max_position_embeddings), INT32)
+
+    def check_length(self, name: str, tokens: int, *, way: str = "") -> None:
+        """Raises ValueError where a sequence is longer than the context. way: out of it, for the message."""
+        if tokens > self.context:
+            scaled = (
+                f" (scaled by {self.rope.kind} RoPE to {self.context})" if self.context > self.max_position_embeddings else ""
+            )
+            most = f"max_position_embeddings={self.max_position_embeddings}{scaled}"
+            raise ValueError(f"{name}={tokens} exceeds the model's {most}{way and '; '}{way}")
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, tied ones counted once."""
+        d, h = self.hidden_size, self.head_dim
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * h
+        layer = qkv * d + d * self.num_heads * h + 3 * self.intermediate_size * d + 2 * d
+        layer += qkv * self.qkv_bias + d * self.o_bias + (2 * self.intermediate_size + d) * self.mlp_bias
+        layer += 2 * h * self.qk_norm
+        tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + tables + d
+
+    def legal_tp(self, limit: int | None = None) -> tuple[int, ...]:
+        """Tensor-parallel sizes that this model can be split into (up to `limit`).
+
+        tp must divide the query heads and the MLP width, and either divide the KV heads or be a multiple of them (each
+        KV head is then held by tp / KV heads devices). The vocabulary is padded, so it forbids nothing.
+        """
+        limit = limit or self.num_heads
+        return tuple(t for t in _divisors(self.num_heads) if t <= limit and not self.tp_problems(t))
+
+    def tp_problems(self, tp: int) -> tuple[str, ...]:
+        """Why this model cannot be split into `tp` parts; empty where it can."""
+        if tp < 1:
+            raise ValueError(f"tp={tp} must be at least 1")
+        problems = []
+        if self.num_heads % tp:
+            problems.append(f"{self.num_heads} query heads")
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            problems.append(f"{self.num_kv_heads} KV heads (nor is it a multiple of them)")
+        if self.intermediate_size % tp:
+            problems.append(f"the MLP width {self.intermediate_size}")
+        return tuple(problems)
+
+    # -- Hugging Face ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Reads a `config.json` (a checkpoint folder, the file, or its content).
+
+        `overrides` replaces keys before anything is read; the value None removes a key.
+        Raises FileNotFoundError where there is none and ValueError for whatever this library does not implement.
+        """
+        raw, where = _content(source)
+        try:
+            return cls(**read(raw, overrides or {}))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `config.json` that `transformers` (4 and 5) reads as this model."""
+        family = FAMILIES[self.model_type]
+        out: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope.theta,
+            "rope_scaling": rope_to_hf(self.rope),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
+        }
+        if self.dtype:
+            out["torch_dtype"] = self.dtype
+        if family.qkv_bias is None:
+            out["attention_bias"] = self.qkv_bias
+        if family.mlp_bias is None:
+            out["mlp_bias"] = self.mlp_bias
+        window = next((w for w in self.windows if w), None)
+        if family.windowed:
+            out["sliding_window"] = window
+        if family.window_switch:
+            out["use_sliding_window"] = window is not None
+            out["sliding_window"] = window
+            out["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.windows]
+        return out
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _content(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """What a `config.json` holds, and what to call it."""
+    if isinstance(source, Mapping):
+        return source, "the config"
+    path = files.local(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds config.json and *.safetensors")
+    return files.read_object(path), str(path)

@@ -1,0 +1,165 @@
+"""The reader of a `config.json`: from its content to the arguments of a `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtp.checks import INT32, number, whole
+from jaxtp.config.families import FAMILIES, Family, family_of
+from jaxtp.config.keys import DTYPE_NAMES, DTYPES, FIXED, HARMLESS
+from jaxtp.config.rope import respelled, rope_of
+
+_LAYERS = _FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def read(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `ModelConfig`. `overrides` replaces keys first; the value None removes one.
+
+    Raises ValueError for whatever is not implemented, or of another type than it must be.
+    """
+    found = respelled(raw)
+    for key, value in respelled(overrides).items():
+        found.pop(key, None)
+        if value is not None:
+            found[key] = value
+    model_type = family_of(found.get("model_type"), found.get("architectures"))
+    return _Reader({**FAMILIES[model_type].defaults, **found}).arguments(model_type)
+
+
+class _Reader:
+    """Takes settings out of a raw config one by one; whatever is left at the end was not understood."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.raw = raw
+
+    def arguments(self, model_type: str) -> dict[str, Any]:
+        family = FAMILIES[model_type]
+        heads, hidden, layers = (self.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        bias = self.flag("attention_bias") if family.qkv_bias is None else False
+        max_position = self.whole("max_position_embeddings", 2048)
+        made = {
+            "model_type": model_type,
+            "vocab_size": self.whole("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": self.whole("intermediate_size"),
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": self.whole("num_key_value_heads", heads),
+            "head_dim": self.whole("head_dim", hidden // max(heads, 1)),
+            "max_position_embeddings": max_position,
+            "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
+            "rope": rope_of(
+                self.take("rope_theta", 10000.0),
+                self.take("rope_scaling", {}),
+                max_position=max_position,
+                original=self.take("original_max_position_embeddings"),
+            ),
+            "tie_word_embeddings": self.flag("tie_word_embeddings"),
+            "qkv_bias": bias if family.qkv_bias is None else family.qkv_bias,
+            "o_bias": bias if family.o_bias is None else family.o_bias,
+            "mlp_bias": self.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
+            "qk_norm": family.qk_norm,
+            "windows": self.windows(family, layers),
+            "bos_token_id": self.token("bos_token_id", self.raw.get("bos_token_id")),
+            "eos_token_ids": token_ids("eos_token_id", self.raw.get("eos_token_id")),
+            "dtype": self.dtype(),
+        }
+        self.refuse_the_rest()
+        return made
+
+    # -- one value -----------------------------------------------------------------------------------------------------
+
+    def take(self, key: str, default: Any = None) -> Any:
+        value = self.raw.pop(key, None)
+        return default if value is None else value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.take(key, default)
+        if value is None:
+            raise ValueError(f"lacks {key}")
+        return count(key, value)
+
+    def number(self, key: str, default: float) -> float:
+        value = self.take(key, default)
+        if not number(value):
+            raise ValueError(f"{key}={value!r} must be a number")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.take(key, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r} must be true or false")
+        return value
+
+    @staticmethod
+    def token(key: str, value: Any) -> int | None:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{key}={value!r} must be an int or null")
+        return value
+
+    def dtype(self) -> str | None:
+        value = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        if value is None or value == "auto":
+            return None
+        if not isinstance(value, str) or value not in DTYPE_NAMES:
+            raise ValueError(f"dtype {value!r} is not supported; supported: {DTYPES}")
+        return DTYPE_NAMES[value]
+
+    # -- several -------------------------------------------------------------------------------------------------------
+
+    def windows(self, family: Family, layers: int) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        switch, kinds = self.raw.pop("use_sliding_window", None), self.take("layer_types")
+        if switch is not None and not isinstance(switch, bool):
+            raise ValueError(f"use_sliding_window={switch!r} must be true or false")
+        if kinds is not None and not (isinstance(kinds, list | tuple) and len(kinds) == layers):
+            raise ValueError(f"layer_types={kinds!r} must be a list of one for each of {layers} layers")
+        if kinds is not None and any(kind not in _LAYERS for kind in kinds):
+            raise ValueError(f"layer_types must name {' or '.join(_LAYERS)} alone, not {kinds}")
+        if switch and not (family.windowed or family.window_switch):
+            raise ValueError("use_sliding_window=True is not supported for this model_type")
+        used = family.windowed or (family.window_switch and switch)
+        if not used and (family.window_switch or switch is False):
+            self.raw.pop("sliding_window", None)  # switched off, whatever its size
+        window = self.raw.pop("sliding_window", None) if used else None
+        window = None if window is None else count("sliding_window", window)
+        if family.window_switch and used:
+            first = count("max_window_layers", self.take("max_window_layers", 28), least=0)
+            kinds = kinds or [_SLIDING if i >= first else _FULL for i in range(layers)]
+            return tuple(window if kind == _SLIDING else None for kind in kinds)
+        every = _SLIDING if window else _FULL
+        if kinds and {*kinds} != {every}:
+            raise ValueError(
+                f"layer_types names others than {every}, which this model_type and sliding_window make every layer"
+            )
+        return (window,) * layers
+
+    def refuse_the_rest(self) -> None:
+        for key, legal in FIXED.items():
+            if key in self.raw and self.raw[key] not in legal:
+                raise ValueError(f"{key}={self.raw[key]!r} is not supported; supported: {list(legal)}")
+        known = HARMLESS.union(FIXED)
+        unknown = sorted(k for k, v in self.raw.items() if v is not None and k not in known and not k.startswith("_"))
+        if unknown:
+            shown = ", ".join(f"{k}={self.raw[k]!r}" for k in unknown)
+            raise ValueError(
+                f"settings that jaxtp does not know: {shown}. Where they do not change the computation, "
+                f"remove them with overrides (hf_overrides), e.g. {{{unknown[0]!r}: None}}"
+            )
+
+
+def count(key: str, value: Any, *, least: int = 1) -> int:
+    """An int that a device can count to. Raises ValueError for anything else."""
+    try:
+        return whole(key, value, least=least, most=INT32)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def token_ids(key: str, value: Any) -> tuple[int, ...]:
+    """One id, several, or none (null). Raises ValueError for anything else."""
+    found = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        raise ValueError(f"{key}={value!r} must be an int, a list of them, or null")
+    return found

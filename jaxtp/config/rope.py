@@ -1,0 +1,185 @@
+"""Rotary position embedding in a config: its kinds, and how Hugging Face spells them (4: `rope_theta` and `rope_scaling`;
+5: `rope_parameters`). The frequencies are computed in `ops.rope`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtp.checks import number
+from jaxtp.config.keys import ROPE_HARMLESS
+from jaxtp.log import logger
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The fields of `Rope` that one kind needs, and those that it may have."""
+
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+
+KINDS = {
+    "default": Kind(),
+    "linear": Kind(("factor",)),
+    "dynamic": Kind(("factor",), ("original_max_position",)),
+    "llama3": Kind(("factor", "low_freq_factor", "high_freq_factor", "original_max_position")),
+    "yarn": Kind(
+        ("factor", "original_max_position"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+ROPE_TYPES = tuple(KINDS)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, named as in `transformers.modeling_rope_utils`.
+
+    `kind` is one of `ROPE_TYPES`. `original_max_position` is the context length of pre-training (`llama3`, `yarn`).
+    The fields after it belong to one kind each and are None (take the kind's default) elsewhere.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float | None = None
+    original_max_position: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rope_theta", self.theta), ("factor", self.factor)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0 and finite")
+
+    @property
+    def attention_scale(self) -> float:
+        """What `yarn` multiplies cos and sin by."""
+        assert self.factor
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+    def context(self, max_position: int) -> int:
+        """Tokens that positions turned so are good for, as vLLM counts them; `llama3` has its factor in `max_position`."""
+        if self.kind not in ("linear", "dynamic", "yarn"):
+            return max_position
+        assert self.factor
+        unscaled = self.original_max_position if self.kind == "yarn" else max_position
+        assert unscaled
+        return max(max_position, int(unscaled * self.factor))
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+# Our field -> Hugging Face's key.
+_KEYS = {
+    "factor": "factor",
+    "original_max_position": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+
+
+def respelled(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, or what is laid over one, with RoPE as transformers 4 has it.
+
+    As there, `rope_scaling` stands for the whole of `rope_parameters` where it says anything, and a base inside of either
+    counts before `rope_theta`. Raises ValueError where one is no object.
+    """
+    out = dict(raw)
+    spelled = [key for key in ("rope_scaling", "rope_parameters") if key in out]
+    found = {key: out.pop(key) for key in spelled}
+    for key, value in found.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{key}={value!r} must be an object, such as {{'rope_type': 'linear', 'factor': 2.0}}, or null")
+    scaling = dict(next(filter(None, found.values()), {}))
+    theta = scaling.pop("rope_theta", None)
+    if theta is not None:
+        out["rope_theta"] = theta
+    if spelled:
+        out["rope_scaling"] = scaling
+    return out
+
+
+def rope_of(theta: Any, scaling: Mapping[str, Any], *, max_position: int, original: Any) -> Rope:
+    """The Rope of a config spelled by `respelled`; original: `original_max_position_embeddings` where it stands outside.
+
+    Raises ValueError for a kind, or a setting of it, that is not known.
+    """
+    params = {key: value for key, value in scaling.items() if value is not None and key not in ROPE_HARMLESS}
+    legacy = params.pop("type", None)
+    kind = params.pop("rope_type", legacy) or "default"
+    if legacy not in (None, kind):
+        raise ValueError(f"rope_scaling has rope_type {kind!r} and type {legacy!r}: which?")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {ROPE_TYPES}")
+    if params.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    relative = params.pop("attn_factor", None) if kind == "yarn" else None
+    values = {ours: params.pop(theirs, None) for ours, theirs in _KEYS.items()}
+    if params:
+        raise ValueError(f"unknown rope settings {sorted(params)}")
+    if not isinstance(values["truncate"], bool | None):
+        raise ValueError(f"truncate={values['truncate']!r} in rope_scaling must be true or false")
+    given = {theirs: values[ours] for ours, theirs in _KEYS.items() if ours != "truncate"}
+    given |= {"rope_theta": theta, "attn_factor": relative}
+    for key, value in given.items():
+        if value is not None and not number(value):
+            raise ValueError(f"{key}={value!r} must be a number")
+    if kind in ("llama3", "yarn"):
+        trained = values["original_max_position"] if original is None else original
+        values["original_max_position"] = trained or max_position
+        if kind == "yarn" and values["factor"] is None and trained:
+            values["factor"] = max_position / trained
+    used = KINDS[kind]
+    for name in used.needs:
+        if values[name] is None:
+            raise ValueError(f"rope type {kind!r} needs {_KEYS[name]}")
+    # the pre-training context may stand beside any kind, and a factor of 1 scales nothing
+    idle = {"original_max_position", "factor"} if values["factor"] in (None, 1) else {"original_max_position"}
+    wrong = [name for name, v in values.items() if v is not None and name not in (*used.needs, *used.may, *idle)]
+    if wrong:
+        raise ValueError(f"rope type {kind!r} has no use for {', '.join(_KEYS[name] for name in wrong)}")
+    rope = Rope(theta=float(theta), kind=kind, **{name: values[name] for name in (*used.needs, *used.may)})
+    return rope if relative is None else _relative(rope, float(relative))
+
+
+def _relative(rope: Rope, factor: float) -> Rope:
+    """With `attn_factor`: a factor on YaRN's own attention factor, as vLLM reads it and whoever writes it means it."""
+    if rope.attention_factor is not None:
+        raise ValueError("rope_scaling has attention_factor and attn_factor: which?")
+    scale = round(rope.attention_scale * factor, 12)
+    logger.warning(
+        "rope_scaling: attn_factor %g makes the attention factor %g, as in vLLM; transformers ignores this key and takes %g "
+        "(hf_overrides may replace rope_scaling)", factor, scale, rope.attention_scale,
+    )  # fmt: skip
+    return dataclasses.replace(rope, attention_factor=scale)
+
+
+def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
+    """`rope_scaling` as transformers 4 and 5 read it."""
+    if rope.kind == "default":
+        return None
+    values = {theirs: getattr(rope, ours) for ours, theirs in _KEYS.items()}
+    return {"rope_type": rope.kind, **{k: v for k, v in values.items() if v is not None}}
