@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from jaxtp import LLM, ModelConfig, SamplingParams, preset, use_virtual_devices
+from jaxtp import LLM, SamplingParams, preset, use_virtual_devices
 from jaxtp.audit import audit, compile_decode
 from jaxtp.checkpoint import hf
 
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     if args.virtual_devices:
         use_virtual_devices(args.virtual_devices)
     devices = len(jax.devices())
-    config = preset(args.model) if args.dummy else ModelConfig.from_hf(hf.resolve(args.model))
+    config = preset(args.model) if args.dummy else hf.config_of(hf.resolve(args.model))
     if devices % args.pp:
         raise SystemExit(f"--pp {args.pp} does not divide {devices} devices")
     tp = args.tp or max(size for size in config.legal_tp(devices) if devices % (size * args.pp) == 0)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtp.checkpoint.names import Index, Part, made_of
-from jaxtp.config import ModelConfig
-from jaxtp.log import console, interactive
+from jaxtp.checkpoint.names import EMBED, HEAD, Index, Part, made_of
+from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors
+from jaxtp.config import DTYPES, ModelConfig
+from jaxtp.files import local
+from jaxtp.log import console, interactive, logger
 from jaxtp.sharding import fetch, variables
 
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
 DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_ROWS = 8192  # of a table, compared at a time
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -38,13 +38,16 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: a folder as it is, "demo" the one that ships with the package, a hub id ("org/name")
     downloaded (HF_TOKEN is honoured).
 
-    Raises FileNotFoundError where there is no such folder and no such repository can be had.
+    Raises FileNotFoundError where there is no such folder and no such repository can be had, and ValueError for the address of
+    a remote one.
     """
-    path, name = Path(model).expanduser(), str(model)
+    path, name = local(model), str(model)
     if name == "demo" and not (path / "config.json").exists():  # any other folder of that name is not meant
         return DEMO
     if path.is_dir():
         return path
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file; a checkpoint is the folder that holds config.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
             f"there is no checkpoint folder {path} (nor is it a hub id, which has the form org/name, or demo)"
@@ -55,78 +58,95 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOAD)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"there is no folder {path}, and {name} could not be had from the hub: {error}") from error
+        raise FileNotFoundError(
+            f"there is no folder {path}, and {name} could not be had from the hub: {' '.join(str(error).split())}"
+        ) from error
 
 
-class Tensors:
-    """The tensors of a checkpoint folder by name, read in slices."""
+def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The config of a checkpoint folder, and what only its weights say: their dtype where config.json has none (as transformers:
+    that of the first one), and whether embedding and head are one table. Where config.json says so but the weights hold two that
+    differ, both are used, with a warning (as transformers).
 
-    def __init__(self, folder: Path) -> None:
-        """Opens all files and reads their headers. Raises FileNotFoundError or ValueError naming the file at fault."""
-        self._stack = ExitStack()
-        self._file: dict[str, Any] = {}
-        self._path: dict[str, Path] = {}
-        for path in _files(folder):
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="numpy"))
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{path} is missing, but {folder / INDEX} names it") from None
-            except SafetensorError as error:
-                raise ValueError(f"{path} is truncated or corrupt: {error}") from error
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                self._file[name], self._path[name] = file, path
+    Raises as `ModelConfig.from_hf` and `Tensors`, but for weights that are not there: a plan needs none.
+    """
+    config = ModelConfig.from_hf(folder, overrides=overrides)
+    if config.dtype and not config.tie_word_embeddings:
+        return config
+    try:
+        with Tensors(folder) as tensors:
+            first = next((FLOATS[found] for found in map(tensors.dtype, tensors) if found in FLOATS), None)
+            config = replace(config, dtype=config.dtype or (first if first in DTYPES else None))
+            if config.tie_word_embeddings and not _one_table(tensors, config.dtype or "float32"):
+                logger.warning(
+                    "%s says tie_word_embeddings, but the weights hold %s and %s with different values: they are not tied. "
+                    "tie_word_embeddings: false in config.json says so", folder / "config.json", EMBED, HEAD
+                )  # fmt: skip
+                config = replace(config, tie_word_embeddings=False)
+    except FileNotFoundError:
+        pass
+    return config
 
-    def __enter__(self) -> Tensors:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+def _one_table(tensors: Tensors, dtype: str) -> bool:
+    """Whether embedding and head are the same in that dtype, or one of them is not there."""
+    if EMBED not in tensors or HEAD not in tensors:
+        return True
+    if tensors.shape(EMBED) != tensors.shape(HEAD):
+        return False
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
+    def block(name: str, start: int) -> np.ndarray:
+        return tensors.read(name, (slice(start, start + _ROWS),)).astype(jnp.dtype(dtype))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file
+    return all(np.array_equal(block(EMBED, i), block(HEAD, i)) for i in range(0, tensors.shape(EMBED)[0], _ROWS))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape; only the header is read."""
-        return tuple(self._file[name].get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> str:
-        """The tensor's dtype as the file says it, e.g. "BF16"."""
-        return str(self._file[name].get_slice(name).get_dtype())
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """A block of the tensor, in the dtype of the file."""
-        try:
-            return self._file[name].get_slice(name)[index]
-        except SafetensorError as error:
-            raise ValueError(f"{self._path[name]}: {name} cannot be read: {error}") from error
+def shapes(model: nnx.Module, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model's checkpoint: their names and shapes."""
+    found = (made_of(config, path, weight) for path, weight in variables(model))
+    return {part.name: part.shape(each) for each, rows in found for part in sum(rows, ())}
 
 
 def load(
-    model: nnx.Module, config: ModelConfig, folder: Path, *, keep: Callable[[str, jax.Array], Any], progress: bool = True
+    model: nnx.Module,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    keep: Callable[[str, jax.Array], Any],
+    merges: Mapping[str, Callable[[Index, np.ndarray], np.ndarray]] | None = None,
+    progress: bool = True,
 ) -> None:
     """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, array): what of a weight is kept.
+    merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
     weights = dict(variables(model))
     found = {path: made_of(config, path, weight) for path, weight in weights.items()}
     with Tensors(folder) as tensors, _bar(progress) as bar:
-        _check(
-            tensors, config, folder, {part.name: part.shape(each) for each, rows in found.values() for part in sum(rows, ())}
-        )
+        if config.tie_word_embeddings and HEAD in tensors and EMBED not in tensors:
+            tensors.rename(HEAD, EMBED)  # one table, under its other name
+        _check(tensors, config, folder, shapes(model, config))
+
+        def read(name: str, index: Index) -> np.ndarray:
+            block = tensors.read(name, index)
+            return merges[name](index, block) if merges and name in merges else block
+
         total = sum(_bytes(w.get_value()) for w in weights.values())
         task = bar.add_task(f"loading {folder.name}", total=total)
         for path, weight in weights.items():
             abstract = weight.get_value()
-            weight.set_value(keep(path, _read(tensors, abstract, *found[path])))
+            weight.set_value(keep(path, _read(read, abstract, *found[path])))
             bar.advance(task, _bytes(abstract))
 
 
-def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, each: tuple[int, ...], rows: list[tuple[Part, ...]]) -> jax.Array:
-    """A weight whose rows are of the shape `each` and made of these tensors, as `made_of` says."""
+def _read(
+    read: Callable[[str, Index], np.ndarray],
+    abstract: jax.ShapeDtypeStruct,
+    each: tuple[int, ...],
+    rows: list[tuple[Part, ...]],
+) -> jax.Array:
+    """A weight whose rows are of the shape `each` and made of the tensors that `read` reads, as `made_of` says."""
     blocks: dict[str, np.ndarray] = {}  # devices that hold the same block share one reading
 
     def block(index: Any) -> np.ndarray:
@@ -137,7 +157,7 @@ def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, each: tuple[int, ...
             held, inner = (rows[index[0]], index[1:]) if stacked else (rows, index)
             for row, parts in zip(out if stacked else [out], held, strict=True):
                 for part in parts:
-                    part.read(row, inner, each, functools.partial(tensors.read, part.name))
+                    part.read(row, inner, each, functools.partial(read, part.name))
             blocks[str(index)] = out
         return blocks[str(index)]
 
@@ -161,7 +181,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
     def flush() -> None:
         if writes and shards[-1]:
             written.append(folder / f"shard-{len(written)}.partial")
-            save_file(shards[-1], written[-1], metadata={"format": "pt"})
+            _write(written[-1], shards[-1])
         names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
         shards[-1] = {}
 
@@ -185,14 +205,21 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
         _copy_beside(folder, config, source)
 
 
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file, with the permissions that any new file gets here; safetensors' own are for the owner's eyes alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: int) -> None:
     """Gives the files their final names once their number is known, and writes the index where there are several."""
-    for stale in [*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)]:
+    for stale in [*folder.glob(SINGLE), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)]:
         stale.unlink()
     count = len(written)
-    final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    final = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for path, name in zip(written, final, strict=True):
-        path.chmod(0o644)  # safetensors makes files for the owner's eyes alone
         path.rename(folder / name)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: final[int(v)] for k, v in names.items()}}
@@ -206,39 +233,38 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
         generation.write_text(json.dumps(ids, indent=2) + "\n")
     if source is None or own:
         return
-    for pattern in (*TOKENIZER_FILES, generation.name):
+    copy_tokenizer(source, folder)
+    if (source / generation.name).exists():
+        shutil.copyfile(source / generation.name, generation)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files of a folder into another; not their permissions, which may be a reader's alone."""
+    for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
-            shutil.copy(path, folder / path.name)
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        try:
-            return sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX} is not a safetensors index: {error}") from error
-    single = folder / "model.safetensors"  # others may lie beside it, such as the original's own format
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files and list(folder.glob("*.bin")):
-        raise FileNotFoundError(
-            f"{folder} holds only pickled weights (*.bin), which are never loaded; convert it to safetensors"
-        )
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
-    return files
+            shutil.copyfile(path, folder / path.name)
 
 
 def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [name for name in shapes if name not in tensors]
     # buffers that old exports carry, and a second copy of a tied table
-    known = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    known = {HEAD} if config.tie_word_embeddings else set()
     extra = [name for name in tensors if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq")]
+    problems = misfits(tensors, shapes, extra)
+    if problems:
+        tie = '; where the embedding is the head as well: hf_overrides={"tie_word_embeddings": True}'
+        hint = tie if HEAD in shapes and HEAD not in tensors and EMBED in tensors else ""
+        raise ValueError(f"the tensors in {folder} do not fit its config.json: {problems}{hint}")
+
+
+def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequence[str]) -> str:
+    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says, in one line; empty where nothing is."""
+    missing = [name for name in shapes if name not in tensors]
     wrong = [
         f"{name} is {tensors.shape(name)}, expected {shape}"
         for name, shape in shapes.items()
         if name in tensors and tensors.shape(name) != shape
     ]
-    coded = [f"{name} is {tensors.dtype(name)}" for name in shapes if name in tensors and tensors.dtype(name) not in _FLOATS]
+    coded = [f"{name} is {tensors.dtype(name)}" for name in shapes if name in tensors and tensors.dtype(name) not in FLOATS]
     problems = [
         f"{title}: {', '.join(found[:20])}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
         for title, found in (
@@ -249,8 +275,7 @@ def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[
         )
         if found
     ]
-    if problems:
-        raise ValueError(f"the tensors in {folder} do not fit its config.json\n  " + "\n  ".join(problems))
+    return "; ".join(problems)
 
 
 def _bytes(abstract: jax.ShapeDtypeStruct) -> int:

@@ -1,6 +1,6 @@
 """The two-way table of names: which tensors of a Hugging Face checkpoint make up each of our weights.
 
-A weight of ours is a reshape of one tensor, or several tensors side by side (q, k and v; gate and up). Where tp exceeds
+`TABLE` has a row for each of our weights; a new one is a new row. A weight of ours is a reshape of one tensor, or several tensors side by side (q, k and v; gate and up). Where tp exceeds
 the KV heads, each KV head stands several times in ours; where tp does not divide the vocabulary, ours has zero rows at
 the end. Both are undone on the way out.
 
@@ -10,6 +10,7 @@ K KV heads as held, G query heads per held KV head, H head_dim, D embed, F mlp, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,11 @@ class Part:
         if len(dims) > self.rows:
             inner_columns = math.prod(dims[self.rows + 1 :])
             where.append(slice(bounds[self.rows][0] * inner_columns, bounds[self.rows][1] * inner_columns))
-        values = get(tuple(where))
         target = out[self.select] if self.select else out
+        if where[0].start == where[0].stop:  # a share of padding alone
+            target[...] = 0
+            return
+        values = get(tuple(where))
         if self.repeat > 1:
             heads = np.repeat(values.reshape(last - first, -1), self.repeat, axis=0)
             values = heads[start - first * self.repeat :][: stop - start]
@@ -100,37 +104,72 @@ def made_of(config: ModelConfig, path: str, weight: nnx.Variable) -> tuple[tuple
 
 def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, ...]:
     """The tensors that make up our weight at `path` (e.g. "layers.3.attention.qkv") of the given shape."""
-    whole = slice(None)
-    vocab = config.vocab_size
-    if path == "embed":
-        return (Part("model.embed_tokens.weight", size=vocab),)
-    if path == "head":
-        return (Part("lm_head.weight", size=vocab),)
-    if path == "norm.weight":
-        return (Part("model.norm.weight"),)
-    _, layer, name = path.split(".", 2)
-    at = f"model.layers.{layer}."
-    kind = "bias" if name.endswith("_bias") else "weight"
-    if name in ("attention.qkv", "attention.qkv_bias"):
-        held, fused = shape[0], shape[1]
-        repeat = held // config.num_kv_heads
-        return (
-            Part(f"{at}self_attn.q_proj.{kind}", (whole, slice(0, fused - 2)), rows=3),
-            Part(f"{at}self_attn.k_proj.{kind}", (whole, fused - 2), rows=2, repeat=repeat),
-            Part(f"{at}self_attn.v_proj.{kind}", (whole, fused - 1), rows=2, repeat=repeat),
+    layer = re.search(r"\.(\d+)\.", path)
+    row = TABLE[re.sub(r"\.\d+\.", ".*.", path, count=1)]
+    return tuple(tensor.part(config, shape, layer[1] if layer else "") for tensor in row)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the table says of one tensor in one of our weights; `Part` is the same for a model and a layer.
+
+    name: "*" is the layer. select: where it lies in ours, counted from the end where negative. rows: of `Part`. per_kv_head:
+    its rows are KV heads', of which ours may hold copies. vocab: its rows are the vocabulary, which ours may pad.
+    """
+
+    name: str
+    select: tuple[int | slice, ...] = ()
+    rows: int = 1
+    per_kv_head: bool = False
+    vocab: bool = False
+
+    def part(self, config: ModelConfig, ours: Sequence[int], layer: str) -> Part:
+        """It in a weight of that shape."""
+        return Part(
+            self.name.replace("*", layer),
+            select=tuple(_from_start(pick, n) for pick, n in zip(self.select, ours, strict=False)),
+            rows=self.rows,
+            repeat=ours[0] // config.num_kv_heads if self.per_kv_head else 1,
+            size=config.vocab_size if self.vocab else None,
         )
-    if name in ("mlp.gate_up", "mlp.gate_up_bias"):
-        return (Part(f"{at}mlp.gate_proj.{kind}", (whole, 0)), Part(f"{at}mlp.up_proj.{kind}", (whole, 1)))
-    return (Part(at + _SINGLE[name]),)
 
 
-_SINGLE = {
-    "attention.o": "self_attn.o_proj.weight",
-    "attention.o_bias": "self_attn.o_proj.bias",
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-    "mlp.down": "mlp.down_proj.weight",
-    "mlp.down_bias": "mlp.down_proj.bias",
-    "attention_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
+def _from_start(pick: int | slice, size: int) -> int | slice:
+    if isinstance(pick, int):
+        return range(size)[pick]
+    return pick if pick == _ALL else slice(*pick.indices(size)[:2])
+
+
+def _fused(kind: str) -> dict[str, tuple[Tensor, ...]]:
+    """The rows of the fused kernels, or of their biases."""
+    attention, mlp, ours = "model.layers.*.self_attn", "model.layers.*.mlp", "_bias" if kind == "bias" else ""
+    return {
+        f"layers.*.attention.qkv{ours}": (
+            Tensor(f"{attention}.q_proj.{kind}", (_ALL, slice(0, -2)), rows=3),
+            Tensor(f"{attention}.k_proj.{kind}", (_ALL, -2), rows=2, per_kv_head=True),
+            Tensor(f"{attention}.v_proj.{kind}", (_ALL, -1), rows=2, per_kv_head=True),
+        ),
+        f"layers.*.mlp.gate_up{ours}": (
+            Tensor(f"{mlp}.gate_proj.{kind}", (_ALL, 0)),
+            Tensor(f"{mlp}.up_proj.{kind}", (_ALL, 1)),
+        ),
+    }
+
+
+_ALL = slice(None)
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLE: dict[str, tuple[Tensor, ...]] = {
+    "embed": (Tensor(EMBED, vocab=True),),
+    "head": (Tensor(HEAD, vocab=True),),
+    "norm.weight": (Tensor("model.norm.weight"),),
+    **_fused("weight"),
+    **_fused("bias"),
+    "layers.*.attention.o": (Tensor("model.layers.*.self_attn.o_proj.weight"),),
+    "layers.*.attention.o_bias": (Tensor("model.layers.*.self_attn.o_proj.bias"),),
+    "layers.*.attention.q_norm.weight": (Tensor("model.layers.*.self_attn.q_norm.weight"),),
+    "layers.*.attention.k_norm.weight": (Tensor("model.layers.*.self_attn.k_norm.weight"),),
+    "layers.*.mlp.down": (Tensor("model.layers.*.mlp.down_proj.weight"),),
+    "layers.*.mlp.down_bias": (Tensor("model.layers.*.mlp.down_proj.bias"),),
+    "layers.*.attention_norm.weight": (Tensor("model.layers.*.input_layernorm.weight"),),
+    "layers.*.mlp_norm.weight": (Tensor("model.layers.*.post_attention_layernorm.weight"),),
 }

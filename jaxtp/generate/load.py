@@ -48,8 +48,11 @@ def load_model(
         if load_format == "dummy":
             raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
         raise
-    source = preset(str(model)).to_hf() if folder is None else folder
-    config = ModelConfig.from_hf(source, overrides=hf_overrides)
+    if folder is None or load_format == "dummy":  # no weights are read
+        source = preset(str(model)).to_hf() if folder is None else folder
+        config = ModelConfig.from_hf(source, overrides=hf_overrides)
+    else:
+        config = hf.config_of(folder, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = dtype or config.dtype or "float32"
     check_quantization(quantization, dtype)

@@ -105,7 +105,7 @@ class Llama(nnx.Module):
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
-        config = ModelConfig.from_hf(folder, overrides=hf_overrides)
+        config = hf.config_of(folder, overrides=hf_overrides)
         rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
         check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
         dtype = (None if dtype == "auto" else dtype) or config.dtype or "float32"

@@ -314,7 +314,7 @@ def _model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig]:
     if str(model) in PRESETS:
         return str(model), preset(str(model))
     if str(model) == "demo" or (str(model) and Path(model).is_dir()):
-        return str(model), ModelConfig.from_hf(hf.resolve(model))
+        return str(model), hf.config_of(hf.resolve(model))
     near = difflib.get_close_matches(str(model).lower(), PRESETS, n=3, cutoff=0.4)
     hint = f"near: {', '.join(near)}; all" if near else "presets"
     raise ValueError(f"no model is named {str(model)!r}, and no folder is there; {hint}: {', '.join(PRESETS)}")

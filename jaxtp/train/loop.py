@@ -82,7 +82,7 @@ class Run:
         corpus = read(data.train, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos)
         self.corpora = self._split(corpus, eos)
         size = self.tokenizer.size if self.tokenizer else int(corpus.tokens.max()) + 1
-        self.model_config = ModelConfig.from_hf(start) if start else model_config(config, vocab_size=size, eos=eos)
+        self.model_config = hf.config_of(start) if start else model_config(config, vocab_size=size, eos=eos)
         self._check_lengths()
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
