@@ -64,9 +64,9 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config of a checkpoint folder, and what only its weights say: their dtype where config.json has none (as transformers:
-    that of the first one), and whether embedding and head are one table. Where config.json says so but the weights hold two that
-    differ, both are used, with a warning (as transformers).
+    """The config of a checkpoint folder, with what its weights alone can say: their dtype, where config.json has none (the first
+    one's, as in transformers), and that they hold two tables where config.json says that embedding and head are one. Both are
+    used then, with a warning, as in transformers.
 
     Raises as `ModelConfig.from_hf` and `Tensors`, but for weights that are not there: a plan needs none.
     """
@@ -90,15 +90,16 @@ def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> Mo
 
 def _one_table(tensors: Tensors, dtype: str) -> bool:
     """Whether embedding and head are the same in that dtype, or one of them is not there."""
-    if EMBED not in tensors or HEAD not in tensors:
+    if EMBED not in tensors or HEAD not in tensors or not tensors.shape(EMBED):
         return True
-    if tensors.shape(EMBED) != tensors.shape(HEAD):
+    if (shape := tensors.shape(EMBED)) != tensors.shape(HEAD):
         return False
+    rows = shape[0]
 
     def block(name: str, start: int) -> np.ndarray:
-        return tensors.read(name, (slice(start, start + _ROWS),)).astype(jnp.dtype(dtype))
+        return tensors.read(name, (slice(start, min(start + _ROWS, rows)),)).astype(jnp.dtype(dtype))
 
-    return all(np.array_equal(block(EMBED, i), block(HEAD, i)) for i in range(0, tensors.shape(EMBED)[0], _ROWS))
+    return all(np.array_equal(block(EMBED, start), block(HEAD, start)) for start in range(0, rows, _ROWS))
 
 
 def shapes(model: nnx.Module, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -257,7 +258,7 @@ def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[
 
 
 def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequence[str]) -> str:
-    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says, in one line; empty where nothing is."""
+    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says; empty where nothing is."""
     missing = [name for name in shapes if name not in tensors]
     wrong = [
         f"{name} is {tensors.shape(name)}, expected {shape}"

@@ -1,8 +1,8 @@
 """The two-way table of names: which tensors of a Hugging Face checkpoint make up each of our weights.
 
-`TABLE` has a row for each of our weights; a new one is a new row. A weight of ours is a reshape of one tensor, or several tensors side by side (q, k and v; gate and up). Where tp exceeds
-the KV heads, each KV head stands several times in ours; where tp does not divide the vocabulary, ours has zero rows at
-the end. Both are undone on the way out.
+`TABLE` has a row for each of our weights; a new one is a new row. A weight of ours is a reshape of one tensor, or several
+tensors side by side (q, k and v; gate and up). Where tp exceeds the KV heads, each KV head stands several times in ours; where
+tp does not divide the vocabulary, ours has zero rows at the end. Both are undone on the way out.
 
 K KV heads as held, G query heads per held KV head, H head_dim, D embed, F mlp, V vocabulary.
 """
