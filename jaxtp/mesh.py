@@ -53,6 +53,15 @@ def across_nodes(tp: int, local: int) -> str:
     )
 
 
+def check_mesh(mesh: Mesh) -> Mesh:
+    """Itself. Raises TypeError or ValueError for a mesh that is not as `make_mesh` makes them."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={mesh!r} must be a mesh of devices: jaxtp.make_mesh(tp=...)")
+    if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise ValueError(f"the mesh has the axes {mesh.axis_names}; it must have {AXES}, all Explicit: jaxtp.make_mesh(tp=...)")
+    return mesh
+
+
 def use_virtual_devices(count: int) -> None:
     """Makes this process see `count` CPU devices of its own. Call it before anything touches a device; raises RuntimeError
     after.
@@ -77,6 +86,8 @@ def platform(mesh: Mesh | jax.sharding.AbstractMesh) -> str:
 
 def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     for axis, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{axis}={size!r}: the size of an axis is an int of at least 1 (or -1: what is left)")
         if size < 1 and size != -1:
             raise ValueError(f"{axis}={size}: an axis has a size of at least 1 (or -1: what is left)")
     free = [axis for axis, size in sizes.items() if size == -1]

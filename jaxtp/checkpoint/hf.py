@@ -64,9 +64,9 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config of a checkpoint folder, with what its weights alone can say: their dtype, where config.json has none (the first
-    one's, as in transformers), and that they hold two tables where config.json says that embedding and head are one. Both are
-    used then, with a warning, as in transformers.
+    """The config of a checkpoint folder, with what its weights alone can say: their dtype, where config.json has none (the
+    first one's, as in transformers), and that they hold two tables where config.json says that embedding and head are one. Both
+    are used then, with a warning, as in transformers.
 
     Raises as `ModelConfig.from_hf` and `Tensors`, but for weights that are not there: a plan needs none.
     """

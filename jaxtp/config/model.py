@@ -11,6 +11,7 @@ from typing import Any
 from jaxtp import files
 from jaxtp.checks import INT32, whole
 from jaxtp.config.families import FAMILIES
+from jaxtp.config.keys import DTYPE_NAMES, DTYPES
 from jaxtp.config.reader import read
 from jaxtp.config.rope import Rope, rope_to_hf
 
@@ -76,13 +77,25 @@ class ModelConfig:
         return min(self.rope.context(self.max_position_embeddings), INT32)
 
     def check_length(self, name: str, tokens: int, *, way: str = "") -> None:
-        """Raises ValueError where a sequence is longer than the context. way: out of it, for the message."""
-        if tokens > self.context:
+        """Raises ValueError where a sequence is longer than the context (`dynamic` RoPE adapts to any length). way: out of it,
+        for the message.
+        """
+        if tokens > self.context and self.rope.kind != "dynamic":
             scaled = (
                 f" (scaled by {self.rope.kind} RoPE to {self.context})" if self.context > self.max_position_embeddings else ""
             )
             most = f"max_position_embeddings={self.max_position_embeddings}{scaled}"
             raise ValueError(f"{name}={tokens} exceeds the model's {most}{way and '; '}{way}")
+
+    def dtype_of(self, asked: str | None) -> str:
+        """The dtype asked for, or where that is None or "auto" the checkpoint's (float32 where it says none).
+
+        Raises ValueError for one that is not supported.
+        """
+        name = (None if asked == "auto" else asked) or self.dtype or "float32"
+        if not isinstance(name, str) or name not in DTYPE_NAMES:
+            raise ValueError(f"dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
+        return DTYPE_NAMES[name]
 
     @property
     def num_params(self) -> int:

@@ -71,7 +71,7 @@ def split_of(
         return choice.split
     if choice != "auto":
         raise ValueError(f'plan={choice!r} must be "auto" or a Plan, such as jaxtp.plan(...).best')
-    total = min(max_model_len or 1280, config.max_position_embeddings)
+    total = min(max_model_len or 1280, config.context)
     plans = plan(
         config,
         at_hand(),

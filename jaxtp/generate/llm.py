@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
+from jaxtp.generate.arguments import check_engine, check_ids, check_request
 from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.load import eos_of, load_model, tokenizer_of
@@ -42,7 +43,7 @@ class LLM:
     all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
     rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
-    max_model_len: tokens of prompt and completion together (default: the model's own).
+    max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
     together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
     `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
@@ -78,15 +79,23 @@ class LLM:
     ) -> None:
         if progress:
             show()
-        if load_format not in ("auto", "safetensors", "dummy"):
-            raise ValueError(f'load_format={load_format!r} must be "auto", "safetensors" or "dummy"')
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if max_model_len is not None and not isinstance(max_model_len, int):
-            raise TypeError(f"max_model_len={max_model_len!r} must be an int")
+        check_engine(
+            model,
+            counts={
+                "tensor_parallel_size": tensor_parallel_size,
+                "pipeline_parallel_size": pipeline_parallel_size,
+                "data_parallel_size": data_parallel_size,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+            },
+            layers_per_stage=layers_per_stage,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            load_format=load_format,
+            hf_overrides=hf_overrides,
+            seed_=seed,
+            switches={"sequence_parallel": sequence_parallel, "tp_across_nodes": tp_across_nodes, "progress": progress},
+        )
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
@@ -221,8 +230,7 @@ class LLM:
             ids = self._ids(prompt)
             if wanted.stop and self.tokenizer is None:
                 raise ValueError("stop strings need a tokenizer, which this checkpoint has not: LLM(..., tokenizer=folder)")
-            self._check_ids("logit_bias", list(wanted.logit_bias))
-            self._check_ids("stop_token_ids", wanted.stop_token_ids)
+            check_request(wanted, self.config, self.max_model_len)
             seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
             mine = [
                 Row(ids, wanted, index=i, seed=seed, limit=self.max_model_len, eos=self.eos, tokenizer=self.tokenizer)
@@ -245,14 +253,10 @@ class LLM:
         if len(ids) >= self.max_model_len:
             raise ValueError(
                 f"a prompt has {len(ids)} tokens, but max_model_len is {self.max_model_len}, of which one is for the completion"
+                f"; {memory.longer(self.config, len(ids) + 1)}"
             )
-        self._check_ids("a prompt", ids)
+        check_ids("a prompt", ids, self.config.vocab_size)
         return ids
-
-    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
-        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise ValueError(f"{where} has token ids {wrong[:5]}, outside the vocabulary of {self.config.vocab_size}")
 
     def _batches(self, rows: list[Row]) -> Iterator[Batch]:
         """Rows in batches that fit the KV cache, the longest prompts first."""

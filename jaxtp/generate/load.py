@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
+from jaxtp.config.reader import token_ids
+from jaxtp.files import read_object
 from jaxtp.generate.text import Tokenizer
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
@@ -54,7 +55,7 @@ def load_model(
     else:
         config = hf.config_of(folder, overrides=hf_overrides)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
-    dtype = dtype or config.dtype or "float32"
+    dtype = config.dtype_of(dtype)
     check_quantization(quantization, dtype)
     split = planned(config, dtype)
     check_layout(config, split.tp, rules)
@@ -85,10 +86,10 @@ def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
 def eos_of(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
     path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
-    try:
-        found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    found = read_object(path).get("eos_token_id") if path and path.exists() else None
     if found is None:
         return config.eos_token_ids
-    return tuple(found) if isinstance(found, list) else (found,)
+    try:
+        return token_ids("eos_token_id", found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

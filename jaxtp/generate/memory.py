@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -76,18 +77,30 @@ def budget(model: Llama, *, utilization: float) -> Budget:
 
 
 def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
-    """`max_model_len`: as wanted, else the model's own, cut to what the cache holds.
+    """`max_model_len`: as wanted, else the model's own (as in vLLM what RoPE scaling makes of it), cut to what the cache holds.
 
     Raises ValueError where `wanted` exceeds either.
     """
     holds = budget.cache_tokens // budget.groups
     if wanted is None:
-        return min(config.max_position_embeddings, holds)
-    if wanted > config.max_position_embeddings and config.rope.kind != "dynamic":
-        raise ValueError(f"max_model_len={wanted} exceeds the model's max_position_embeddings={config.max_position_embeddings}")
+        return min(config.context, holds)
+    config.check_length("max_model_len", wanted, way=longer(config, wanted))
     if wanted > holds or wanted < 2:
         raise ValueError(f"max_model_len={wanted} must be in [2, {holds}], the tokens that the KV cache holds")
     return wanted
+
+
+def longer(config: ModelConfig, tokens: int) -> str:
+    """What lets a sequence of so many tokens in, in words."""
+    trained, kind = config.max_position_embeddings, config.rope.kind
+    if tokens <= config.context or kind == "dynamic":
+        return f"LLM(..., max_model_len={tokens}) is possible"
+    way = f'hf_overrides={{"max_position_embeddings": {tokens}}} where it was trained so'
+    if kind == "default":
+        factor = float(-(-tokens // trained))
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+        way += f', or RoPE scaling, such as hf_overrides={{"rope_scaling": {json.dumps(scaling)}}}'
+    return f"for more: {way}"
 
 
 def pool() -> float:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
+
+from jaxtp.checks import flags, seed, whole
+
+MOST = 16384  # completions of a prompt
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of a request are chosen and when it ends.
 
-    n: completions a prompt. temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1].
+    n: completions a prompt, at most 16384 (vLLM's bound). temperature: 0 (as in vLLM anything below 1e-5) is greedy. top_k: 0
+    or -1 is off. top_p in (0, 1], min_p in [0, 1].
     repetition_penalty > 0 (1 is off), presence_penalty and frequency_penalty in [-2, 2] (0 is off).
     logit_bias: token id -> added to its logit, in [-100, 100]. seed: None takes the next of the LLM's own.
     max_tokens: None generates up to `max_model_len`. min_tokens: no end before that many. stop: strings that end the
@@ -43,10 +50,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _strings(self.stop))
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
-        object.__setattr__(self, "stop_token_ids", [*(self.stop_token_ids or ())])
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias or {}))
+        object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids or ()))
         _check_types(self)
-        _check("n", self.n, self.n >= 1, "at least 1")
+        whole("n", self.n, least=1, most=MOST)
+        if 0 < self.temperature < 1e-5:
+            object.__setattr__(self, "temperature", 0.0)
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0 (0 is greedy) and finite")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("top_k", self.top_k, self.top_k >= -1, "at least 1, or 0 or -1 for all tokens")
@@ -65,10 +74,24 @@ class SamplingParams:
         _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 64, "in [0, 64] or None")
         for token, bias in self.logit_bias.items():
             _check(f"logit_bias[{token}]", bias, -100 <= bias <= 100, "in [-100, 100]")
-        if not all(isinstance(token, Integral) for token in self.stop_token_ids):
-            raise TypeError(f"stop_token_ids={self.stop_token_ids!r} must be a list of ints")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be in [0, 2^32)")
+        if self.seed is not None:
+            seed("seed", self.seed)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """logit_bias; its keys may be text, as JSON has them."""
+    try:
+        return {int(k) if isinstance(k, str) else operator.index(k): float(v) for k, v in given.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise TypeError(f"logit_bias={given!r} must map token ids to numbers") from None
+
+
+def _ids(given: Any) -> list[int]:
+    """stop_token_ids."""
+    ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+        raise TypeError(f"stop_token_ids={given!r} must be a list of ints")
+    return ids
 
 
 def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -81,6 +104,7 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 _INTS, _OPTIONAL_INTS = ("n", "top_k", "min_tokens"), ("seed", "max_tokens", "logprobs")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -92,8 +116,9 @@ def _check_types(params: SamplingParams) -> None:
     ):
         for name in names:
             value = getattr(params, name)
-            if not isinstance(value, kind) and not (value is None and names is _OPTIONAL_INTS):
+            if (not isinstance(value, kind) or isinstance(value, bool)) and not (value is None and names is _OPTIONAL_INTS):
                 raise TypeError(f"{name}={value!r} must be {said}")
+    flags(**{name: getattr(params, name) for name in _FLAGS})
 
 
 def _check(name: str, value: object, legal: bool, rule: str) -> None:

@@ -19,8 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Part, made_of
+from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
-from jaxtp.mesh import make_mesh, platform
+from jaxtp.files import local
+from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.cache import Cache, LayerCache
 from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
@@ -56,7 +58,7 @@ class Llama(nnx.Module):
         of pp (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where
         the config cannot be laid out on the mesh by the rules.
         """
-        check_layout(config, mesh.shape["tp"], rules)
+        check_layout(config, check_mesh(mesh).shape["tp"], rules)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
         check_quantization(quantization, dtype)
@@ -107,8 +109,8 @@ class Llama(nnx.Module):
         folder = hf.resolve(model, revision=revision)
         config = hf.config_of(folder, overrides=hf_overrides)
         rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
-        check_layout(config, mesh.shape["tp"] if mesh else 1, rules)
-        dtype = (None if dtype == "auto" else dtype) or config.dtype or "float32"
+        check_layout(config, check_mesh(mesh).shape["tp"] if mesh else 1, rules)
+        dtype = config.dtype_of(dtype)
         made = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, quantization=quantization, kernel=kernel)
         return made.load(folder, progress=progress)
 
@@ -156,8 +158,9 @@ class Llama(nnx.Module):
             raise ValueError(
                 f"quantization={self.quantization!r} rounded the weights that were loaded; save a model loaded without"
             )
+        whole("max_shard_bytes", max_shard_bytes, least=1)
         source = Path(self.source) if self.source else None
-        hf.save(self, self.config, Path(folder), source=source, max_shard_bytes=max_shard_bytes)
+        hf.save(self, self.config, local(folder), source=source, max_shard_bytes=max_shard_bytes)
 
     def __call__(
         self,

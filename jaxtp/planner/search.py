@@ -205,7 +205,7 @@ def plan(
         where = cluster(gpus, interconnect=interconnect, network=network, **more)
     name, config = _model(model)
     share: dict[str, Any] = {} if utilization is None else {"utilization": utilization}
-    most = config.max_position_embeddings
+    most = config.context
     output_len = min(256, max(1, most // 4)) if output_len is None else output_len
     prompt_len = min(1024, max(1, most - output_len)) if prompt_len is None else prompt_len
     seq_len = min(4096, most) if seq_len is None else seq_len

@@ -196,14 +196,12 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
 
 def check_length(config: ModelConfig, task: Task) -> None:
     """Raises ValueError where rows are longer than the model's positions."""
-    most = config.max_position_embeddings
     if isinstance(task, Training):
         wanted = {"seq_len": task.seq_len}
     else:
         wanted = {"prompt_len + output_len": task.total, "max_model_len": task.request}
     for name, tokens in wanted.items():
-        if tokens > most and config.rope.kind != "dynamic":
-            raise ValueError(f"{name}={tokens} exceeds the model's max_position_embeddings={most}")
+        config.check_length(name, tokens)
 
 
 def check_rows(batch: int, microbatches: int, dp: int) -> None:

@@ -15,6 +15,7 @@ import pydantic
 import tyro
 import yaml
 
+from jaxtp import checks
 from jaxtp.config import ModelConfig, Rope
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
@@ -181,6 +182,7 @@ class TrainConfig:
         for name, value in (("steps", self.steps), ("max_nonfinite", self.max_nonfinite), ("log.every", self.log.every)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        checks.seed("seed", self.seed)
         rows, parts = self.data.batch_size, self.parallel.accumulate
         if rows < 1 or parts < 1 or rows % parts:
             raise ValueError(f"parallel.accumulate={parts} must divide data.batch_size={rows}")

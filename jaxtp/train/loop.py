@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
+from jaxtp.files import local
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
@@ -120,9 +121,7 @@ class Run:
         return {"train": corpus}
 
     def _check_lengths(self) -> None:
-        length, most = self.config.data.sequence_length, self.model_config.max_position_embeddings
-        if length > most:
-            raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={most}")
+        self.model_config.check_length("data.sequence_length", self.config.data.sequence_length)
 
     def _model(self, rules: Rules, dtype: str) -> Llama:
         return Llama(self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel)
@@ -376,7 +375,7 @@ def export(
     dtype: of the weights written, default the one that the run computed in. overwrite: replace the model in a folder that is
     not empty. Raises FileExistsError for such a folder without, and ValueError where there is no checkpoint that can be read.
     """
-    run_folder, folder = Path(run_folder), Path(folder)
+    run_folder, folder = local(run_folder), local(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(f"{folder} is there and not empty; give a new folder, or --overwrite (overwrite=True)")
     meta = last_meta(run_folder / "checkpoints", step)
