@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
 class Tensors:
     """The tensors of a checkpoint folder by name, read in slices."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens all files and reads their headers. Raises FileNotFoundError or ValueError naming the file at fault."""
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        """Opens all files (or those given) and reads their headers. Raises FileNotFoundError or ValueError naming the file at
+        fault.
+        """
         self._stack = ExitStack()
         self._file: dict[str, Any] = {}
         self._path: dict[str, Path] = {}
-        for path in _files(folder):
+        for path in _files(folder) if files is None else files:
             try:
                 file = self._stack.enter_context(safe_open(path, framework="numpy"))
             except FileNotFoundError:
@@ -104,29 +106,50 @@ class Tensors:
             raise ValueError(f"{self._path[name]}: {name} cannot be read: {error}") from error
 
 
+def shapes(model: nnx.Module, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model's checkpoint: their names and shapes."""
+    found = (made_of(config, path, weight) for path, weight in variables(model))
+    return {part.name: part.shape(each) for each, rows in found for part in sum(rows, ())}
+
+
 def load(
-    model: nnx.Module, config: ModelConfig, folder: Path, *, keep: Callable[[str, jax.Array], Any], progress: bool = True
+    model: nnx.Module,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    keep: Callable[[str, jax.Array], Any],
+    merges: Mapping[str, Callable[[Index, np.ndarray], np.ndarray]] | None = None,
+    progress: bool = True,
 ) -> None:
     """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, array): what of a weight is kept.
+    merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
     weights = dict(variables(model))
     found = {path: made_of(config, path, weight) for path, weight in weights.items()}
     with Tensors(folder) as tensors, _bar(progress) as bar:
-        _check(
-            tensors, config, folder, {part.name: part.shape(each) for each, rows in found.values() for part in sum(rows, ())}
-        )
+        _check(tensors, config, folder, shapes(model, config))
+
+        def read(name: str, index: Index) -> np.ndarray:
+            block = tensors.read(name, index)
+            return merges[name](index, block) if merges and name in merges else block
+
         total = sum(_bytes(w.get_value()) for w in weights.values())
         task = bar.add_task(f"loading {folder.name}", total=total)
         for path, weight in weights.items():
             abstract = weight.get_value()
-            weight.set_value(keep(path, _read(tensors, abstract, *found[path])))
+            weight.set_value(keep(path, _read(read, abstract, *found[path])))
             bar.advance(task, _bytes(abstract))
 
 
-def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, each: tuple[int, ...], rows: list[tuple[Part, ...]]) -> jax.Array:
-    """A weight whose rows are of the shape `each` and made of these tensors, as `made_of` says."""
+def _read(
+    read: Callable[[str, Index], np.ndarray],
+    abstract: jax.ShapeDtypeStruct,
+    each: tuple[int, ...],
+    rows: list[tuple[Part, ...]],
+) -> jax.Array:
+    """A weight whose rows are of the shape `each` and made of the tensors that `read` reads, as `made_of` says."""
     blocks: dict[str, np.ndarray] = {}  # devices that hold the same block share one reading
 
     def block(index: Any) -> np.ndarray:
@@ -137,7 +160,7 @@ def _read(tensors: Tensors, abstract: jax.ShapeDtypeStruct, each: tuple[int, ...
             held, inner = (rows[index[0]], index[1:]) if stacked else (rows, index)
             for row, parts in zip(out if stacked else [out], held, strict=True):
                 for part in parts:
-                    part.read(row, inner, each, functools.partial(tensors.read, part.name))
+                    part.read(row, inner, each, functools.partial(read, part.name))
             blocks[str(index)] = out
         return blocks[str(index)]
 
@@ -206,7 +229,14 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
         generation.write_text(json.dumps(ids, indent=2) + "\n")
     if source is None or own:
         return
-    for pattern in (*TOKENIZER_FILES, generation.name):
+    copy_tokenizer(source, folder)
+    if (source / generation.name).exists():
+        shutil.copy(source / generation.name, generation)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files of a folder into another."""
+    for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, folder / path.name)
 
@@ -229,10 +259,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [name for name in shapes if name not in tensors]
     # buffers that old exports carry, and a second copy of a tied table
     known = {"lm_head.weight"} if config.tie_word_embeddings else set()
     extra = [name for name in tensors if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq")]
+    problems = misfits(tensors, shapes, extra)
+    if problems:
+        raise ValueError(f"the tensors in {folder} do not fit its config.json\n  {problems}")
+
+
+def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequence[str]) -> str:
+    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says: a line for each kind, or nothing."""
+    missing = [name for name in shapes if name not in tensors]
     wrong = [
         f"{name} is {tensors.shape(name)}, expected {shape}"
         for name, shape in shapes.items()
@@ -249,8 +286,7 @@ def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[
         )
         if found
     ]
-    if problems:
-        raise ValueError(f"the tensors in {folder} do not fit its config.json\n  " + "\n  ".join(problems))
+    return "\n  ".join(problems)
 
 
 def _bytes(abstract: jax.ShapeDtypeStruct) -> int:

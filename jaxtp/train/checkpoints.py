@@ -7,6 +7,7 @@ order, so nothing in them depends on how the run was spread.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,26 @@ def _stacked(leaf: Any, spec: Spec) -> bool:
     return spec.dims[:1] == ("layers",) and leaf.shape[:1] == spec.shape[:1]
 
 
-def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """What the last checkpoint in a folder (or that of `step`) tells beside its arrays. Raises ValueError without one."""
+def chosen(folder: str | Path, *, step: int | None = None, best: bool = False) -> tuple[int, dict[str, Any]]:
+    """(step, what it tells beside its arrays) of the last checkpoint in a folder, that of `step`, or the one with the lowest
+    validation loss. Raises ValueError where there is none.
+    """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of checkpoints")
+    if best and step is not None:
+        raise ValueError(f"step={step} and best exclude one another")
     with ocp.CheckpointManager(folder) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"{folder} has no checkpoint{f' of step {step}; steps: {steps}' if steps else ''}")
-        return manager.restore(step or steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        number = step or steps[-1]
+        if best:
+            losses = {each: (manager.metrics(each) or {}).get("loss", math.inf) for each in steps}
+            number = min(steps, key=lambda each: losses[each])
+            if not losses[number] < math.inf:
+                raise ValueError(f"no checkpoint in {folder} was saved at a validation; steps: {steps}")
+        return number, manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 class _Mismatch(ValueError):
