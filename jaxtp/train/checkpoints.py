@@ -30,8 +30,11 @@ class Checkpoints:
         """keep: the last so many. best: and those with the lowest validation loss."""
         policies = [keep_policy.LatestN(max(keep, 1))]
         if best:
-            policies.append(keep_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=best))  # type: ignore[arg-type]
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep_policy.AnyPreservationPolicy(policies))
+            policies.append(keep_policy.BestN(get_metric_fn=_loss, reverse=True, n=best))  # type: ignore[arg-type]
+        # with best_fn losses are written beside the arrays, where a run that goes on finds them
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_loss, best_mode="min", preservation_policy=keep_policy.AnyPreservationPolicy(policies)
+        )
         self.folder, self._trainer = Path(folder).absolute(), trainer
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -150,6 +153,10 @@ class Checkpoints:
         with jax.set_mesh(self._trainer.stacked.layout.mesh):
             layouts = jax.tree.map(lambda a: a.sharding, target)
             return jax.jit(lambda state: jax.tree.map(one, state, target, kinds), out_shardings=layouts)(state)
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
 
 
 NO_PARAMETER = Spec((), (), PartitionSpec())
