@@ -70,6 +70,8 @@ def test_the_best_checkpoint_is_kept_and_exported(data, whole, tmp_path, caplog)
     for name, expected in (("best", whole.best[1]), ("last", whole.validation[-1][1])):
         found = evaluate(tmp_path / name, data / "other.txt", sequence_length=32, progress=False)
         assert found.nats == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="trained all weights: it has no adapter to export"):
+        export(whole.folder, tmp_path / "none", adapter=True)
     with pytest.raises(ValueError, match="exclude one another"):
         chosen(whole.folder / "checkpoints", step=2, best=True)
 

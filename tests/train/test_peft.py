@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import tiny
 from runs import SETTINGS, rows
 from safetensors.numpy import load_file, save_file
 
-from jaxtp import LLM, Llama, ModelConfig, make_mesh
+from jaxtp import LLM, Llama, ModelConfig, cli, make_mesh
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
 from jaxtp.model.stacked import Stacked
@@ -325,29 +326,35 @@ def test_a_run_goes_on_from_an_adapter_and_exports_one_that_peft_loads(bases, tm
 
 
 def test_new_adapters_take_patterns_and_single_modules(bases, tmp_path):
-    lora = {
-        "rank": 4,
-        "targets": ["q_proj", "layers.1.mlp.up_proj"],
-        "rank_pattern": {r"layers\.0\..*q_proj": 2},
-        "rslora": True,
-    }
-    train(config(bases["llama"], tmp_path / "run", lora=lora, steps=1))
-    export(tmp_path / "run", tmp_path / "out", adapter=True, dtype="bfloat16")
-    model = transformers.AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.float32)
+    """Both layers' q_proj are of one scale, so that the first is padded: nothing of the padding is in the merged model."""
+    base, both = bases["llama"], {"rank_pattern": {r"layers\.0\..*": 2}, "alpha_pattern": {r"layers\.0\..*": 8}}
+    lora = {"rank": 4, "targets": ["q_proj", "layers.1.mlp.up_proj"], **both}
+    train(config(base, tmp_path / "run", lora=lora))
+    export(tmp_path / "run", tmp_path / "out", adapter=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "out")
-    shapes = {n: tuple(p.shape) for n, p in theirs.named_parameters() if "lora_A" in n}
-    assert [shape[0] for shape in shapes.values()] == [2, 4, 4]
-    logits = Llama.from_pretrained(bases["llama"], lora=tmp_path / "out", progress=False)(IDS)
+    assert [p.shape[0] for name, p in theirs.named_parameters() if "lora_A" in name] == [2, 4, 4]
+    export(tmp_path / "run", tmp_path / "merged")
+    logits = Llama.from_pretrained(tmp_path / "merged", progress=False)(IDS)
     np.testing.assert_allclose(logits, logits_of(theirs), atol=1e-5, rtol=1e-5)
     for wrong, message in (
         ({"targets": ["layers.7.self_attn.q_proj"]}, "is no module of this model of 2 layers"),
         ({"rank_pattern": {"r_proj": 2}}, "lora.rank_pattern: 'r_proj' fits no module that has an adapter"),
     ):
         with pytest.raises(ValueError, match=message):
-            Run(config(bases["llama"], tmp_path / "no", lora={"rank": 4, **wrong}))
-    train(config(bases["llama"], tmp_path / "all", steps=1))
-    with pytest.raises(ValueError, match="trained all weights: it has no adapter to export"):
-        export(tmp_path / "all", tmp_path / "none", adapter=True)
+            Run(config(base, tmp_path / "no", lora={"rank": 4, **wrong}))
+
+
+def test_the_command_completes_as_peft_does(made, tmp_path, monkeypatch):
+    base, folder, theirs = made("rslora and ranks")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt_token_ids": IDS[0, :9].tolist()}))
+    flags = ["generate", base, "--lora", folder, "--prompts-file", tmp_path / "in.jsonl", "--max-tokens", 6, "--ignore-eos"]
+    monkeypatch.setattr(sys, "argv", ["jaxtp", *map(str, flags), "--output", str(tmp_path / "out.jsonl")])
+    cli.main()
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor(IDS[:1, :9]).long(), do_sample=False, max_new_tokens=6, eos_token_id=None)
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert record["outputs"][0]["token_ids"] == expected[0, 9:].tolist()
 
 
 def test_checkpoints_of_earlier_runs_are_of_the_same_adapters():
