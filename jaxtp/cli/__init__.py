@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from jaxtp.cli.evaluate import Eval
 from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.run import Chat, Export, Generate, Train
@@ -23,6 +24,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "chat": Chat,
     "train": Train,
     "export": Export,
+    "eval": Eval,
     "plan": Plan,
     "doctor": Doctor,
     "bench": Bench,

@@ -43,6 +43,8 @@ class Engine:
     """auto: the checkpoint's."""
     quantization: Literal["int8"] | None = None
     """int8: keep the weights of the layers in 8 bits."""
+    lora: str | None = None
+    """Adapter in PEFT's format (folder or hub id), merged into the weights as they are loaded."""
     max_model_len: int | None = None
     """Tokens of prompt and completion together; default the model's own."""
     gpu_memory_utilization: float = 0.9

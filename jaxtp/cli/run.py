@@ -139,6 +139,10 @@ class Export:
     """Of the weights written; default the one that the run computed in."""
     step: int | None = None
     """The checkpoint of this step; default the last one."""
+    best: Flag = False
+    """The checkpoint with the lowest validation loss."""
+    adapter: Flag = False
+    """Of a LoRA run the adapter alone, in PEFT's format, in place of the model that it is merged into."""
     overwrite: Flag = False
     """Replace the checkpoint that stands in the folder."""
 
@@ -148,7 +152,15 @@ class Export:
         from jaxtp.log import show
 
         show()
-        train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step, overwrite=self.overwrite)
+        train.export(
+            self.run_folder,
+            self.folder,
+            dtype=self.dtype,
+            step=self.step,
+            best=self.best,
+            adapter=self.adapter,
+            overwrite=self.overwrite,
+        )
 
 
 def _same_everywhere(asked: Any) -> None:

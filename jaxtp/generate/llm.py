@@ -43,6 +43,7 @@ class LLM:
     all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
     rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
+    lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
     together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
@@ -63,6 +64,7 @@ class LLM:
         plan: Choice | None = None,
         dtype: str = "auto",
         quantization: Quantization | None = None,
+        lora: str | Path | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_seqs: int = MAX_NUM_SEQS,
@@ -99,6 +101,8 @@ class LLM:
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
+        if isinstance(model, Llama) and lora is not None:
+            raise ValueError(f"lora={str(lora)!r} is merged when a model is loaded, as this one is already")
         if plan is not None and (split != Split() or isinstance(model, Llama)):
             raise ValueError("plan says how the model is split; it goes with no parallel sizes and no loaded model")
         memory.reserve(gpu_memory_utilization)
@@ -120,6 +124,7 @@ class LLM:
                 sizes=layers_per_stage,
                 dtype=None if dtype == "auto" else dtype,
                 quantization=quantization,
+                lora=lora,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
                 kernel=kernel,

@@ -31,6 +31,7 @@ def load_model(
     sizes: Sequence[int] | None,
     dtype: str | None,
     quantization: Quantization | None,
+    lora: str | Path | None,
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
     kernel: Kernel | None,
@@ -40,6 +41,8 @@ def load_model(
     progress: bool,
 ) -> Llama:
     """The model on its mesh. What is wrong with the config, or with tp, is said before any device is touched."""
+    if lora is not None and load_format == "dummy":
+        raise ValueError(f'lora={str(lora)!r} is merged into the weights of a checkpoint; load_format="dummy" reads none')
     named = load_format == "dummy" and str(model) in PRESETS
     try:
         folder = None if named else hf.resolve(model, revision=revision)
@@ -68,7 +71,7 @@ def load_model(
         made.source = str(folder) if folder else None
         return made
     assert folder is not None
-    return Llama(config, **layout).load(folder, progress=progress)
+    return Llama(config, **layout).load(folder, lora=lora, progress=progress)
 
 
 def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:

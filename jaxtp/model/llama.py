@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtp.checkpoint import hf
+from jaxtp.checkpoint import adapters, hf
 from jaxtp.checkpoint.names import Part, made_of
 from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
@@ -92,6 +92,7 @@ class Llama(nnx.Module):
         mesh: Mesh | None = None,
         dtype: str | None = None,
         quantization: Quantization | None = None,
+        lora: str | Path | None = None,
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
         kernel: Kernel | None = None,
@@ -102,7 +103,8 @@ class Llama(nnx.Module):
         """Loads a Hugging Face checkpoint (a folder or a hub id) onto a mesh (default: one device).
 
         dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8" keeps layers'
-        kernels in 8 bits (`ops.quantized.quantize`). tp_plan: "auto", or globs of module names to transformers' styles (see
+        kernels in 8 bits (`ops.quantized.quantize`). lora: an adapter in PEFT's format (a folder or a hub id), merged into each
+        weight in float32 as it is read. tp_plan: "auto", or globs of module names to transformers' styles (see
         `tp_plan.rules_from_plan`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
@@ -112,11 +114,15 @@ class Llama(nnx.Module):
         check_layout(config, check_mesh(mesh).shape["tp"] if mesh else 1, rules)
         dtype = config.dtype_of(dtype)
         made = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, quantization=quantization, kernel=kernel)
-        return made.load(folder, progress=progress)
+        return made.load(folder, lora=lora, progress=progress)
 
-    def load(self, folder: Path, *, progress: bool) -> Llama:
-        """Itself, with the weights of a checkpoint folder. Raises ValueError where they are not those of its config."""
-        hf.load(self, self.config, folder, keep=self.kept, progress=progress)
+    def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:
+        """Itself, with the weights of a checkpoint folder and an adapter in them. Raises ValueError where they are not those of
+        its config, or the adapter is for another model.
+        """
+        adapter = None if lora is None else adapters.Adapter(hf.resolve(lora), hf.shapes(self, self.config))
+        merges = adapter.merges() if adapter else None
+        hf.load(self, self.config, folder, keep=self.kept, merges=merges, progress=progress)
         self.source = str(folder)
         return self
 

@@ -24,13 +24,14 @@ from jaxtp.sharding import beside, mesh_of, names, reshard, size
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank product beside a kernel [*O, I]: a [r, I], b [*O', r].
+    """A low-rank product beside a kernel [*O, I]: scale · b a, with a [r, I], b [*O', r].
 
     beside: of the second dim of O, how many lie before and behind those of O'; None: O' is O.
     """
 
     a: jax.Array
     b: jax.Array
+    scale: float = field(metadata={"static": True})
     beside: tuple[int, int] | None = field(default=None, metadata={"static": True})
 
 
@@ -41,7 +42,6 @@ class Adapted:
 
     kernel: jax.Array
     adapters: tuple[Adapter, ...]
-    scale: float = field(metadata={"static": True})
 
     def __getitem__(self, index: object) -> Adapted:
         assert index is ..., "a weight with adapters has no parts"
@@ -58,7 +58,7 @@ def linear(
     halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
     if isinstance(weight, Adapted):
-        y = _linear(x, weight.kernel, out, dtype) + weight.scale * _low_rank(x, weight.adapters, out, dtype)
+        y = _linear(x, weight.kernel, out, dtype) + _low_rank(x, weight.adapters, out, dtype)
     elif isinstance(weight, Quantized):
         # without the barrier, XLA:CPU takes all weights in x's dtype out of the decode loop (see xla_flags.QUANTIZED, too)
         x, values = jax.lax.optimization_barrier((x, weight.values))
@@ -78,7 +78,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     between = NamedSharding(mesh, P(batch, tokens or out.spec.partitions[1], None))
     products = []
     for adapter in adapters:
-        y = _linear(_linear(x, adapter.a, between, dtype), adapter.b, out, dtype)
+        y = adapter.scale * _linear(_linear(x, adapter.a, between, dtype), adapter.b, out, dtype)
         widths = [(0, 0)] * y.ndim
         if adapter.beside:
             widths[3] = adapter.beside

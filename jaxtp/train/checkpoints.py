@@ -7,6 +7,7 @@ order, so nothing in them depends on how the run was spread.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ class Checkpoints:
         """keep: the last so many. best: and those with the lowest validation loss."""
         policies = [keep_policy.LatestN(max(keep, 1))]
         if best:
-            policies.append(keep_policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=best))  # type: ignore[arg-type]
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep_policy.AnyPreservationPolicy(policies))
+            policies.append(keep_policy.BestN(get_metric_fn=_loss, reverse=True, n=best))  # type: ignore[arg-type]
+        # with best_fn losses are written beside the arrays, where a run that goes on finds them
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_loss, best_mode="min", preservation_policy=keep_policy.AnyPreservationPolicy(policies)
+        )
         self.folder, self._trainer = Path(folder).absolute(), trainer
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -151,6 +155,10 @@ class Checkpoints:
             return jax.jit(lambda state: jax.tree.map(one, state, target, kinds), out_shardings=layouts)(state)
 
 
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
 NO_PARAMETER = Spec((), (), PartitionSpec())
 
 
@@ -159,16 +167,26 @@ def _stacked(leaf: Any, spec: Spec) -> bool:
     return spec.dims[:1] == ("layers",) and leaf.shape[:1] == spec.shape[:1]
 
 
-def last_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """What the last checkpoint in a folder (or that of `step`) tells beside its arrays. Raises ValueError without one."""
+def chosen(folder: str | Path, *, step: int | None = None, best: bool = False) -> tuple[int, dict[str, Any]]:
+    """(step, what it tells beside its arrays) of the last checkpoint in a folder, that of `step`, or the one with the lowest
+    validation loss. Raises ValueError where there is none.
+    """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of checkpoints")
+    if best and step is not None:
+        raise ValueError(f"step={step} and best exclude one another")
     with ocp.CheckpointManager(folder) as manager:
         steps = sorted(manager.all_steps())
         if not steps or step not in (None, *steps):
             raise ValueError(f"{folder} has no checkpoint{f' of step {step}; steps: {steps}' if steps else ''}")
-        return manager.restore(step or steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        number = step or steps[-1]
+        if best:
+            losses = {each: (manager.metrics(each) or {}).get("loss", math.inf) for each in steps}
+            number = min(steps, key=lambda each: losses[each])
+            if not losses[number] < math.inf:
+                raise ValueError(f"no checkpoint in {folder} was saved at a validation; steps: {steps}")
+        return number, manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 class _Mismatch(ValueError):

@@ -20,8 +20,9 @@ from jaxtp.config import ModelConfig, Rope
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
 from jaxtp.train.data import Format
-from jaxtp.train.lora import Lora
+from jaxtp.train.lora import Options
 from jaxtp.train.optim import Optimizer
+from jaxtp.train.stopping import EarlyStopping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     model: Model = field(default_factory=Model)
-    lora: Lora = field(default_factory=Lora)
+    lora: Options = field(default_factory=Options)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     parallel: Parallel = field(default_factory=Parallel)
@@ -175,6 +176,7 @@ class TrainConfig:
     log: Log = field(default_factory=Log)
     z_loss: float = 0.0
     validate_every: int = 100
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     max_nonfinite: int = 5
     """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
 
@@ -201,8 +203,15 @@ class TrainConfig:
             raise ValueError(f"data.validation_share={self.data.validation_share} must be in [0, 1)")
         if self.model.start and self.model.preset:
             raise ValueError("model.start and model.preset exclude one another: weights of a checkpoint, or new ones")
-        if self.lora.rank and not self.model.start:
-            raise ValueError(f"lora.rank={self.lora.rank} needs model.start, the checkpoint that the adapters are for")
+        for name in ("rank", "start"):
+            value = getattr(self.lora, name)
+            if value and not self.model.start:
+                raise ValueError(f"lora.{name}={value} needs model.start, the checkpoint that the adapters are for")
+        if self.early_stopping.patience and not (self.data.validation or self.data.validation_share):
+            raise ValueError(
+                f"early_stopping.patience={self.early_stopping.patience} counts validations: give data.validation, or "
+                "data.validation_share"
+            )
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "train") -> TrainConfig:

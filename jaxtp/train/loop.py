@@ -6,39 +6,36 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtp.checkpoint import hf
-from jaxtp.config import ModelConfig
-from jaxtp.files import local
+from jaxtp.checkpoint.adapters import Adapter
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
-from jaxtp.parallel.circulate import staged
-from jaxtp.parallel.pipeline import Pipeline
-from jaxtp.parallel.stages import Stages
 from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules, check_layout
-from jaxtp.train.checkpoints import Checkpoints, last_meta
-from jaxtp.train.config import TrainConfig, model_config, parse, plain
+from jaxtp.train.build import rules_of, trainer_of, weights_of
+from jaxtp.train.checkpoints import Checkpoints
+from jaxtp.train.config import TrainConfig, model_config, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
-from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch
 from jaxtp.train.meter import Meter, Profile
-from jaxtp.train.optim import schedule, transformation
+from jaxtp.train.optim import schedule
 from jaxtp.train.report import Report
-from jaxtp.train.step import Metrics, State, Trainer
+from jaxtp.train.step import Metrics, State
+from jaxtp.train.stopping import Best
 from jaxtp.train.tokenizer import train_tokenizer
+from jaxtp.train.validation import Spans, score
 
 PREEMPTED = 75  # the exit code after SIGTERM: saved, start me again (EX_TEMPFAIL)
 NON_FINITE = 76  # the exit code of a run that diverged
@@ -54,7 +51,9 @@ class Preempted(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. losses: (step, nats per token) of training, validation: the same of validation."""
+    """What a run came to. steps: of the last. losses: (step, nats per token) of training, validation: the same of validation.
+    best: the lowest of all validations, those before the run went on among them.
+    """
 
     folder: Path
     steps: int
@@ -62,6 +61,7 @@ class Result:
     validation: list[tuple[int, float]]
     skipped: int
     goodput: float
+    best: tuple[int, float] | None = None
 
 
 class Run:
@@ -87,13 +87,13 @@ class Run:
         self._check_lengths()
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
-        rules = Rules().sequence_parallel() if parallel.sequence_parallel else Rules()
-        rules = rules.pipeline_parallel() if parallel.pp > 1 else rules
+        rules = rules_of(parallel)
         check_layout(self.model_config, parallel.tp, rules)
         self.stacked = Stacked(self._model(rules, config.model.dtype))
-        self.trainer = _trainer(config, self.stacked)
+        self._adapter = self._read_adapter()
+        self.trainer = trainer_of(self.config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
-        self._rules, self._start = rules, start
+        self._start = start
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -120,6 +120,15 @@ class Run:
             return {"train": first, "validation": last}
         return {"train": corpus}
 
+    def _read_adapter(self) -> Adapter | None:
+        """The adapter to go on from, whose settings become the run's."""
+        asked = self.config.lora
+        if not asked.start:
+            return None
+        adapter = Adapter(hf.resolve(asked.start), hf.shapes(self.stacked.model, self.model_config))
+        self.config = replace(self.config, lora=asked.started(adapter))
+        return adapter
+
     def _check_lengths(self) -> None:
         self.model_config.check_length("data.sequence_length", self.config.data.sequence_length)
 
@@ -129,31 +138,34 @@ class Run:
     def _batches(self, corpus: Corpus, name: str) -> Batches:
         data, parallel = self.config.data, self.config.parallel
         pack = data.pack or corpus.learn is not None
+        if name == "validation":
+            windows: Windows = Spans(corpus, data.sequence_length)
+        else:
+            windows = Windows(corpus, data.sequence_length, pack=pack)
         return Batches(
-            Windows(corpus, data.sequence_length, pack=pack),
+            windows,
             data.batch_size,
             parallel.accumulate,
             self.config.seed,
             self.stacked.layout.sharding(None, "batch", "tokens"),
-            segments=pack or len(corpus.bounds) > 2,
+            segments=windows.shared if isinstance(windows, Spans) else pack or len(corpus.bounds) > 2,
         )
 
     def first_state(self) -> State:
-        """The state before the first step: new adapters, weights of the checkpoint it starts from, or new ones."""
+        """The state before the first step: adapters (those that it starts from, or new ones), weights of the checkpoint that it
+        starts from, or new ones.
+        """
         adapters = self.trainer.adapters
-        return self.trainer.begin(adapters.begin(self.config.seed) if adapters else self._weights("float32"))
+        if adapters is None:
+            return self.trainer.begin(self._weights("float32"))
+        return self.trainer.begin(adapters.taken(self._adapter) if self._adapter else adapters.begin(self.config.seed))
 
     def frozen(self) -> Params | None:
         """The weights beside adapters."""
         return self.trainer.freeze(self._weights(self.config.model.dtype)) if self.trainer.adapters else None
 
     def _weights(self, dtype: str) -> Params:
-        pipeline = self.trainer.pipeline  # each of its ranks reads, or makes, its own layers
-        layout = staged(pipeline.stages, rules=self._rules) if pipeline else {"rules": self._rules}
-        place: dict[str, Any] = {"mesh": self.mesh, "dtype": dtype, **layout}
-        if self._start:
-            return self.stacked.stack(Llama(self.model_config, **place).load(self._start, progress=True))
-        return self.stacked.stack(Llama.random(self.model_config, **place, seed=self.config.seed))
+        return weights_of(self.trainer, self._start, dtype=dtype, seed=self.config.seed)
 
     @property
     def split(self) -> Split:
@@ -190,6 +202,7 @@ class Run:
         state, meta = found if found else (self.first_state(), {})
         frozen = self.frozen()
         first = int(state.step)
+        self._best = Best(**meta.get("best", {}))
         if pipeline := self.trainer.pipeline:
             bubble = pipeline.schedule(config.parallel.accumulate).bubble
             logger.info("pipeline: %s; bubble %.1f%%", pipeline.stages.told(), 100 * bubble)
@@ -226,7 +239,8 @@ class Run:
         bad, productive = 0, 0.0
         profile = self._profile
         batches = self.batches["train"].from_step(first)
-        for number in range(first, config.steps):
+        stopped = self._best.stops(config.early_stopping)
+        for number in range(first, first if stopped else config.steps):
             profile.before(number)
             start = time.perf_counter()
             state, metrics = step(state, next(batches), frozen)
@@ -254,22 +268,33 @@ class Run:
                 report.numbers(number + 1, values, note=_note(values))
             else:
                 report.step(number + 1)
-            best = None
+            nats, better = None, False
             if "validation" in self.batches and (last or (number + 1) % config.validate_every == 0):
-                best = self._validate(state, frozen, evaluate, number + 1, report)
-                validation.append((number + 1, best))
+                nats = self._validate(state, frozen, evaluate, number + 1, report)
+                validation.append((number + 1, nats))
+                better = self._best.add(nats, number + 1, config.early_stopping.min_delta)
+                stopped = self._best.stops(config.early_stopping)  # on all processes alike: so is the loss
             if config.log.sample_every and (number + 1) % config.log.sample_every == 0:
                 self._sample(state, frozen, number + 1, report)
-            every = config.checkpoints.every
-            if last or stopping or (every and (number + 1) % every == 0):
-                saved.save(state, self._meta(), loss=best)
+            every, keeps = config.checkpoints.every, better and config.early_stopping.patience > 0
+            if last or stopping or stopped or keeps or (every and (number + 1) % every == 0):
+                saved.save(state, self._meta(), loss=nats)
             if stopping and not last:
                 saved.wait()
                 raise Preempted(f"SIGTERM: saved at step {number + 1} in {saved.folder}; the same command goes on from there")
+            if stopped:
+                profile.after(number, last=True)
+                break
         saved.wait()
         goodput = productive / max(time.perf_counter() - self.began, 1e-9)
-        logger.info("done: %d steps, %d left out; goodput %.0f%%", config.steps, int(state.skipped), 100 * goodput)
-        return Result(self.folder, config.steps, losses, validation, int(state.skipped), goodput)
+        steps, best = int(state.step), self._best
+        if stopped:
+            logger.info("stopped at step %d: %d validations in a row did not improve", steps, best.waited)
+        if best.step:
+            logger.info("best validation: %.4f nats at step %d", best.nats, best.step)
+        logger.info("done: %d steps, %d left out; goodput %.0f%%", steps, int(state.skipped), 100 * goodput)
+        found = (best.step, best.nats) if best.step else None
+        return Result(self.folder, steps, losses, validation, int(state.skipped), goodput, found)
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint tells beside its arrays."""
@@ -279,6 +304,7 @@ class Run:
             "seed": self.config.seed,
             "rows": self.config.data.batch_size,
             "config": plain(self.config),
+            "best": self._best.told(),
         }
 
     def _report(self, first: int) -> Report:
@@ -294,16 +320,13 @@ class Run:
 
     def _validate(self, state: State, frozen: Params | None, evaluate: Any, number: int, report: Report) -> float:
         """Nats per token over the whole validation set, and per character where it is text."""
-        sums = [evaluate(state.params, batch, frozen) for batch in self.batches["validation"].once()]
-        nats, tokens = (float(sum(np.float64(s[i]) for s in sums)) for i in range(2))
-        values = {"validation_nats": nats / max(tokens, 1.0)}
-        corpus = self.corpora["validation"]
-        if corpus.characters:
-            # rows leave out the few tokens that fill no sample: the characters of those that they hold
-            values["validation_nats_per_character"] = nats / (corpus.characters * tokens / len(corpus))
+        found = score(lambda batch: evaluate(state.params, batch, frozen), self.batches["validation"])
+        values = {"validation_nats": found.nats_per_token}
+        if found.nats_per_character is not None:
+            values["validation_nats_per_character"] = found.nats_per_character
         note = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
         report.numbers(number, values, note=note)
-        return values["validation_nats"]
+        return found.nats_per_token
 
     def _sample(self, state: State, frozen: Params | None, number: int, report: Report) -> None:
         log = self.config.log
@@ -341,56 +364,6 @@ def _note(values: dict[str, float]) -> str:
     return ", ".join(shown)
 
 
-def _trainer(config: TrainConfig, stacked: Stacked) -> Trainer:
-    adapters = Adapters(stacked, config.lora) if config.lora.rank else None
-    pipeline, mesh, split = None, stacked.layout.mesh, config.parallel
-    if mesh.shape["pp"] > 1:
-        layers, sizes = stacked.config.num_layers, split.layers_per_stage
-        stages = Stages.split(layers, ranks=mesh.shape["pp"], chunks=split.chunks, sizes=sizes)
-        if config.optimizer.name == "adafactor" and not stages.even:
-            raise ValueError(f"adafactor clips by the RMS of whole stacks, in which {stages.told()}; use adamw or muon")
-        pipeline = Pipeline(mesh, stages, split.schedule)
-    return Trainer(
-        stacked,
-        transformation(config.optimizer, config.steps, (adapters or stacked).specs()),
-        adapters,
-        pipeline,
-        zero=config.parallel.zero,
-        remat=config.parallel.remat,
-        clip_norm=config.optimizer.clip_norm,
-        z_loss=config.z_loss,
-    )
-
-
 def train(config: TrainConfig) -> Result:
     """Trains as the config says."""
     return Run(config).train()
-
-
-def export(
-    run_folder: str | Path, folder: str | Path, *, dtype: str | None = None, step: int | None = None, overwrite: bool = False
-) -> None:
-    """Writes a checkpoint of a run (default the last) as a Hugging Face folder, with its tokenizer.
-
-    dtype: of the weights written, default the one that the run computed in. overwrite: replace the model in a folder that is
-    not empty. Raises FileExistsError for such a folder without, and ValueError where there is no checkpoint that can be read.
-    """
-    run_folder, folder = local(run_folder), local(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise FileExistsError(f"{folder} is there and not empty; give a new folder, or --overwrite (overwrite=True)")
-    meta = last_meta(run_folder / "checkpoints", step)
-    config = parse(meta["config"], where=f"the config kept in {run_folder}")
-    model_config = ModelConfig.from_hf(meta["model"])
-    stacked = Stacked(Llama(model_config, mesh=make_mesh()))
-    trainer = _trainer(config, stacked)
-    saved = Checkpoints(run_folder / "checkpoints", trainer)
-    found = saved.restore(step)
-    saved.close()
-    if found is None:
-        raise ValueError(f"{run_folder} has no checkpoint that can be read")
-    frozen = stacked.stack(Llama.from_pretrained(config.model.start or "", dtype="float32")) if trainer.adapters else None
-    dtype = dtype or config.model.dtype
-    model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
-    model.source = config.data.tokenizer or config.model.start
-    model.save_pretrained(folder)
-    logger.info("wrote step %d of %s to %s, in %s", int(found[0].step), run_folder, folder, dtype)

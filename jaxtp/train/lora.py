@@ -1,47 +1,95 @@
 """LoRA: a frozen model, and beside its kernels low-rank products, which are all that is trained (arXiv:2106.09685).
 
 An adapter of the target `q_proj` is two parameters beside its kernel, "layers.*.attention.qkv.q_proj.a" [L, r, D] and
-".b" [L, K, G, H, r]: laid out as the kernel is, with the rank whole on every device.
+".b" [L, K, G, H, r]: laid out as the kernel is, with the rank whole on every device. Where ranks differ between layers, r is
+the largest, and what a layer has less is zero in both: so it stays, for the gradient of each is a product with the other.
+Layers whose scale differs have parameters of their own ("….q_proj.1.a").
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtp.checkpoint.names import parts
+from jaxtp.checkpoint.adapters import TABLES, Adapter, Lora, fits
+from jaxtp.checkpoint.names import Part, parts
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
-from jaxtp.ops.linear import Adapted, Adapter
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from jaxtp.ops import linear
+from jaxtp.sharding import fetch, put
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Options:
     """Low-rank adapters in place of a whole model: kernel + alpha / rank · b a, where b starts at zero."""
 
-    rank: int = 0
-    """0: no adapters, every weight is trained."""
-    alpha: float = 16.0
-    targets: tuple[str, ...] = TARGETS
-    """Kernels by transformers' names."""
+    start: str | None = None
+    """Adapter in PEFT's format (folder or hub id) to go on from; all else here is then as it says."""
+    rank: int | None = None
+    """Default none, or 0: no adapters, every weight is trained."""
+    alpha: float | None = None
+    """Default 16."""
+    targets: tuple[str, ...] | None = None
+    """Kernels by transformers' names, or single ones such as layers.3.self_attn.q_proj; default all."""
+    rank_pattern: dict[str, int] | None = None
+    """Other ranks, by regular expressions for the ends of names, as PEFT has them."""
+    alpha_pattern: dict[str, float] | None = None
+    """Other alphas, likewise."""
+    rslora: bool | None = None
+    """alpha / √rank in place of alpha / rank (arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank={self.rank} must be at least 0")
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"lora.targets={list(self.targets)} must be some of {', '.join(TARGETS)}")
+        Lora(**self._said())  # raises where it cannot be
 
-    def told(self) -> dict[str, Any]:
-        """What a checkpoint says of the adapters that it holds."""
-        return {"lora_rank": self.rank, "lora_alpha": self.alpha, "lora_targets": ", ".join(sorted(self.targets))}
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are asked for, if any."""
+        return Lora(**self._said()) if self.rank else None
+
+    def started(self, adapter: Adapter) -> Options:
+        """These options with all that the adapter says. Raises ValueError where they contradict it."""
+        found = {f.name: getattr(adapter.lora, f.name) for f in fields(Lora)}
+        for name, value in self._said().items():
+            same = set(value) == set(found[name]) if name == "targets" else value == found[name]
+            if not same:
+                raise ValueError(
+                    f"lora.{name}={value} contradicts lora.start={self.start}, whose own is {found[name]}; leave it out"
+                )
+        return Options(start=self.start, **found)
+
+    def _said(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(Lora) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapter in the stacks.
+
+    kernel: the path of what it stands beside, path: its own. rows: for which of the kernel's second dim it is; None: all.
+    parts: the module in each layer. ranks: of each, 0 where there is none of this scale.
+    """
+
+    kernel: str
+    path: str
+    rows: slice | None
+    parts: tuple[Part, ...]
+    ranks: tuple[int, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks)
+
+    def modules(self) -> list[tuple[int, str, Part]]:
+        """(layer, name, part) of all that there are."""
+        return [(i, _module(part), part) for i, part in enumerate(self.parts) if self.ranks[i]]
 
 
 @dataclass(frozen=True)
@@ -51,78 +99,157 @@ class Adapters:
     stacked: Stacked
     lora: Lora
 
+    def __post_init__(self) -> None:
+        named = [_module(part) for site in self.sites for part in site.parts]
+        for target in self.lora.targets:
+            if target.rpartition(".")[2] in TABLES:
+                raise ValueError(f"lora.targets: {target} is no kernel of the layers; those alone are trained as adapters")
+            if not any(module == target or module.endswith(f".{target}") for module in named):
+                raise ValueError(f"lora.targets: {target} is no module of this model of {self._layers} layers")
+        for name, patterns in (("rank", self.lora.rank_pattern), ("alpha", self.lora.alpha_pattern)):
+            for pattern in patterns:
+                if not any(fits(pattern, module) for module in named):
+                    raise ValueError(f"lora.{name}_pattern: {pattern!r} fits no module that has an adapter")
+
     def specs(self) -> dict[str, Spec]:
         """Every parameter of the adapters, in order."""
         found: dict[str, Spec] = {}
-        r, kernels = self.lora.rank, self.stacked.specs()
-        for kernel, name, rows in self._sites():
-            spec = kernels[kernel]
+        kernels = self.stacked.specs()
+        for site in self.sites:
+            spec, r = kernels[site.kernel], site.rank
             (L, *outer, inner), (_, *cut, last) = spec.shape, spec.spec.partitions
             kv = 0
-            if rows:
-                outer[1] = rows.stop - rows.start
-                kv = max(0, rows.stop - max(rows.start, spec.shape[2] - spec.kv))
-            found[f"{name}.a"] = Spec((L, r, inner), ("layers", "rank", spec.dims[-1]), PartitionSpec(None, None, last))
-            found[f"{name}.b"] = Spec((L, *outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(None, *cut, None), kv)
+            if site.rows:
+                outer[1] = site.rows.stop - site.rows.start
+                kv = max(0, site.rows.stop - max(site.rows.start, spec.shape[2] - spec.kv))
+            found[f"{site.path}.a"] = Spec((L, r, inner), ("layers", "rank", spec.dims[-1]), PartitionSpec(None, None, last))
+            found[f"{site.path}.b"] = Spec((L, *outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(None, *cut, None), kv)
         return found
 
     def begin(self, seed: int) -> Params:
         """New adapters in float32, the same on every mesh: a uniform in ±1/√I, as torch's linear layers; b zero."""
         mesh, key, made = self.stacked.layout.mesh, jax.random.key(seed), {}
+        ranks = {f"{site.path}.a": site.ranks for site in self.sites}
         for i, (path, spec) in enumerate(self.specs().items()):
             make = jax.jit(
-                _uniform if path.endswith(".a") else _zeros, static_argnums=1, out_shardings=NamedSharding(mesh, spec.spec)
+                _uniform if path in ranks else _zeros, static_argnums=(1, 2), out_shardings=NamedSharding(mesh, spec.spec)
             )
-            made[path] = make(jax.random.fold_in(key, i), spec.shape)
+            made[path] = make(jax.random.fold_in(key, i), spec.shape, ranks.get(path))
         return made
 
-    def beside(self, layer: Params) -> dict[str, jax.Array | Adapted]:
+    def taken(self, adapter: Adapter) -> Params:
+        """The adapters of a folder, in float32."""
+        mesh, specs, kernels, made = self.stacked.layout.mesh, self.specs(), self.stacked.specs(), {}
+        for site in self.sites:
+            names = f"{site.path}.a", f"{site.path}.b"
+            a, b = (np.zeros(specs[name].shape, np.float32) for name in names)
+            for layer, module, part in site.modules():
+                found_a, found_b = (m.astype(np.float32) for m in adapter.matrices(module))
+                r = site.ranks[layer]
+                a[layer, :r] = found_a
+                whole = np.zeros((*kernels[site.kernel].shape[1:-1], r), np.float32)
+                part.read(whole, (slice(None),) * whole.ndim, whole.shape, found_b.__getitem__)
+                b[layer, ..., :r] = self._cut(site, whole)
+            for name, array in zip(names, (a, b), strict=True):
+                made[name] = put(array, NamedSharding(mesh, specs[name].spec))
+        return made
+
+    def matrices(self, params: Params) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(A [r, I], B [O, r]) of each module, as PEFT holds them: `taken` the other way round. Stacks are in the model's order
+        of layers.
+        """
+        kernels, found = self.stacked.specs(), {}
+        for site in self.sites:
+            a, b = (fetch(params[f"{site.path}.{matrix}"]) for matrix in "ab")
+            for layer, module, part in site.modules():
+                r = site.ranks[layer]
+                whole = np.zeros((*kernels[site.kernel].shape[1:-1], r), b.dtype)
+                self._cut(site, whole)[...] = b[layer, ..., :r]
+                found[module] = a[layer, :r], part.write(whole)
+        return found
+
+    def beside(self, layer: Params) -> dict[str, jax.Array | linear.Adapted]:
         """One layer's weights (paths as in a stack, arrays without the L dim), the adapters put to their kernels."""
-        found: dict[str, jax.Array | Adapted] = dict(layer)
-        at: dict[str, list[Adapter]] = {}
-        for kernel, name, rows in self._sites():
-            outside = None if rows is None else (rows.start, layer[kernel].shape[1] - rows.stop)
-            at.setdefault(kernel, []).append(Adapter(layer[f"{name}.a"], layer[f"{name}.b"], outside))
+        found: dict[str, jax.Array | linear.Adapted] = dict(layer)
+        at: dict[str, list[linear.Adapter]] = {}
+        for site in self.sites:
+            rows = site.rows
+            outside = None if rows is None else (rows.start, layer[site.kernel].shape[1] - rows.stop)
+            adapter = linear.Adapter(layer[f"{site.path}.a"], layer[f"{site.path}.b"], site.scale, outside)
+            at.setdefault(site.kernel, []).append(adapter)
         for kernel, adapters in at.items():
-            found[kernel] = Adapted(layer[kernel], tuple(adapters), self._scale)
+            found[kernel] = linear.Adapted(layer[kernel], tuple(adapters))
         return found
 
     def merged(self, frozen: Params, adapters: Params) -> Params:
         """The weights that both come to, laid out as the frozen ones and in their dtype; added in float32."""
         found = dict(frozen)
-        for path, name, rows in self._sites():
-            kernel = found[path]
-            index = (slice(None), slice(None), rows or slice(None))
+        for site in self.sites:
+            kernel = found[site.kernel]
+            index = (slice(None), slice(None), site.rows or slice(None))
 
-            def add(kernel: jax.Array, a: jax.Array, b: jax.Array, index: Any = index) -> jax.Array:
-                delta = self._scale * jnp.einsum("l...r,lri->l...i", b, a)
+            def add(kernel: jax.Array, a: jax.Array, b: jax.Array, index: Any = index, scale: float = site.scale) -> jax.Array:
+                delta = scale * jnp.einsum("l...r,lri->l...i", b, a)
                 return (kernel.astype(jnp.float32).at[index].add(delta)).astype(kernel.dtype)
 
             with jax.set_mesh(self.stacked.layout.mesh):
                 inside = jax.sharding.auto_axes(add, out_sharding=kernel.sharding)
-                found[path] = jax.jit(inside)(kernel, adapters[f"{name}.a"], adapters[f"{name}.b"])
+                found[site.kernel] = jax.jit(inside)(kernel, adapters[f"{site.path}.a"], adapters[f"{site.path}.b"])
         return found
 
-    @property
-    def _scale(self) -> float:
-        return self.lora.alpha / self.lora.rank
-
-    def _sites(self) -> Iterator[tuple[str, str, slice | None]]:
-        """(path of the kernel, path of the adapter, which rows of the kernel's second dim it is for; None: all)."""
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """All adapters, in the order of their kernels."""
+        found = []
         for path, spec in self.stacked.specs().items():
-            if not path.startswith(BLOCK):
-                continue
-            for part in parts(self.stacked.config, path.replace("*", "0"), spec.shape[1:]):
-                target = part.name.removesuffix(".weight").split(".")[-1]
-                if target in self.lora.targets:
-                    rows = part.select[1] if part.select else None
-                    yield path, f"{path}.{target}", slice(rows, rows + 1) if isinstance(rows, int) else rows
+            if path.startswith(BLOCK):
+                names = [path.replace("*", str(layer)) for layer in range(self._layers)]
+                layers = zip(*(parts(self.stacked.config, name, spec.shape[1:]) for name in names), strict=True)
+                found += [site for of in layers for site in self._alike(path, of)]
+        return tuple(found)
+
+    def _alike(self, kernel: str, of: tuple[Part, ...]) -> list[Site]:
+        """The adapters of one kind of module, one for each scale that layers have. of: the module in each layer."""
+        modules = [_module(part) for part in of]
+        ranks = [self.lora.rank_of(module) for module in modules]
+        scales = [self.lora.scale_of(module) if rank else None for module, rank in zip(modules, ranks, strict=True)]
+        select = of[0].select[1] if len(of[0].select) > 1 else None
+        rows = slice(select, select + 1) if isinstance(select, int) else select
+        path = f"{kernel}.{modules[0].rpartition('.')[2]}"
+        return [
+            Site(
+                kernel,
+                f"{path}.{i}" if i else path,
+                rows,
+                of,
+                tuple(rank if mine == scale else 0 for rank, mine in zip(ranks, scales, strict=True)),
+                scale,
+            )
+            for i, scale in enumerate(dict.fromkeys(scale for scale in scales if scale is not None))
+        ]
+
+    @property
+    def _layers(self) -> int:
+        return self.stacked.config.num_layers
+
+    @staticmethod
+    def _cut(site: Site, whole: np.ndarray) -> np.ndarray:
+        """Of an array with the kernel's dims O the rows that the adapter is for."""
+        return whole if site.rows is None else whole[:, site.rows]
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _module(part: Part) -> str:
+    return part.name.removesuffix(".weight")
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], ranks: tuple[int, ...]) -> jax.Array:
     bound = 1 / math.sqrt(shape[-1])
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    if set(ranks) == {shape[1]}:
+        return a
+    held = np.arange(shape[1]) < np.array(ranks)[:, None]
+    return jnp.where(held[..., None], a, 0.0)
 
 
-def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _zeros(key: jax.Array, shape: tuple[int, ...], ranks: None) -> jax.Array:
     return jnp.zeros(shape)

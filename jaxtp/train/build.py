@@ -1,0 +1,65 @@
+"""From a run's config to its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxtp.model import Llama
+from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.pipeline import Pipeline
+from jaxtp.parallel.stages import Stages
+from jaxtp.sharding import Rules
+from jaxtp.train.config import Parallel, TrainConfig
+from jaxtp.train.lora import Adapters
+from jaxtp.train.optim import transformation
+from jaxtp.train.step import Trainer
+
+
+def rules_of(split: Parallel) -> Rules:
+    """The layout of a run's weights and activations."""
+    rules = Rules().sequence_parallel() if split.sequence_parallel else Rules()
+    return rules.pipeline_parallel() if split.pp > 1 else rules
+
+
+def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
+    """The step of a run, on the mesh of `stacked`. Raises ValueError for what does not go together."""
+    adapters = Adapters(stacked, config.lora.lora) if config.lora.lora else None
+    pipeline, mesh, split = None, stacked.layout.mesh, config.parallel
+    if mesh.shape["pp"] > 1:
+        layers, sizes = stacked.config.num_layers, split.layers_per_stage
+        stages = Stages.split(layers, ranks=mesh.shape["pp"], chunks=split.chunks, sizes=sizes)
+        if config.optimizer.name == "adafactor" and not stages.even:
+            raise ValueError(f"adafactor clips by the RMS of whole stacks, in which {stages.told()}; use adamw or muon")
+        pipeline = Pipeline(mesh, stages, split.schedule)
+    return Trainer(
+        stacked,
+        transformation(config.optimizer, config.steps, (adapters or stacked).specs()),
+        adapters,
+        pipeline,
+        zero=config.parallel.zero,
+        remat=config.parallel.remat,
+        clip_norm=config.optimizer.clip_norm,
+        z_loss=config.z_loss,
+    )
+
+
+def weights_of(
+    trainer: Trainer,
+    start: Path | None,
+    *,
+    dtype: str,
+    seed: int = 0,
+    lora: str | Path | None = None,
+    progress: bool = True,
+) -> Params:
+    """The weights of a checkpoint folder with an adapter merged into them, or random ones. Each rank of a pipeline reads, or
+    makes, its own layers.
+    """
+    stacked, pipeline = trainer.stacked, trainer.pipeline
+    layout = staged(pipeline.stages, rules=stacked.layout.rules) if pipeline else {"rules": stacked.layout.rules}
+    place: dict[str, Any] = {"mesh": stacked.layout.mesh, "dtype": dtype, **layout}
+    if start:
+        return stacked.stack(Llama(stacked.config, **place).load(start, lora=lora, progress=progress))
+    return stacked.stack(Llama.random(stacked.config, **place, seed=seed))
