@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ from jaxtp.sharding import variables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Bar = tuple[int, float, float, Any, int]  # rank, start, width, colour, number
 WIDTH, LABELS = 2.6, 16  # inches of one picture; blocks up to which each is labelled
+MARKERS = "os^DvP*X<>hpd"
+LEGEND = 30  # entries of a legend's column
 NUMBERED = 80  # ticks up to which microbatches are numbered
 
 
@@ -73,6 +77,26 @@ def draw_schedule(schedule: Schedule | Circulation) -> Figure:
         f"{schedule.in_flight(0)} inputs held on rank 0"
     )
     return _timeline(bars, schedule.ranks, schedule.time(), title, "time (F of a microbatch = 1)")
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis whose limits stand: 1, 2 and 5 of each decade; even steps of a short one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    each = (1,) if decades > 5 else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=each) if decades > 1.3 else MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def aside(axes: Axes) -> None:
+    """The legend beside the picture, not over it; the frame open at the top and on the right."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = math.ceil(len(labels) / LEGEND)
+    axes.legend(handles, labels, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), ncols=columns)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _timeline(bars: Sequence[Bar], ranks: int, end: float, title: str, unit: str) -> Figure:

@@ -203,9 +203,14 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def spec_of(a: jax.Array) -> PartitionSpec:
+    """The layout that its type says."""
+    return jax.typeof(a).sharding.spec
+
+
 def specs_of(tree: Any) -> Any:
-    """The PartitionSpec of each array's type."""
-    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
+    """That of each array."""
+    return jax.tree.map(spec_of, tree)
 
 
 def beside(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -128,7 +128,7 @@ class LLM:
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.timing = Timing(self)  # of the last call of `generate`
+        self.timing = Timing(self.programs, self.budget)  # of the last call of `generate`
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
         self._idle_said: set[int] = set()  # what was said of stages that idle
@@ -146,7 +146,7 @@ class LLM:
         """
         requests, rows = self._requests_of(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        timer = self.timing = Timing(self)
+        timer = self.timing = Timing(self.programs, self.budget)
         with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
             task = bar.add_task("", total=len(rows))
             for batch in self._batches(rows):

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
 from jaxtp.parallel import circulate
-from jaxtp.parallel.pipeline import after
+from jaxtp.parallel.regions import after
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.sharding import reshard, zeros
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.ops.quantized import Quantized
+from jaxtp.ops.quantized import InPlace, Quantized
 from jaxtp.sharding import beside, mesh_of, names, reshard, size
 
 
@@ -36,16 +36,12 @@ class Adapter:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(InPlace):
     """A kernel with adapters, to multiply with in its place: kernel + scale · b a (LoRA, arXiv:2106.09685)."""
 
     kernel: jax.Array
     adapters: tuple[Adapter, ...]
     scale: float = field(metadata={"static": True})
-
-    def __getitem__(self, index: object) -> Adapted:
-        assert index is ..., "a weight with adapters has no parts"
-        return self
 
 
 def linear(

@@ -194,6 +194,12 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     stages.alike(config.windows)
 
 
+def lengths(most: int, prompt_len: int | None = None, output_len: int | None = None) -> tuple[int, int]:
+    """(prompt_len, output_len) of a request where they are not said: 1024 and 256, less where a row holds fewer than 1280."""
+    output_len = min(256, max(1, most // 4)) if output_len is None else output_len
+    return min(1024, max(1, most - output_len)) if prompt_len is None else prompt_len, output_len
+
+
 def check_length(config: ModelConfig, task: Task) -> None:
     """Raises ValueError where rows are longer than the model's positions."""
     most = config.max_position_embeddings
