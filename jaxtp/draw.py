@@ -108,6 +108,15 @@ def draw_schedule(schedule: Schedule | Circulation) -> Figure:
     return _timeline(bars, schedule.ranks, schedule.time(), title, "time (F of a microbatch = 1)")
 
 
+def log_log(axes: Axes) -> None:
+    """Both axes logarithmic, with plain numbers and a grid, and the legend beside them."""
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3, lw=0.5)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
+    aside(axes)
+
+
 def plain_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis whose limits stand: 1, 2 and 5 of each decade; even steps of a short one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jaxtp.audit.rates import KINDS, Timed, collective_rates, copy_rate, hops, product_rate
 from jaxtp.audit.topology import odd_links, smi, topology
-from jaxtp.draw import MARKERS, aside, plain_ticks
+from jaxtp.draw import MARKERS, log_log
 from jaxtp.generate import memory
 from jaxtp.log import console, interactive
 from jaxtp.tables import Shown
@@ -80,12 +80,9 @@ class Diagnosis(Shown):
                 mine = [t for t in self.collectives if (t.axis, t.kind) == (axis, kind)]
                 at, style = ([t.bytes / MIB for t in mine], [t.bus / 1e9 for t in mine]), f"C{number}{marker}-"
                 axes.plot(*at, style, ms=4, lw=1, label=f"{kind}, {axis}")
-        axes.set(xscale="log", yscale="log", xlabel="MiB of the whole array", ylabel="bus bandwidth, GB/s")
+        axes.set(xlabel="MiB of the whole array", ylabel="bus bandwidth, GB/s")
         axes.set_title(f"{self.devices} x {self.device}", fontsize=9)
-        axes.grid(alpha=0.3, lw=0.5)
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-        aside(axes)
+        log_log(axes)
         plt.close(figure)
         return figure
 

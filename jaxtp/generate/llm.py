@@ -26,6 +26,7 @@ from jaxtp.generate.step import CALL_TOKENS
 from jaxtp.generate.text import Tokenizer
 from jaxtp.generate.timing import Timing
 from jaxtp.log import console, interactive, logger, show
+from jaxtp.mesh import told
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.quantized import Quantization
@@ -281,9 +282,7 @@ class LLM:
         return slots_needed(self.model, rows, self.max_num_batched_tokens) <= self.budget.cache_tokens
 
     def _report(self, seconds: float) -> None:
-        mesh = {axis: size for axis, size in self.model.layout.mesh.shape.items() if size > 1}
-        where = " × ".join(f"{axis}={size}" for axis, size in mesh.items()) or "1 device"
-        budget = self.budget
+        budget, where = self.budget, told(self.model.layout.mesh.shape)
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:

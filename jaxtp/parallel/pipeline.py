@@ -28,6 +28,7 @@ from jaxtp.parallel.regions import locally
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Arrays, Parts, Pass
+from jaxtp.sharding import spec_of
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class Pipeline:
 
     def _cut(self, stack: jax.Array) -> jax.Array:
         """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already."""
-        rest = jax.typeof(stack).sharding.spec.partitions[1:]
+        rest = spec_of(stack).partitions[1:]
         v, n = self.stages.chunks, self.stages.slots
         return locally(lambda w: w.reshape(1, 1, v, n, *w.shape[1:]), stack, out=PartitionSpec("dp", "pp", None, None, *rest))
 
     def _uncut(self, grads: jax.Array) -> jax.Array:
         """[d, P, v, n, ...] -> [P·v·n, ...] over pp: each group's share of a sum that is still to be made."""
-        rest = jax.typeof(grads).sharding.spec.partitions[4:]
+        rest = spec_of(grads).partitions[4:]
         return locally(lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={"dp"}))
 
     # -- programs ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxtp.buckets import MAX_NUM_SEQS
-from jaxtp.draw import MARKERS, aside, plain_ticks
+from jaxtp.draw import MARKERS, aside, log_log
 from jaxtp.planner.prediction import Plan
 from jaxtp.planner.work import Generation
 
@@ -73,12 +73,9 @@ def curves(plans: Sequence[Plan], title: str) -> Figure:
     axes.plot(*at, color="0.8", marker="o", ms=8, lw=8, alpha=0.6, zorder=0, label="frontier")
     for rows, x, y in zip((p.plan.task.batch for p in edge), *at, strict=True):
         axes.annotate(str(rows), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6)
-    axes.set(xscale="log", yscale="log", xlabel="ms a token of each row", ylabel="tokens/s a GPU")
+    axes.set(xlabel="ms a token of each row", ylabel="tokens/s a GPU")
     axes.set_title(f"{title}\nnumbers: rows at once", fontsize=9)
-    axes.grid(alpha=0.3, lw=0.5)
-    plain_ticks(axes.xaxis)
-    plain_ticks(axes.yaxis)
-    aside(axes)
+    log_log(axes)
     plt.close(figure)
     return figure
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
-from jaxtp.mesh import AXES, across_nodes
+from jaxtp.mesh import AXES, across_nodes, told
 from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Circulation, Name, Schedule
 from jaxtp.parallel.stages import Stages
@@ -160,8 +160,7 @@ class Split:
 
     def told(self) -> str:
         """In words, what differs from one device."""
-        sizes = [f"{axis}={size}" for axis, size in self.axes.items() if size > 1]
-        return " × ".join(sizes) or "1 GPU"
+        return told(self.axes, "1 GPU")
 
 
 def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> str | None:
