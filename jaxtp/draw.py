@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
@@ -13,40 +16,69 @@ from jaxtp.sharding import variables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Bar = tuple[int, float, float, Any, int]  # rank, start, width, colour, number
 WIDTH, LABELS = 2.6, 16  # inches of one picture; blocks up to which each is labelled
+MARKERS = "os^DvP*X<>hpd"
+COLUMNS, PICTURES = 4, 48  # of weights: side by side, and at most in a figure
+PIECES = 10_000  # of a schedule, at most
+LEGEND = 30  # entries of a legend's column
 NUMBERED = 80  # ticks up to which microbatches are numbered
 
 
-def draw_shardings(model: nnx.Module, paths: Sequence[str]) -> Figure:
-    """One picture for each weight named in `paths` (as in `describe`): its blocks, and the devices that hold each.
+def draw_shardings(model: nnx.Module, paths: str | Sequence[str]) -> Figure:
+    """One picture for each weight named in `paths` (as in `describe`, or patterns such as "layers.0.*"): its blocks, and the
+    devices that hold each.
 
     The first dim runs down and the last one across; a block that several devices hold lists them all. The model may be
-    abstract. Raises ValueError for a path that the model lacks.
+    abstract. Raises ValueError where nothing is named, for what the model lacks, and for more pictures than can be looked at.
     """
     import matplotlib.pyplot as plt
 
     weights = dict(variables(model))
-    missing = [path for path in paths if path not in weights]
-    if missing:
-        raise ValueError(f"the model has no weight {', '.join(missing)}; its weights: {', '.join(weights)}")
-    figure, axes = plt.subplots(1, len(paths), figsize=(WIDTH * len(paths), WIDTH + 0.8), squeeze=False, layout="constrained")
-    for path, at in zip(paths, axes[0], strict=True):
+    chosen = _named([paths] if isinstance(paths, str) else list(paths), weights)
+    columns, rows = min(len(chosen), COLUMNS), math.ceil(len(chosen) / COLUMNS)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH * columns, (WIDTH + 0.8) * rows), squeeze=False, layout="constrained"
+    )
+    for path, at in zip(chosen, axes.flat, strict=False):
         _draw(at, weights[path], title=path)
+    for at in axes.flat[len(chosen) :]:
+        at.set_axis_off()
     plt.close(figure)  # the notebook shows what is returned, once
     return figure
+
+
+def _named(paths: Sequence[str], weights: Iterable[str]) -> list[str]:
+    """The weights that paths and patterns name, each once."""
+    every = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", weight) for weight in weights))
+    if not paths:
+        raise ValueError(f"no weight is named, so there is nothing to draw; the model's weights: {every}")
+    found: dict[str, None] = {}
+    for path in paths:
+        mine = dict.fromkeys(fnmatch.filter(weights, path))
+        if not mine:
+            raise ValueError(f"the model has no weight {path!r}; its weights: {every}")
+        found |= mine
+    if len(found) > PICTURES:
+        raise ValueError(
+            f"{', '.join(paths)}: {len(found)} weights are too many to look at; at most {PICTURES} are drawn at once"
+        )
+    return list(found)
 
 
 def draw_schedule(schedule: Schedule | Circulation) -> Figure:
     """A pipeline's schedule over time, a line for each rank; what is blank is the bubble.
 
     Training: F blue, B orange (twice as long), numbered by microbatch and the darker the later the chunk. Generation: the ticks
-    numbered by group of rows.
+    numbered by group of rows. Raises TypeError for what is no schedule, ValueError for one of more pieces than can be seen.
     """
     from matplotlib import colormaps
 
+    if not isinstance(schedule, Schedule | Circulation):
+        raise TypeError(f'{schedule!r} is no schedule; draw one such as Schedule("1f1b", ranks=4, microbatches=8)')
     blues, oranges = colormaps["Blues"], colormaps["Oranges"]
     bars: list[Bar] = []
     if isinstance(schedule, Circulation):
@@ -58,6 +90,9 @@ def draw_schedule(schedule: Schedule | Circulation) -> Figure:
         title = f"generation, {rows} on {schedule.ranks} stages: {schedule.idle:.0%} idle in the steady state"
         return _timeline(bars, schedule.ranks, float(ticks), title, "ticks")
     v, start = schedule.chunks, 0.0
+    pieces = schedule.ranks * schedule.microbatches * v
+    if pieces > PIECES:
+        raise ValueError(f"{pieces:,} pieces of work each way are too many to see; draw fewer ranks or microbatches")
     for tick, kind in enumerate(schedule.kinds):
         for part in kind:
             width = (1.0 if part == "F" else 2.0) / v
@@ -68,20 +103,48 @@ def draw_schedule(schedule: Schedule | Circulation) -> Figure:
                     bars.append((rank, start, width, colour, work.microbatch))
             start += width
     chunks = f", {v} chunks a rank" if v > 1 else ""
-    title = (
-        f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}, "
-        f"{schedule.in_flight(0)} inputs held on rank 0"
-    )
+    held = "" if schedule.name == "forward" else f", {schedule.in_flight(0)} inputs held on rank 0"
+    title = f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}{held}"
     return _timeline(bars, schedule.ranks, schedule.time(), title, "time (F of a microbatch = 1)")
+
+
+def log_log(axes: Axes) -> None:
+    """Both axes logarithmic, with plain numbers and a grid, and the legend beside them."""
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3, lw=0.5)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
+    aside(axes)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis whose limits stand: 1, 2 and 5 of each decade; even steps of a short one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    each = (1,) if decades > 5 else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=each) if decades > 1.3 else MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def aside(axes: Axes) -> None:
+    """The legend beside the picture, not over it; the frame open at the top and on the right."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = math.ceil(len(labels) / LEGEND)
+    axes.legend(handles, labels, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), ncols=columns)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _timeline(bars: Sequence[Bar], ranks: int, end: float, title: str, unit: str) -> Figure:
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     steps = len({(start, width) for _, start, width, _, _ in bars})
     figure, axes = plt.subplots(figsize=(min(4 + 0.22 * steps, 20), 0.9 + 0.32 * ranks), layout="constrained")
     for rank, start, width, colour, number in bars:
-        axes.barh(rank, width, left=start, height=0.92, color=colour, edgecolor="white", linewidth=0.6)
+        axes.add_patch(Rectangle((start, rank - 0.46), width, 0.92, facecolor=colour, edgecolor="white", linewidth=0.6))
         if steps <= NUMBERED:
             axes.text(start + width / 2, rank, str(number), ha="center", va="center", fontsize=6)
     axes.set(xlim=(0, end), ylim=(ranks - 0.4, -0.6), yticks=range(ranks), xlabel=unit, ylabel="rank")

@@ -9,7 +9,7 @@ Axis types are Explicit, so the sharding of an array is part of its type and sho
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -36,7 +36,8 @@ def make_mesh(
     sizes = _resolve({"dp": dp, "pp": pp, "cp": cp, "ep": ep, "tp": tp}, len(devices))
     used = devices[: math.prod(sizes)]
     if jax.process_count() > 1 and len(used) != len(devices):
-        raise ValueError(f"{_shown(sizes)} uses {len(used)} of {len(devices)} devices; over several processes use all")
+        shown = told(dict(zip(AXES, sizes, strict=True)))
+        raise ValueError(f"{shown} uses {len(used)} of {len(devices)} devices; over several processes use all")
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
     shared = [group for group in mesh.devices.reshape(-1, sizes[-1]) if len({device.process_index for device in group}) > 1]
     if shared and not tp_across_nodes:
@@ -96,7 +97,7 @@ def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed > count:
         raise ValueError(
-            f"{_shown(tuple(sizes.values()))} needs {fixed} devices, {count} are there. On a machine without GPUs, "
+            f"{told(sizes)} needs {fixed} devices, {count} are there. On a machine without GPUs, "
             f"virtual ones can be made: --virtual-devices {fixed}, or jaxtp.use_virtual_devices({fixed}) at the start"
         )
     if free:
@@ -106,5 +107,6 @@ def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def _shown(sizes: tuple[int, ...]) -> str:
-    return " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1) or "a single device"
+def told(sizes: Mapping[str, int], alone: str = "1 device") -> str:
+    """The sizes of axes in words, those of 1 left out: "dp=2 × tp=4"."""
+    return " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or alone

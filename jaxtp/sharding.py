@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from jaxtp.config import ModelConfig
+from jaxtp.mesh import told
 from jaxtp.tables import Shown
 
 Axis = str | tuple[str, ...] | None  # several axes: cut over all of them, the first outermost
@@ -140,7 +141,7 @@ class Layout:
         over = set(names(axis))
         # where stages hold the head together, the sum over them comes last on the way back, when each device has few tokens
         beyond = set(names(self.rules.axis("logits", self.path))) - over
-        own = jax.typeof(x).sharding.spec
+        own = spec_of(x)
         x = reshard(x, PartitionSpec(*own.partitions, reduced=own.reduced | beyond), self.mesh)
         return reshard(x, PartitionSpec(batch, tokens, None, reduced=over | beyond), self.mesh)
 
@@ -203,9 +204,14 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def spec_of(a: jax.Array) -> PartitionSpec:
+    """The layout that its type says."""
+    return jax.typeof(a).sharding.spec
+
+
 def specs_of(tree: Any) -> Any:
-    """The PartitionSpec of each array's type."""
-    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
+    """That of each array."""
+    return jax.tree.map(spec_of, tree)
 
 
 def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -214,7 +220,7 @@ def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
     A weight whose gradient is summed over some axis only later (its type says `reduced`) cannot meet an array that is
     sharded over that axis: it is spread over the batch first, which costs nothing.
     """
-    spec, own = jax.typeof(x).sharding.spec.partitions, jax.typeof(weight).sharding
+    spec, own = spec_of(x).partitions, jax.typeof(weight).sharding
     last = spec[x.ndim - weight.ndim :]
     if not own.spec.reduced:
         return reshard(weight, PartitionSpec(*last), own.mesh)
@@ -309,13 +315,12 @@ class Description(Shown):
 def describe(model: nnx.Module) -> Description:
     """Every weight of a model, abstract or real: dims, spec, bytes in all and on each device."""
     mesh = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).sharding.mesh
-    axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     stacks = [weight.get_metadata()["stack"] for path, weight in variables(model) if path.endswith("attention_norm.weight")]
     places, layers = sum(map(len, stacks)), sum(layer is not None for stack in stacks for layer in stack)
     note = None
     if places > layers:
         note = f"{layers} layers in {places} places: empty ones add {places / layers - 1:.1%} to the blocks' time and memory"
-    return Description(f"weights on {axes}", tuple(weights(model)), note)
+    return Description(f"weights on {told(mesh.shape)}", tuple(weights(model)), note)
 
 
 def variables(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:

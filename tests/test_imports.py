@@ -1,39 +1,50 @@
-"""Imports run one way, through the rooms in this order."""
+"""Imports run one way, through the rooms in their order, and no modules import each other."""
 
-import ast
-from pathlib import Path
-
-ROOMS = """
-log checks tables files buckets config presets mesh xla_flags distributed sharding tp_plan ops checkpoint model parallel draw
-planner generate train audit cli __main__
-""".split()
-PACKAGE = Path(__file__).parents[1] / "jaxtp"
-
-
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path: Path) -> set[str]:
-    """The rooms that a module names when it is imported (what stands inside functions counts too)."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name.startswith("jaxtp.")}
-    return found
+import pytest
+from imports import ROOMS, circle, graph, room
 
 
 def test_every_room_imports_only_those_above_it():
     wrong = [
-        f"{path.relative_to(PACKAGE)} imports {name}"
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "__init__.py"
-        for name in imported(path)
-        if ROOMS.index(name) > ROOMS.index(room(path))
+        f"{module} imports {name}"
+        for module, names in graph().items()
+        for name in names
+        if "jaxtp" not in (module, name) and ROOMS.index(room(name)) > ROOMS.index(room(module))
     ]
     assert wrong == []
 
 
 def test_every_room_has_its_place():
-    assert {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__"} == set(ROOMS)
+    assert {room(module) for module in graph()} - {"__init__"} == set(ROOMS)
+
+
+def test_no_modules_import_each_other():
+    assert circle(graph()) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from house.kitchen.sink import wash",
+        "from house.kitchen import sink",
+        "def dry():\n    from house.kitchen import sink",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.kitchen.sink",
+        "from house import taps",  # by way of a third
+        "from house.kitchen import wash",  # by way of the room's own __init__
+    ],
+)
+def test_a_circle_is_found_wherever_it_is_closed(back, tmp_path):
+    files = {
+        "__init__": "",
+        "taps": "from house.kitchen import sink",
+        "kitchen/__init__": "from house.kitchen.sink import wash",
+        "kitchen/sink": "from house.kitchen.towel import dry",
+        "kitchen/towel": "import functools",
+    }
+    for name, text in files.items():
+        path = tmp_path / "house" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert circle(graph(tmp_path / "house")) == []
+    (tmp_path / "house/kitchen/towel.py").write_text(back)
+    assert {"house.kitchen.sink", "house.kitchen.towel"} <= set(circle(graph(tmp_path / "house")))

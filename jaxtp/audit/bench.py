@@ -12,10 +12,12 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from jaxtp import files
 from jaxtp.audit.profile import profile
 from jaxtp.audit.rates import copy_rate, product_rate
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
+from jaxtp.mesh import told
 from jaxtp.planner import cost, hardware
 from jaxtp.tables import Shown
 
@@ -75,11 +77,11 @@ class Bench(Shown):
 
 
 def read(path: Path) -> Bench:
-    """What `Bench.save` wrote. Raises ValueError for another file."""
+    """What `Bench.save` wrote. Raises FileNotFoundError, and ValueError for another file."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = files.read_json(path)
         return Bench(dict(found["settings"]), dict(found["metrics"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no figures of jaxtp bench: {error!r}") from None
 
 
@@ -138,7 +140,7 @@ def measure(
         "prompts": prompts,
         "input_len": input_len,
         "output_len": output_len,
-        "mesh": " × ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "1 device",
+        "mesh": told(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
         "dtype": str(llm.model.layout.dtype) + f", {llm.model.quantization} weights" * bool(llm.model.quantization),
         "max_num_seqs": llm.max_num_seqs,

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from jaxtp.audit.rates import KINDS, Timed, collective_rates, copy_rate, hops, product_rate
 from jaxtp.audit.topology import odd_links, smi, topology
+from jaxtp.draw import MARKERS, log_log
 from jaxtp.generate import memory
 from jaxtp.log import console, interactive
 from jaxtp.tables import Shown
@@ -73,16 +74,15 @@ class Diagnosis(Shown):
         """Bus bandwidth against size, a line for each kind and axis. Needs matplotlib (extra `notebook`)."""
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for axis in dict.fromkeys(t.axis for t in self.collectives):
-            for kind in dict.fromkeys(t.kind for t in self.collectives):
+        figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        for marker, axis in zip(MARKERS, dict.fromkeys(t.axis for t in self.collectives), strict=False):
+            for number, kind in enumerate(dict.fromkeys(t.kind for t in self.collectives)):
                 mine = [t for t in self.collectives if (t.axis, t.kind) == (axis, kind)]
-                axes.plot([t.bytes / MIB for t in mine], [t.bus / 1e9 for t in mine], "o-", ms=3, lw=1, label=f"{kind}, {axis}")
-        axes.set(xscale="log", yscale="log", xlabel="MiB of the whole array", ylabel="bus bandwidth, GB/s")
+                at, style = ([t.bytes / MIB for t in mine], [t.bus / 1e9 for t in mine]), f"C{number}{marker}-"
+                axes.plot(*at, style, ms=4, lw=1, label=f"{kind}, {axis}")
+        axes.set(xlabel="MiB of the whole array", ylabel="bus bandwidth, GB/s")
         axes.set_title(f"{self.devices} x {self.device}", fontsize=9)
-        axes.grid(alpha=0.3, which="both", lw=0.5)
-        axes.legend(fontsize=7, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        log_log(axes)
         plt.close(figure)
         return figure
 

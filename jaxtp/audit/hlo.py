@@ -16,7 +16,7 @@ FUSIONS = ("fusion", "fusion-start")
 # bits of an element
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ((?:\([^=]*?\)|\S+?)) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ((?:\([^=]*?\)|\S+?)) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
 
 
@@ -28,7 +28,6 @@ class Instruction:
     shape: str
     opcode: str
     rest: str
-    root: bool
 
     @property
     def bytes(self) -> int:
@@ -59,7 +58,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
         elif line.startswith("}"):
             current = None
         elif current is not None and (match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))):
-            current.append(Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
+            current.append(Instruction(match[1], match[2], match[3], match[4]))
     return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxtp.audit import hlo
+from jaxtp.draw import aside
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.auto import machine_of
 from jaxtp.planner import Training, cost
@@ -106,7 +107,7 @@ class Profile(Shown):
             busy = [_busy(part, end) for part in parts]
             at.stackplot(edges[:-1], busy, labels=("compute", "communication"), colors=("C0", "C3"), step="post")
             at.set(ylim=(0, 1), xlim=(0, 1e3 * end), ylabel=device, yticks=[0, 1])
-        axes[0, 0].legend(fontsize=7, loc="upper right")
+        aside(axes[0, 0])
         axes[-2, 0].set_xlabel("ms of the run")
         for row, phase in enumerate(self.seconds):
             left, total = 0.0, sum(self.seconds[phase].values()) or 1.0
@@ -118,7 +119,7 @@ class Profile(Shown):
             yticks=range(len(self.seconds)), yticklabels=list(self.seconds), xlim=(0, 1), xlabel="share of the time"
         )
         axes[-1, 0].invert_yaxis()
-        axes[-1, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        aside(axes[-1, 0])
         plt.close(figure)
         return figure
 

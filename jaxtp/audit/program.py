@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -153,16 +154,9 @@ def _collective(
     pairs = kind == "collective-permute"
     joined = hlo.groups(instruction.rest)
     axes = hlo.axes_of(joined, sizes, pairs=pairs)
-    devices = len(joined[0]) if joined and not pairs else 2 if pairs else _product(sizes)
+    devices = len(joined[0]) if joined and not pairs else 2 if pairs else math.prod(sizes.values())
     done = next((i for c in found.values() for i in c if i.opcode == f"{kind}-done" and i.operand == instruction.name), None)
     result = done or instruction
     size = result.bytes * (devices if kind == "reduce-scatter" else 1)
     dtypes = "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)}))
     return Collective(kind, axes, dtypes, size, devices, loops, times)
-
-
-def _product(sizes: dict[str, int]) -> int:
-    total = 1
-    for size in sizes.values():
-        total *= size
-    return total

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from jaxtp import files
 from jaxtp.config import ModelConfig
 from jaxtp.generate.batch import batch_size
 from jaxtp.generate.programs import Programs
@@ -42,7 +43,7 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
     if isinstance(target, hardware.GPU):
         text = target.target()
     else:
-        text = Path(target).read_text() if Path(target).is_file() else hardware.gpu(str(target)).target()
+        text = files.read_text(target) if Path(target).is_file() else hardware.gpu(str(target)).target()
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -71,12 +71,10 @@ def split_of(
         return choice.split
     if choice != "auto":
         raise ValueError(f'plan={choice!r} must be "auto" or a Plan, such as jaxtp.plan(...).best')
-    total = min(max_model_len or 1280, config.context)
     plans = plan(
         config,
         at_hand(),
-        prompt_len=max(1, total * 4 // 5),
-        output_len=max(1, total // 5),
+        max_model_len=max_model_len and min(max_model_len, config.context),
         dtype=dtype,
         quantization=quantization,
         utilization=utilization,

@@ -27,6 +27,7 @@ from jaxtp.generate.step import CALL_TOKENS
 from jaxtp.generate.text import Tokenizer
 from jaxtp.generate.timing import Timing
 from jaxtp.log import console, interactive, logger, show
+from jaxtp.mesh import told
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.quantized import Quantization
@@ -142,7 +143,7 @@ class LLM:
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.timing = Timing(self)  # of the last call of `generate`
+        self.timing = Timing(self.programs, self.budget)  # of the last call of `generate`
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
         self._idle_said: set[int] = set()  # what was said of stages that idle
@@ -160,7 +161,7 @@ class LLM:
         """
         requests, rows = self._requests_of(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        timer = self.timing = Timing(self)
+        timer = self.timing = Timing(self.programs, self.budget)
         with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
             task = bar.add_task("", total=len(rows))
             for batch in self._batches(rows):
@@ -290,9 +291,7 @@ class LLM:
         return slots_needed(self.model, rows, self.max_num_batched_tokens) <= self.budget.cache_tokens
 
     def _report(self, seconds: float) -> None:
-        mesh = {axis: size for axis, size in self.model.layout.mesh.shape.items() if size > 1}
-        where = " × ".join(f"{axis}={size}" for axis, size in mesh.items()) or "1 device"
-        budget = self.budget
+        budget, where = self.budget, told(self.model.layout.mesh.shape)
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:

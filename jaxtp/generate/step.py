@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding
 from jaxtp.model import Cache, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
 from jaxtp.parallel import circulate
-from jaxtp.parallel.pipeline import after
+from jaxtp.parallel.regions import after
 from jaxtp.parallel.schedules import Circulation
-from jaxtp.sharding import reshard, zeros
+from jaxtp.sharding import reshard, spec_of, zeros
 
 CALL_TOKENS = 64  # N: the most tokens that one call of `decode` makes
 
@@ -86,7 +86,7 @@ def prefill(model: Llama, cache: Cache, last: jax.Array, tokens: jax.Array, star
     positions = model.layout.place(jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T)), "batch", "tokens")
     x, filled = model.hidden(tokens, positions, cache=cache)
     assert filled is not None
-    is_last = reshard(positions == cache.lengths[:, None] - 1, jax.P(*jax.typeof(x).sharding.spec[:2]), model.layout.mesh)
+    is_last = reshard(positions == cache.lengths[:, None] - 1, jax.P(*spec_of(x)[:2]), model.layout.mesh)
     # one token a row at most: the sum picks it, and crosses devices only where tokens are sharded
     picked = jnp.where(is_last[:, :, None], x, jnp.zeros((), x.dtype)).sum(axis=1)
     return filled, last + picked

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from jaxtp.generate.batch import Batch
+from jaxtp.generate.memory import Budget
+from jaxtp.generate.programs import Programs
 from jaxtp.log import logger
-
-if TYPE_CHECKING:
-    from jaxtp.generate.llm import LLM
 
 
 class Timing:
@@ -18,15 +16,15 @@ class Timing:
     seconds and `steps` steps, in which each device read `bytes`.
     """
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self._compiling = llm.programs.compile_seconds
+    def __init__(self, programs: Programs, budget: Budget) -> None:
+        self._programs, self._budget = programs, budget
+        self._compiling = programs.compile_seconds
         self.prompt_tokens = self.tokens = self.steps = self.bytes = 0
         self.prefill = self.decode = 0.0
 
     def watch(self, batch: Batch, *, steps: int) -> Iterator[None]:
         """Runs the batch; the first yield ends its prefill."""
-        programs, first = self._llm.programs, True
+        programs, first = self._programs, True
         self.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
         clock, compiled, made, before = time.perf_counter(), programs.compile_seconds, 0, 0
         for _ in batch.run(steps=steps):
@@ -39,7 +37,7 @@ class Timing:
                 self.tokens += now - made
                 longest = max(len(row.output.token_ids) for row in batch.rows)
                 self.steps += longest - before
-                self.bytes += (longest - before) * self._llm.budget.step_bytes(batch.size, batch.slots)
+                self.bytes += (longest - before) * self._budget.step_bytes(batch.size, batch.slots)
             before = max(len(row.output.token_ids) for row in batch.rows)
             first, made = False, now
             yield
@@ -47,7 +45,7 @@ class Timing:
 
     def report(self) -> None:
         """Logs the rates."""
-        compiling = self._llm.programs.compile_seconds - self._compiling
+        compiling = self._programs.compile_seconds - self._compiling
         if compiling:
             logger.info("compiling: %.1f s, once for these shapes", compiling)
         if self.prefill:

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.ops.quantized import Quantized
-from jaxtp.sharding import beside, mesh_of, names, reshard, size
+from jaxtp.ops.quantized import InPlace, Quantized
+from jaxtp.sharding import beside, mesh_of, names, reshard, size, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -37,15 +37,11 @@ class Adapter:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(InPlace):
     """A kernel with adapters, to multiply with in its place: kernel + scale · b a (LoRA, arXiv:2106.09685)."""
 
     kernel: jax.Array
     adapters: tuple[Adapter, ...]
-
-    def __getitem__(self, index: object) -> Adapted:
-        assert index is ..., "a weight with adapters has no parts"
-        return self
 
 
 def linear(
@@ -73,7 +69,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     """The sum of the adapters' products. What crosses devices is of rank r: the r channels between a and b are whole on
     every device, and spread over the tokens where the residual stream is.
     """
-    mesh, given = mesh_of(x, out.mesh), jax.typeof(x).sharding.spec
+    mesh, given = mesh_of(x, out.mesh), spec_of(x)
     batch, tokens, _ = given.partitions
     between = NamedSharding(mesh, P(batch, tokens or out.spec.partitions[1], None))
     products = []
@@ -88,7 +84,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
 
 def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
     mesh = mesh_of(x, out.mesh)
-    spec, given = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
+    spec, given = spec_of(weight), spec_of(x)
     *outer, summed = spec.partitions
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
     batch, tokens, _ = given.partitions
@@ -166,14 +162,14 @@ def _einsum(formula: str, a: jax.Array, b: jax.Array, out: P, dtype: jnp.dtype) 
 
 def _matrix(weight: jax.Array) -> jax.Array:
     """[*O, I] -> [O, I]. (Inside the product, so that what is kept for the backward pass is the weight, not a copy.)"""
-    spec, mesh = jax.typeof(weight).sharding.spec, jax.typeof(weight).sharding.mesh
+    spec, mesh = spec_of(weight), jax.typeof(weight).sharding.mesh
     flat = P(spec.partitions[0], spec.partitions[-1], reduced=spec.reduced)
     return weight.reshape(-1, weight.shape[-1], out_sharding=NamedSharding(mesh, flat))
 
 
 def _dual(x: jax.Array) -> P:
     """The layout of x's gradient: shares of a sum where x says that it is `reduced`, and the other way round."""
-    spec = jax.typeof(x).sharding.spec
+    spec = spec_of(x)
     return P(*spec.partitions, unreduced=spec.reduced, reduced=spec.unreduced)
 
 
@@ -189,8 +185,8 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     With the vocabulary sharded each device looks up the ids that it holds, and the sum over devices is one all-reduce
     (a reduce-scatter where `out` is sharded over tokens). Ids outside the table give zeros.
     """
-    mesh, spec = mesh_of(tokens, out.mesh), jax.typeof(tokens).sharding.spec
-    axes = names(jax.typeof(table).sharding.spec.partitions[0])
+    mesh, spec = mesh_of(tokens, out.mesh), spec_of(tokens)
+    axes = names(spec_of(table).partitions[0])
     # without the barrier, XLA:CPU takes a float32 copy of a whole bfloat16 table out of the decode loop
     table, tokens = jax.lax.optimization_barrier((table, tokens))
     if size(mesh, axes) == 1:

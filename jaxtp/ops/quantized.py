@@ -5,7 +5,7 @@ dtype: what is saved is memory, and the time to read it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,21 @@ Quantization = Literal["int8"]
 LEVELS = 127  # on either side of 0
 
 
+class InPlace:
+    """What stands in a kernel's place, where a weight is read as `param[...]`."""
+
+    def __getitem__(self, index: object) -> Self:
+        assert index is ..., f"{type(self).__name__} has no parts"
+        return self
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(InPlace):
     """A kernel [*O, I], to multiply with in its place: values [*O, I] int8 · scale [*O] float32. Either may be abstract."""
 
     values: jax.Array
     scale: jax.Array
-
-    def __getitem__(self, index: object) -> Quantized:
-        assert index is ..., "a quantized weight has no parts"
-        return self
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtp.model import Cache, Llama
 from jaxtp.model.layers import residual_dim
-from jaxtp.parallel.pipeline import after, locally, mapped, spec_of
+from jaxtp.parallel.regions import after, locally, mapped
 from jaxtp.parallel.schedules import Circulation
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import Rules, names, reshard
+from jaxtp.sharding import Rules, names, reshard, spec_of
 
 
 def staged(stages: Stages, *, rules: Rules) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 Name = Literal["gpipe", "1f1b", "interleaved_1f1b", "forward"]
@@ -41,8 +42,8 @@ class Schedule:
         if self.name not in get_args(Name):
             raise ValueError(f"no schedule is named {self.name!r}; schedules: {', '.join(get_args(Name))}")
         for what, value in (("ranks", self.ranks), ("microbatches", self.microbatches), ("chunks", self.chunks)):
-            if value < 1:
-                raise ValueError(f"{what}={value} must be at least 1")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{what}={value!r} must be at least 1, and whole")
         if self.chunks > 1 and self.name in ("gpipe", "1f1b"):
             raise ValueError(f"{self.name} has one chunk a rank, not {self.chunks}; interleaved_1f1b has several")
         if self.chunks > 1 and self.microbatches % self.ranks:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+LISTED = 8  # legal sizes that a message lists; of more it says from where to where
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -33,7 +35,8 @@ class Stages:
             raise ValueError(f"pp={ranks} must be at least 1")
         stages = ranks * chunks
         if stages > layers:
-            legal = ", ".join(str(n) for n in range(1, layers // chunks + 1))
+            most = layers // chunks
+            legal = f"1 to {most}" if most > LISTED else ", ".join(str(n) for n in range(1, most + 1))
             raise ValueError(
                 f"pp={ranks}{f' with {chunks} chunks a rank' * (chunks > 1)} makes {stages} stages of {layers} layers; "
                 + (f"legal pp with them: {legal}" if legal else f"the most chunks for {layers} layers: {layers}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import re
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtp import files
 from jaxtp.planner import hardware
 from jaxtp.planner.collectives import Collective
 from jaxtp.planner.hardware import GPU
@@ -194,8 +194,8 @@ def measured(path: str | Path) -> Cluster:
 
     Raises FileNotFoundError, or ValueError for another file.
     """
+    found = files.read_json(path)
     try:
-        found = json.loads(Path(path).read_text())
         reduces = [t for t in found["collectives"] if t["kind"] == "all-reduce"]
         copies, products = ([*found[name].values()] for name in ("copies", "products"))
         devices = found["devices"]

@@ -1,30 +1,29 @@
-"""Plans to look at: a table, the reasons, and a picture of latency against throughput."""
+"""Plans to look at: a table, with the reasons."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from jaxtp.buckets import MAX_NUM_SEQS
+from jaxtp.planner import picture
 from jaxtp.planner.cost import Time
+from jaxtp.planner.prediction import Plan
 from jaxtp.planner.work import Generation, Training
 from jaxtp.tables import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from jaxtp.planner.search import Plan
-
 GIB = 2**30
 SHOWN = 8  # plans of a table, unless all are asked for
 
 
-class Plans(list["Plan"], Shown):
+class Plans(list[Plan], Shown):
     """All plans, the best first; behind those that can be, those that cannot. Prints, and shows in a notebook, as a table."""
 
     def __init__(self, plans: Iterable[Plan], objective: str) -> None:
@@ -57,13 +56,15 @@ class Plans(list["Plan"], Shown):
         return list(seen.values())
 
     def table(self, *, every: bool = False) -> Table:
-        """The best plan of each mesh and why the others lose, and below why a mesh cannot be; every: all plans that can."""
+        """The best plan of each mesh and why the others lose, and below why meshes cannot be; every: all plans that can, and
+        each mesh that cannot.
+        """
         first, best = self.best, self.best
         training = isinstance(first.task, Training)
         shown = self.legal if every else self.distinct()[:SHOWN]
         table = Table(
             title=f"{first.model} on {first.cluster}: {_asked(first)}, by {self.objective}",
-            caption=self._caption(),
+            caption=self._caption(every=every),
             caption_justify="left",
         )
         for column in ["#", "layout"] + ["ZeRO", "remat", "micro-\nbatches", "schedule"] * training:
@@ -86,15 +87,23 @@ class Plans(list["Plan"], Shown):
         """Latency against throughput: a line for each mesh, a point for each number of rows; the frontier is marked. Training:
         the time of a step by part. Needs matplotlib (extra `notebook`).
         """
-        return _bars(self) if isinstance(self.best.task, Training) else _curves(self)
+        title = f"{self.best.model} on {self.best.cluster}: {_asked(self.best)}"
+        if isinstance(self.best.task, Training):
+            return picture.bars(self.distinct()[:SHOWN], title, WORDS)
+        return picture.curves(self.distinct(), title)
 
-    def _caption(self) -> str:
-        """How many there are, and of each mesh that cannot be why."""
+    def _caption(self, *, every: bool) -> str:
+        """How many there are, and why meshes cannot be: those that lack the same thing share a line, unless `every`."""
         counts, possible = Counter(plan.fits for plan in self), {plan.split.told() for plan in self.legal}
         training = isinstance(self.best.task, Training)
         lines = [f"{counts[True]} layouts can be, {counts[False]} cannot; times are predictions"]
         lines += ["SP: sequence parallelism; interleaved: so many chunks of layers on each rank"] * training
-        lines += [f"{p.split.told()}: {p.refused}" for p in _reasons(self.refused) if p.split.told() not in possible]
+        alike: dict[str, list[Plan]] = {}
+        for plan in _reasons(self.refused):
+            if plan.split.told() not in possible:
+                alike.setdefault(str(plan.split) if every else re.sub(r"\d+", "", str(plan.refused)), []).append(plan)
+        for first, *others in alike.values():
+            lines.append(f"{first.split.told()}{f', and {len(others)} more' if others else ''}: {first.refused}")
         return "\n".join(lines)
 
     def records(self) -> list[dict[str, Any]]:
@@ -198,88 +207,4 @@ def _reasons(refused: Sequence[Plan]) -> list[Plan]:
 
     meshes = {tuple(plan.split.axes.values()) for plan in refused}
     closest = (min((p for p in refused if tuple(p.split.axes.values()) == mesh), key=far) for mesh in meshes)
-    return sorted(closest, key=lambda plan: plan.split.tp)
-
-
-# -- a picture -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """A layout with some rows: seconds a token of each row, tokens a second of each GPU."""
-
-    plan: Plan
-    latency: float
-    throughput: float
-
-
-def points(plans: Plans) -> list[Point]:
-    """Every mesh with 1, 2, 4, ... rows, as far as the cache holds them."""
-    found = []
-    for plan in plans.distinct():
-        assert isinstance(plan.task, Generation), "a picture of latency and throughput is of generation"
-        rows = 1
-        while rows <= MAX_NUM_SEQS and (at := plan.of_rows(rows)).holds:
-            found.append(Point(at, at.step.total, at.tokens_per_second / at.cluster.size))
-            rows *= 2
-    return found
-
-
-def frontier(found: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both."""
-    best: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.latency, -p.throughput)):
-        if not best or point.throughput > best[-1].throughput:
-            best.append(point)
-    return best
-
-
-def _curves(plans: Plans) -> Figure:
-    import matplotlib.pyplot as plt
-
-    first = plans.best
-    found = points(plans)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for plan in plans.distinct():
-        mine = [p for p in found if p.plan.split == plan.split]
-        axes.plot([1e3 * p.latency for p in mine], [p.throughput for p in mine], "o-", ms=3, lw=1, label=plan.split.told())
-    edge = frontier(found)
-    axes.plot(
-        [1e3 * p.latency for p in edge], [p.throughput for p in edge], color="0.75", lw=7, alpha=0.6, zorder=0, label="frontier"
-    )
-    for point in edge:
-        axes.annotate(
-            str(point.plan.task.batch),
-            (1e3 * point.latency, point.throughput),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="ms a token of each row", ylabel="tokens/s a GPU")
-    axes.set_title(f"{first.model} on {first.cluster}: {_asked(first)}\nnumbers: rows at once", fontsize=9)
-    axes.grid(alpha=0.3, which="both", lw=0.5)
-    axes.legend(fontsize=7, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
-    return figure
-
-
-def _bars(plans: Plans) -> Figure:
-    import matplotlib.pyplot as plt
-
-    shown = plans.distinct()[:SHOWN]
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(shown)), layout="constrained")
-    left = [0.0] * len(shown)
-    for part in WORDS:
-        widths = [getattr(plan.step, part) for plan in shown]
-        axes.barh(range(len(shown)), widths, left=left, label=part, height=0.7)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set(yticks=range(len(shown)), xlabel="seconds of a step")
-    axes.set_yticklabels([f"{plan.split.told()}, {plan.split.remat}" for plan in shown], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_title(f"{plans.best.model} on {plans.best.cluster}: {_asked(plans.best)}", fontsize=9)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
-    return figure
+    return sorted(closest, key=lambda plan: (*far(plan), plan.split.tp, plan.split.pp))

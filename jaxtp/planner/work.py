@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
-from jaxtp.mesh import AXES, across_nodes
+from jaxtp.mesh import AXES, across_nodes, told
 from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Circulation, Name, Schedule
 from jaxtp.parallel.stages import Stages
@@ -160,8 +160,7 @@ class Split:
 
     def told(self) -> str:
         """In words, what differs from one device."""
-        sizes = [f"{axis}={size}" for axis, size in self.axes.items() if size > 1]
-        return " × ".join(sizes) or "1 GPU"
+        return told(self.axes, "1 GPU")
 
 
 def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> str | None:
@@ -192,6 +191,12 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     if isinstance(task, Training):
         check_zero(config, zero=split.zero, dp=split.dp, pp=split.pp)
     stages.alike(config.windows)
+
+
+def lengths(most: int, prompt_len: int | None = None, output_len: int | None = None) -> tuple[int, int]:
+    """(prompt_len, output_len) of a request where they are not said: 1024 and 256, less where a row holds fewer than 1280."""
+    output_len = min(256, max(1, most // 4)) if output_len is None else output_len
+    return min(1024, max(1, most - output_len)) if prompt_len is None else prompt_len, output_len
 
 
 def check_length(config: ModelConfig, task: Task) -> None:

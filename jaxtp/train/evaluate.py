@@ -202,7 +202,7 @@ def _source(model: Path, step: int | None, best: bool, lora: str | Path | None, 
         raise ValueError(f"{model} is not the folder of a run: it has no checkpoints of which to choose")
     folder = hf.resolve(str(model), revision=revision)
     config = TrainConfig(folder="", model=Model(start=str(folder)))
-    return _Source(folder, config, ModelConfig.from_hf(folder), None, lora, run=False)
+    return _Source(folder, config, hf.config_of(folder), None, lora, run=False)
 
 
 def _width(corpus: Corpus, tokenizer: Tokenizer) -> float:

@@ -28,7 +28,9 @@ from jaxtp import xla_flags
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.parallel.circulate import staged as in_stages
-from jaxtp.parallel.pipeline import Parts, Pipeline, mapped
+from jaxtp.parallel.pipeline import Pipeline
+from jaxtp.parallel.regions import mapped
+from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
 from jaxtp.sharding import reshard
 from jaxtp.train.lora import Adapters

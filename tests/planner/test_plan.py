@@ -14,7 +14,8 @@ import jaxtp
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.generate.auto import machine_of
 from jaxtp.planner import Generation, Plan, Split, Training, cluster, cost, hardware, plan
-from jaxtp.planner.report import frontier, points, why
+from jaxtp.planner.picture import frontier, points
+from jaxtp.planner.report import why
 from jaxtp.planner.search import splits
 from jaxtp.planner.work import problem
 from jaxtp.train import Run, train
@@ -241,7 +242,7 @@ def test_weights_of_8_bits_need_fewer_gpus_and_less_time(tmp_path):
         ("", "8xH100", {}, "no model is named ''"),
         ("llama-3.1-8b", "8xH100", {"prompt_len": 0}, "prompt_len=0 must be an integer of at least 1"),
         ("llama-2-7b", "8xH100", {"prompt_len": 9000}, "exceeds the model's max_position_embeddings=4096"),
-        ("llama-3.1-8b", "8xH100", {"max_model_len": 100}, "max_model_len=100 is less than prompt_len"),
+        ("llama-3.1-8b", "8xH100", {"max_model_len": 100, "prompt_len": 90}, "max_model_len=100 is less than prompt_len"),
         ("llama-3.1-8b", "8xH100", {"utilization": 1.5}, r"utilization=1.5 must be in \(0, 1\]"),
         ("llama-3.1-8b", "8xH100", {"dtype": "int4"}, "dtype='int4' must be one of float32"),
         ("llama-3.1-8b", "8xH100", {"quantization": "awq"}, "quantization='awq' is not supported; supported: int8"),
@@ -290,6 +291,9 @@ def test_the_rows_that_are_said_to_fit_do_and_no_more(gpus):
 
 def test_lengths_follow_the_model_unless_they_are_said():
     assert plan("demo", "2xL40S").best.task == Generation(prompt_len=768, output_len=256)
+    asked = plan("demo", "2xL40S", max_model_len=100, output_len=20).best.task
+    assert (asked.prompt_len, asked.output_len) == (80, 20)
+    assert plan("demo", "2xL40S", max_model_len=100).best.task.total == 100
     with pytest.raises(ValueError, match=r"prompt_len \+ output_len=1280 exceeds"):
         plan("demo", "2xL40S", prompt_len=1024)
 
@@ -344,7 +348,7 @@ def test_json_holds_everything():
 
 
 def test_the_frontier_is_of_those_that_no_other_beats():
-    found = points(plan("llama-3.1-8b", "8xH100"))
+    found = points(plan("llama-3.1-8b", "8xH100").distinct())
     edge = frontier(found)
     assert 3 < len(edge) < len(found)
     for point in edge:

@@ -1,0 +1,120 @@
+"""Regions: what each device does by itself, or sends along pp by hand, inside programs that are sharded by types.
+
+d groups of dp, P ranks; B rows, b of each group (B/d), T tokens, D embed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec
+
+from jaxtp.mesh import platform
+from jaxtp.sharding import spec_of, specs_of
+
+NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
+
+
+def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], *, axes: int = 2) -> Any:
+    """`sharding.on_each_device` inside a stage, which is mapped over that many axes (dp and pp in training): their parts are
+    each device's own as well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
+
+    The backward pass begins with the forward one; what is kept is `args`.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+
+    def back(leaves: tuple[jax.Array, ...], grads: Any) -> Any:
+        def of(*chosen: jax.Array) -> Any:
+            some = iter(chosen)
+            return function(*jax.tree.unflatten(tree, [next(some) if f else a for f, a in zip(floats, leaves, strict=True)]))
+
+        return jax.vjp(of, *(a for f, a in zip(floats, leaves, strict=True) if f))[1](grads)
+
+    @jax.custom_vjp
+    def run(*leaves: jax.Array) -> Any:
+        return _own(function, jax.tree.unflatten(tree, leaves), like, axes)
+
+    def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
+
+    def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
+        of_floats = iter(
+            _own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f), axes)
+        )
+        return tuple(next(of_floats) if f else None for f in floats)
+
+    run.defvjp(forward, backward)
+    return run(*leaves)
+
+
+def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int) -> Any:
+    """`function` in a region that is manual over every axis of the mesh, once all `axes` that are mapped over have come by."""
+
+    @custom_vmap
+    def run(*args: Any) -> Any:
+        mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
+        every = {} if axes else {"axis_names": set(mesh.axis_names)}
+        region = jax.shard_map(
+            function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)), check_vma=False, **every
+        )
+        return region(*args)
+
+    @run.def_vmap
+    def over(size: int, batched: Any, *args: Any) -> Any:
+        assert all(jax.tree.leaves(batched))
+
+        def part(*args: Any) -> Any:
+            if jax.tree.leaves(args)[0].shape[0] > 1:  # another axis has yet to come
+                return jax.vmap(function)(*args)
+            return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda a: a[0], args)))
+
+        out = _own(part, args, like, axes - 1)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run(*args)
+
+
+def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
+    """`function` of each device's own parts of `args`; out: the layouts of what it returns."""
+    mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
+    return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=out, check_vma=False)(*args)
+
+
+def after(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x; on CPUs only once `other` is there.
+
+    XLA:CPU begins collectives that do not depend on one another in an order that may differ from device to device, and each
+    blocks its thread: devices would wait for each other forever. A comparison that never holds makes x depend on the other.
+    """
+    if platform(jax.typeof(x).sharding.mesh) != "cpu":
+        return x
+
+    def local(x, other):
+        one = other.ravel()[0]
+        bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
+        return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
+
+    return locally(local, x, other, out=spec_of(x))
+
+
+def shift(x: jax.Array, by: int) -> jax.Array:
+    """[d, P, ...]: each rank's part to the next rank (by=1) or the one before (-1), around."""
+    ranks = x.shape[1]
+    to = [(rank, (rank + by) % ranks) for rank in range(ranks)]
+    return locally(lambda x: jax.lax.ppermute(x, "pp", to), x, out=spec_of(x))
+
+
+def of_rank(x: jax.Array, rank: int) -> jax.Array:
+    """[d, P, b, T, D]: that rank's part, on all of them: [B, T, D]."""
+    batch, _, _, tokens, _ = spec_of(x).partitions
+
+    def tell(x):
+        return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
+
+    return locally(tell, x, out=PartitionSpec(batch, tokens, None))
