@@ -38,9 +38,10 @@ class Tokenizer:
         return str(self.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
 
     @property
-    def chat_template(self) -> str | None:
-        """How conversations are written, None where the tokenizer does not say."""
-        return self.hf.chat_template
+    def templates(self) -> dict[str, str]:
+        """How conversations are written: chat templates by name, none where the tokenizer does not say."""
+        found = self.hf.chat_template or {}
+        return {"default": found} if isinstance(found, str) else found
 
     def conversation(
         self,

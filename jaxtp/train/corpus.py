@@ -154,7 +154,7 @@ def _read(path: Path, encoder: Encoder, asked: Format, seen: Callable[[float], N
             f"{path}: nothing is learned of its {counted(number, 'record')}, {encoder.told(kind)}: with "
             f"data.train_on={encoder.train_on} only the assistant's answers are, and there are none"
         )
-    return corpus, (number, "record", f", {encoder.told(kind)} ({'by the first' if asked in _OPEN else 'data.kind'})")
+    return corpus, (number, "record", f", {encoder.told(kind)} ({'by the first record' if asked in _OPEN else 'data.kind'})")
 
 
 class _Growing:

@@ -77,7 +77,7 @@ class Encoder:
     def told(self, kind: Kind) -> str:
         """What records of this kind are called, and how they are written where that depends on the tokenizer."""
         if kind == "alpaca":
-            return f"Alpaca instructions, {'by the chat template' if self.tokenizer.chat_template else 'as the text of Alpaca'}"
+            return f"Alpaca instructions, {'by the chat template' if self.tokenizer.templates else 'as the text of Alpaca'}"
         return {
             "chat": "conversations (messages)",
             "sharegpt": "ShareGPT conversations",
@@ -131,7 +131,7 @@ class Encoder:
         asked, answer = _string(record, "instruction"), _string(record, "output")
         more, system = (_string(record, key) if record.get(key) else "" for key in ("input", "system"))
         history = record.get("history") or []
-        if self.tokenizer.chat_template:
+        if self.tokenizer.templates:
             said = [text for pair in history for text in pair] + [f"{asked}\n{more}" if more else asked, answer]
             if len(said) != 2 * len(history) + 2 or not all(isinstance(text, str) for text in said):
                 raise ValueError('"history" is no list of [question, answer]')
