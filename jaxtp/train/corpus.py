@@ -47,7 +47,8 @@ class Corpus:
             return stops - starts - (np.searchsorted(firsts, stops) - np.searchsorted(firsts, starts))
         labels = self.learn.copy()
         labels[firsts[:-1]] = False
-        before = np.concatenate([[0], np.cumsum(labels)])
+        before = np.zeros(len(labels) + 1, np.uint32)
+        np.cumsum(labels, dtype=np.uint32, out=before[1:])
         return before[stops] - before[starts]
 
     def split(self, share: float) -> tuple[Corpus, Corpus]:
