@@ -121,6 +121,8 @@ class Encoder:
         tools = record.get("tools") or None
         if isinstance(tools, str):  # as many data sets keep them
             tools = parsed(tools, '"tools"')
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise ValueError('"tools" is no list of JSON schemas')
         ids, learn = self.tokenizer.conversation(messages, train_on=self.train_on, tools=tools)
         if self.train_on != "all" and any(turn["role"] == "assistant" for turn in messages[:given]):
             before = _shared(self.tokenizer.conversation(messages[:given], tools=tools)[0], ids)
@@ -132,9 +134,10 @@ class Encoder:
         more, system = (_string(record, key) if record.get(key) else "" for key in ("input", "system"))
         history = record.get("history") or []
         if self.tokenizer.templates:
-            said = [text for pair in history for text in pair] + [f"{asked}\n{more}" if more else asked, answer]
-            if len(said) != 2 * len(history) + 2 or not all(isinstance(text, str) for text in said):
+            pairs = history if isinstance(history, list) else [history]
+            if not all(isinstance(pair, list) and len(pair) == 2 and {*map(type, pair)} == {str} for pair in pairs):
                 raise ValueError('"history" is no list of [question, answer]')
+            said = [text for pair in pairs for text in pair] + [f"{asked}\n{more}" if more else asked, answer]
             told = [{"role": "system", "content": system}] if system else []
             roles = itertools.cycle(("user", "assistant"))
             return self._conversation([*told, *({"role": next(roles), "content": text} for text in said)], record)
