@@ -24,29 +24,34 @@ def read_text(path: str | Path) -> str:
 
     Raises FileNotFoundError where there is none, and ValueError for a folder, a compressed file, and any other encoding.
     """
-    path = local(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file")
-    return decoded(path.read_bytes(), str(path))
+    return decoded(_file(path).read_bytes(), str(path))
 
 
-def decoded(content: bytes, where: str) -> str:
-    """Bytes of a file (or of standard input) as text; `where` names them. Raises as `read_text`."""
-    for magic, (kind, tool) in _PACKED.items():
-        if content.startswith(magic):
-            raise ValueError(f"{where} is compressed ({kind}); unpack it first: {tool} {where}")
-    if content.startswith(_UTF16):
-        raise ValueError(f"{where} is UTF-16 or UTF-32, not UTF-8; convert it first: iconv -f UTF-16 -t UTF-8")
+def decoded(content: bytes, where: str, *, line: int = 1) -> str:
+    """Bytes of a file (or of standard input) as text; `where` names them, and they begin at `line`. Raises as `read_text`."""
+    if line == 1:
+        for magic, (kind, tool) in _PACKED.items():
+            if content.startswith(magic):
+                raise ValueError(f"{where} is compressed ({kind}); unpack it first: {tool} {where}")
+        if content.startswith(_UTF16):
+            raise ValueError(f"{where} is UTF-16 or UTF-32, not UTF-8; convert it first: iconv -f UTF-16 -t UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        byte, line = content[error.start], content.count(b"\n", 0, error.start) + 1
+        byte, line = content[error.start], content.count(b"\n", 0, error.start) + line
         raise ValueError(f"{where}:{line} is not UTF-8 text (byte 0x{byte:02x}); convert it first: iconv -t UTF-8") from None
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of every line that is not blank, as `lines` cuts them."""
-    return lines(read_text(path))
+    """(number from 1, line) of every line that is not blank, as `lines` cuts them; read one by one, as they are asked for.
+
+    Raises as `read_text`, at the line that is at fault.
+    """
+    with _file(path).open("rb") as file:
+        for number, content in enumerate(file, 1):
+            line = decoded(content, str(path), line=number)
+            if line.strip():
+                yield number, line.removesuffix("\n").removesuffix("\r")
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
@@ -90,3 +95,10 @@ def local(path: str | Path) -> Path:
     if scheme:
         raise ValueError(f"{path} is a remote address ({scheme[1]}); jaxtp reads and writes local folders: copy or mount it")
     return Path(path).expanduser()
+
+
+def _file(path: str | Path) -> Path:
+    path = local(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+    return path

@@ -33,7 +33,9 @@ class Eval:
     kind: str = "auto"
     """What the files hold; see `data.kind` of `jaxtp train`."""
     text_key: str = "text"
-    """The key of a JSONL line's text."""
+    """The key of a record's text."""
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    """What counts of conversations and of prompts with completions."""
     sequence_length: int | None = None
     """Tokens of a window; default the run's, or what the model takes, at most 2048."""
     stride: int | None = None

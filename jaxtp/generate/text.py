@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _UNFINISHED = "\ufffd"  # what decoding gives for a character whose last bytes are still to come
 _CONTEXT = 6  # tokens of the prompt that the first new ones are decoded with
@@ -37,8 +37,21 @@ class Tokenizer:
             raise ValueError("this tokenizer has no chat template; give a prompt to generate(), or a model tuned for chat")
         return str(self.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole conversation, and which of them the assistant says (its answers, with what ends them).
+    @property
+    def templates(self) -> dict[str, str]:
+        """How conversations are written: chat templates by name, none where the tokenizer does not say."""
+        found = self.hf.chat_template or {}
+        return {"default": found} if isinstance(found, str) else found
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: Literal["assistant", "all", "last"] = "assistant",
+        tools: list[Any] | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them are learned: what the assistant says (its answers, with what
+        ends them), only the last of these, or all.
 
         Raises ValueError without a chat template, and where a template changes what came before as a conversation grows.
         """
@@ -47,7 +60,7 @@ class Tokenizer:
         def text(count: int, prompt: bool) -> str:
             if not self.hf.chat_template:
                 raise ValueError("this tokenizer has no chat template: conversations cannot be learned")
-            return str(self.hf.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=prompt))
+            return str(self.hf.apply_chat_template(turns[:count], tools=tools, tokenize=False, add_generation_prompt=prompt))
 
         whole, spans = text(len(turns), False), []
         for i, turn in enumerate(turns):
@@ -59,6 +72,7 @@ class Tokenizer:
                     )
                 spans.append((len(before), len(after)))
         found = self.hf(whole, add_special_tokens=False, return_offsets_mapping=True)
+        spans = {"assistant": spans, "all": [(0, len(whole))], "last": spans[-1:]}[train_on]
         learn = [any(first <= start < last for first, last in spans) for start, _ in found["offset_mapping"]]
         return list(found["input_ids"]), learn
 

@@ -6,6 +6,7 @@ A key that no setting has is an error, as is a value of another type.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ import yaml
 
 from jaxtp import checks
 from jaxtp.config import ModelConfig, Rope
+from jaxtp.files import local, read_text
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
-from jaxtp.train.data import Format
+from jaxtp.train.corpus import Format
 from jaxtp.train.lora import Options
 from jaxtp.train.optim import Optimizer
+from jaxtp.train.records import TrainOn
 from jaxtp.train.stopping import EarlyStopping
 
 
@@ -83,13 +86,16 @@ class Data:
     """Where the tokens come from."""
 
     train: tuple[str, ...] = ()
-    """Files: text, JSONL, or .npy arrays of token ids."""
+    """Files, patterns, or folders of them: text, JSONL, JSON, Parquet, or .npy arrays of token ids."""
     validation: tuple[str, ...] = ()
-    """Files; empty: the last `validation_share` of the training data."""
+    """As `train`; empty: the last `validation_share` of the training data."""
     validation_share: float = 0.0
     kind: Format = "auto"
+    """What the records of files hold; auto: what the first of each file does. jsonl reads lines, whatever a file's name."""
     text_key: str = "text"
-    """The key of a JSONL line's text."""
+    """The key of a record's text."""
+    train_on: TrainOn = "assistant"
+    """What is learned of conversations and of prompts with completions: all that the assistant says, its last words, or all."""
     tokenizer: str | None = None
     """Folder of the tokenizer; default the model's own. A missing folder is made by training one, see `train_tokenizer`."""
     train_tokenizer: int = 0
@@ -224,6 +230,22 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = 
     return tyro.cli(TrainConfig, args=list(overrides), default=parse(_yaml(Path(path)), where=str(path)), prog=prog)
 
 
+def check_places(config: TrainConfig) -> None:
+    """Raises ValueError, before anything is made, for remote addresses, and for a folder that cannot be written."""
+    data = config.data
+    named = [("folder", config.folder), ("model.start", config.model.start), ("data.tokenizer", data.tokenizer)]
+    named += [("data.train", path) for path in data.train] + [("data.validation", path) for path in data.validation]
+    for name, path in named:
+        try:
+            local(path or "")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    folder = local(config.folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"folder: {folder} cannot be written; {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
 def parse(raw: Any, *, where: str = "the config") -> TrainConfig:
     """A config from plain dicts, as YAML gives them."""
     try:
@@ -255,9 +277,9 @@ def _yaml(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        return yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _keys(where: Sequence[Any]) -> list[str]:

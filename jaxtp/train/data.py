@@ -1,10 +1,10 @@
-"""Rows of tokens from files: text, JSONL, token arrays, conversations.
+"""Rows of tokens, by the step: windows of a corpus, and the batches of a run.
 
 Everything is addressed by one global sample index, so the state of the data is (seed, step): a run that goes on with
 another number of devices or hosts sees the same samples, and each process makes only its own rows. Shuffling, repetition
 and reading ahead are grain's.
 
-    corpus   tokens of all documents in one array, with the documents' bounds
+    corpus   tokens of all documents in one array, with the documents' bounds: train/corpus.py
     windows  the samples of T tokens: a running text cut up, or whole documents packed side by side
     batches  of B samples for each step, on the mesh
 """
@@ -12,11 +12,9 @@ and reading ahead are grain's.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import jax
@@ -24,64 +22,43 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtp.log import logger
+from jaxtp.train.corpus import Corpus, check_vocabulary, read
 from jaxtp.train.loss import Batch
 
-Format = Literal["auto", "text", "jsonl", "tokens", "chat"]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents one after another.
-
-    tokens [N] int; bounds [docs + 1]: where each starts. learn [N] bool: which tokens count as labels, None for all.
-    characters: of the text, 0 where there is none.
-    """
-
-    tokens: np.ndarray
-    bounds: np.ndarray
-    learn: np.ndarray | None = None
-    characters: int = 0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def split(self, share: float) -> tuple[Corpus, Corpus]:
-        """The first documents, and the last ones with about `share` of the tokens; a single document is cut in two."""
-        cut = round(len(self) * (1 - share))
-        if len(self.bounds) > 2:
-            cut = int(self.bounds[np.searchsorted(self.bounds, cut)])
-        if not 0 < cut < len(self):
-            raise ValueError(f"{len(self)} tokens in {len(self.bounds) - 1} documents leave no {share:.0%} for validation")
-        inner = self.bounds[(self.bounds > 0) & (self.bounds < len(self))]
-        first = np.concatenate([[0], inner[inner < cut], [cut]])
-        last = np.concatenate([[cut], inner[inner > cut], [len(self)]]) - cut
-        learn = (None, None) if self.learn is None else (self.learn[:cut], self.learn[cut:])
-        letters = self.characters * cut // len(self)
-        return (
-            Corpus(self.tokens[:cut], first, learn[0], letters),
-            Corpus(self.tokens[cut:], last, learn[1], self.characters - letters),
-        )
+__all__ = ["Batches", "Corpus", "Windows", "best_fit", "check_vocabulary", "read"]
 
 
 class Windows:
     """Samples of `length` tokens, found by index: what a packed row holds.
 
     Running text (`pack=False`): sample i is tokens [i·T, i·T + T], the last one a label only. Documents (`pack=True`): each
-    is cut to T, and rows are filled best-fit; no document is spread over rows.
+    is cut to T, and rows are filled best-fit; no document is spread over rows, and those in which nothing is learned have none.
     """
 
     def __init__(self, corpus: Corpus, length: int, *, pack: bool) -> None:
-        """Raises ValueError where there are too few tokens for a single sample."""
+        """Raises ValueError where there are too few tokens for a single sample, and where nothing in the samples is learned."""
         self.corpus, self.length, self.pack = corpus, length, pack
         if pack:
-            sizes = np.minimum(np.diff(corpus.bounds), length + 1)
-            cut = int((np.diff(corpus.bounds) > length + 1).sum())
+            sizes = np.diff(corpus.bounds)
+            starts, stops = corpus.bounds[:-1], np.minimum(corpus.bounds[1:], corpus.bounds[:-1] + length + 1)
+            cut = int((sizes > length + 1).sum())
             if cut:
                 logger.warning("%d of %d documents have more than %d tokens and are cut", cut, len(sizes), length + 1)
-            self._rows = best_fit(sizes - 1, length)
-        self.count = len(self._rows) if pack else (len(corpus) - 1) // length
+        else:
+            starts = np.arange((len(corpus) - 1) // length) * length + 1
+            stops = starts + length
+        learned = corpus.learned(starts, stops)
+        if pack:
+            self._rows = best_fit(np.where(learned > 0, stops - starts - 1, 0), length)
+        self.count = len(self._rows) if pack else len(starts)
+        if len(learned) and not learned.any() and (stops - starts).max() > 1:
+            within = f" in the first {length + 1} tokens of a document; give more length" if pack and cut else ""
+            raise ValueError(f"{corpus.name}: with sequence_length={length}, nothing is learned{within}")
         if self.count == 0:
             raise ValueError(f"{len(corpus)} tokens give no sample of sequence_length={length}; give more text, or less length")
+        if idle := int((learned == 0).sum()):
+            kind, end = ("documents", " and are left out") if pack else ("rows", "")
+            logger.warning("%d of %d %s hold nothing that is learned%s", idle, len(learned), kind, end)
 
     def __len__(self) -> int:
         return self.count
@@ -193,86 +170,3 @@ class Batches:
 
         names = ("tokens", "labels", "weights", "positions", *(("segment_ids",) if self.segments else ()))
         return Batch(**{name: array(name) for name in names})
-
-
-# -- reading files -----------------------------------------------------------------------------------------------------
-
-
-def read(
-    paths: Sequence[str | Path], tokenizer: Any, *, kind: Format = "auto", key: str = "text", eos: int | None = None
-) -> Corpus:
-    """A corpus from files.
-
-    text: a file is a document. jsonl: each line an object with text under `key`, or a conversation under "messages". tokens:
-    .npy arrays of ids; documents end at `eos`. chat: as jsonl, with "messages" in each line. "auto" goes by the names.
-    Conversations go through the tokenizer's chat template, and only what the assistant says is learned.
-    Raises FileNotFoundError for missing files, and ValueError for empty ones and for lines that hold neither.
-    """
-    parts = [part for path in paths for part in _documents(Path(path), tokenizer, kind, key, eos)]
-    sizes = [len(tokens) for tokens, _, _ in parts]
-    if sum(sizes) == 0:
-        raise ValueError(f"no text in {', '.join(map(str, paths))}")
-    learn = None
-    if any(mask is not None for _, mask, _ in parts):
-        learn = np.concatenate([np.ones(len(t), bool) if mask is None else mask for t, mask, _ in parts])
-    tokens = parts[0][0] if len(parts) == 1 else np.concatenate([tokens for tokens, _, _ in parts])
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    if eos is not None and all(str(path).endswith(".npy") for path in paths):
-        ends = np.flatnonzero(tokens == eos) + 1
-        bounds = np.unique(np.concatenate([bounds, ends]))
-    return Corpus(tokens, bounds, learn, sum(letters for _, _, letters in parts))
-
-
-Document = tuple[np.ndarray, np.ndarray | None, int]  # tokens, which of them count, characters
-
-
-def _documents(path: Path, tokenizer: Any, kind: Format, key: str, eos: int | None) -> Iterator[Document]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    if kind == "auto":
-        kind = {".npy": "tokens", ".jsonl": "jsonl"}.get(path.suffix, "text")  # type: ignore[assignment]
-    if kind == "tokens":
-        array = np.load(path, mmap_mode="r")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; token arrays are 1-D and of ints")
-        yield array, None, 0
-        return
-    if tokenizer is None:
-        raise ValueError(f"{path} is text: data.tokenizer must name a folder with a tokenizer")
-    text = path.read_text()
-    if kind == "text":
-        yield _encode(tokenizer, text, eos), None, len(text)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            assert isinstance(record, dict)
-        except (json.JSONDecodeError, AssertionError) as error:
-            raise ValueError(f"{path}:{number} is not a JSON object") from error
-        if "messages" in record:
-            ids, learn = tokenizer.conversation(record["messages"])
-            yield np.asarray(ids, np.int32), np.asarray(learn, bool), 0
-        elif kind == "jsonl" and isinstance(record.get(key), str):
-            yield _encode(tokenizer, record[key], eos), None, len(record[key])
-        else:
-            wanted = '"messages"' if kind == "chat" else f'"{key}" or "messages"'
-            raise ValueError(f"{path}:{number} has no {wanted}; its keys: {', '.join(record)}")
-
-
-def _encode(tokenizer: Any, text: str, eos: int | None) -> np.ndarray:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return np.asarray([*ids, eos] if eos is not None else ids, np.int32)
-
-
-def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
-    """Raises ValueError where a token lies outside the model's vocabulary."""
-    least, largest = int(corpus.tokens.min()), int(corpus.tokens.max())
-    if least < 0 or largest >= vocab_size:
-        wrong = least if least < 0 else largest
-        raise ValueError(
-            f"the data holds token {wrong}, but the model's vocabulary has {vocab_size}; the tokenizer is not its own"
-        )

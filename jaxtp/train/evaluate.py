@@ -14,6 +14,7 @@ from typing import get_args
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxtp import checks
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate.load import tokenizer_of
@@ -27,7 +28,9 @@ from jaxtp.sharding import check_layout
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints, chosen
 from jaxtp.train.config import Model, Parallel, TrainConfig, parse
-from jaxtp.train.data import Batches, Corpus, Format, check_vocabulary, read
+from jaxtp.train.corpus import Format
+from jaxtp.train.data import Batches, Corpus, check_vocabulary, read
+from jaxtp.train.records import TrainOn
 from jaxtp.train.step import Trainer
 from jaxtp.train.validation import Spans, score
 
@@ -79,6 +82,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     kind: Format = "auto",
     text_key: str = "text",
+    train_on: TrainOn = "assistant",
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -94,7 +98,7 @@ def evaluate(
 
     model: the folder of a training run (its last checkpoint, that of `step`, or the `best` one; it is restored with what the
     optimiser keeps), or a checkpoint folder, a hub id, or "demo", with an adapter in PEFT's format (`lora`) merged into it.
-    data, kind, text_key: as `train` reads them. sequence_length: of the windows, default the run's, or what the model takes, at
+    data, kind, text_key, train_on: as `train` reads them, of which train_on says what counts. sequence_length: of the windows, default the run's, or what the model takes, at
     most 2048. stride: between windows, default their length; less gives tokens more to see, for more work. batch_size: rows at
     once on all devices, on which no figure depends. dtype: of the computation, default the run's or the checkpoint's.
     Raises FileNotFoundError or ValueError for what cannot be.
@@ -113,15 +117,13 @@ def evaluate(
     config, kept = source.model, source.config
     kept = replace(kept, parallel=split, data=replace(kept.data, batch_size=rows, sequence_length=source.length))
     length = kept.data.sequence_length if sequence_length is None else sequence_length
-    if not 1 <= length <= config.max_position_embeddings:
-        raise ValueError(
-            f"sequence_length={length} must be from 1 to the model's max_position_embeddings={config.max_position_embeddings}"
-        )
+    checks.whole("sequence_length", length, least=1)
+    config.check_length("sequence_length", length)
     rules = rules_of(split)
     check_layout(config, split.tp, rules)
     words = tokenizer_of(tokenizer or kept.data.tokenizer or kept.model.start, asked=tokenizer is not None)
     paths = [data] if isinstance(data, str | Path) else list(data)
-    corpus = read(paths, words, kind=kind, key=text_key, eos=words.eos_id if words else None)
+    corpus = read(paths, words, kind=kind, key=text_key, eos=words.eos_id if words else None, train_on=train_on)
     check_vocabulary(corpus, config.vocab_size)
     spans = Spans(corpus, length, stride=stride)
 
@@ -171,7 +173,7 @@ class _Source:
     @property
     def length(self) -> int:
         """The default length of windows."""
-        return self.config.data.sequence_length if self.run else min(self.model.max_position_embeddings, LONGEST)
+        return self.config.data.sequence_length if self.run else min(self.model.context, LONGEST)
 
     @property
     def dtype(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
+from jaxtp.files import local
 from jaxtp.generate import LLM, SamplingParams
 from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
@@ -26,7 +27,7 @@ from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
-from jaxtp.train.config import TrainConfig, model_config, plain
+from jaxtp.train.config import TrainConfig, check_places, model_config, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
 from jaxtp.train.loss import Batch
 from jaxtp.train.meter import Meter, Profile
@@ -70,8 +71,9 @@ class Run:
     def __init__(self, config: TrainConfig) -> None:
         """Raises FileNotFoundError or ValueError for whatever cannot be, before any weight is made."""
         show()
+        check_places(config)
         self.began = time.perf_counter()
-        self.config, self.folder = config, Path(config.folder)
+        self.config, self.folder = config, local(config.folder)
         parallel, data = config.parallel, config.data
         self._profile = Profile(config.log.profile_steps, self.folder)
         across = parallel.tp_across_nodes
@@ -80,8 +82,8 @@ class Run:
         start = hf.resolve(config.model.start) if config.model.start else None
         self.tokenizer = self._tokenizer(start)
         eos = self.tokenizer.eos_id if self.tokenizer else None
-        corpus = read(data.train, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos)
-        self.corpora = self._split(corpus, eos)
+        corpus = self._read(data.train)
+        self.corpora = self._split(corpus)
         size = self.tokenizer.size if self.tokenizer else int(corpus.tokens.max()) + 1
         self.model_config = hf.config_of(start) if start else model_config(config, vocab_size=size, eos=eos)
         self._check_lengths()
@@ -101,20 +103,23 @@ class Run:
         data = self.config.data
         if not data.train:
             raise ValueError("data.train names no file to train on")
-        folder = Path(data.tokenizer) if data.tokenizer else start
-        if data.tokenizer and data.train_tokenizer:
-            if jax.process_index() == 0 and not Path(data.tokenizer, "tokenizer.json").exists():
-                train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
-                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
+        folder = local(data.tokenizer) if data.tokenizer else start
+        if folder and data.tokenizer and data.train_tokenizer:
+            if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
+                train_tokenizer(data.train, folder, vocab_size=data.train_tokenizer, kind=data.kind, key=data.text_key)
+                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, folder)
             if jax.process_count() > 1:  # the others read what the first has written
                 multihost_utils.sync_global_devices("tokenizer")
         return Tokenizer(hf.resolve(folder)) if folder else None
 
-    def _split(self, corpus: Corpus, eos: int | None) -> dict[str, Corpus]:
+    def _read(self, paths: Sequence[str]) -> Corpus:
+        data, eos = self.config.data, self.tokenizer.eos_id if self.tokenizer else None
+        return read(paths, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos, train_on=data.train_on)
+
+    def _split(self, corpus: Corpus) -> dict[str, Corpus]:
         data = self.config.data
         if data.validation:
-            other = read(data.validation, self.tokenizer, kind=data.kind, key=data.text_key, eos=eos)
-            return {"train": corpus, "validation": other}
+            return {"train": corpus, "validation": self._read(data.validation)}
         if data.validation_share:
             first, last = corpus.split(data.validation_share)
             return {"train": first, "validation": last}

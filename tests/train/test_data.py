@@ -167,8 +167,13 @@ def test_the_split_keeps_documents_whole():
     [
         ("missing.txt", None, FileNotFoundError, "missing.txt does not exist"),
         ("empty.txt", "", ValueError, "empty.txt is empty"),
-        ("bad.jsonl", '{"text": "a"}\n{oops\n', ValueError, "bad.jsonl:2 is not a JSON object"),
-        ("other.jsonl", '{"body": "a"}\n', ValueError, 'other.jsonl:1 has no "text" or "messages"; its keys: body'),
+        ("bad.jsonl", '{"text": "a"}\n{oops\n', ValueError, "bad.jsonl:2 is not valid JSON"),
+        (
+            "other.jsonl",
+            '{"body": "a"}\n',
+            ValueError,
+            'other.jsonl:1: a record with none of "text", "messages".*; its keys: body',
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, tokenizer, name, content, error, message):
