@@ -89,9 +89,9 @@ class Data:
     text_key: str = "text"
     """The key of a JSONL line's text."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; default the model's own. A missing folder is made by training one, see `train_tokenizer`."""
+    """Folder of the tokenizer; default that of `model.start`, or tokenizer/ in the run's own folder where one is trained."""
     train_tokenizer: int = 0
-    """Vocabulary of a byte-level BPE learned from the training text where `tokenizer` does not exist yet."""
+    """Vocabulary of a byte-level BPE learned from the training text where the tokenizer's folder does not hold one yet."""
     sequence_length: int = 256
     batch_size: int = 32
     """Rows of each update, over all devices and microbatches."""
@@ -201,6 +201,13 @@ class TrainConfig:
             raise ValueError("model.start and model.preset exclude one another: weights of a checkpoint, or new ones")
         if self.lora.rank and not self.model.start:
             raise ValueError(f"lora.rank={self.lora.rank} needs model.start, the checkpoint that the adapters are for")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer is, or is written to; None: the one of `model.start`, or none."""
+        if self.data.tokenizer:
+            return Path(self.data.tokenizer)
+        return Path(self.folder, "tokenizer") if self.data.train_tokenizer and not self.model.start else None
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "train") -> TrainConfig:

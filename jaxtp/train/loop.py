@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtp import compilation_cache
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import LLM, SamplingParams
@@ -69,6 +70,7 @@ class Run:
     def __init__(self, config: TrainConfig) -> None:
         """Raises FileNotFoundError or ValueError for whatever cannot be, before any weight is made."""
         show()
+        compilation_cache.use()
         self.began = time.perf_counter()
         self.config, self.folder = config, Path(config.folder)
         parallel, data = config.parallel, config.data
@@ -100,14 +102,14 @@ class Run:
         data = self.config.data
         if not data.train:
             raise ValueError("data.train names no file to train on")
-        folder = Path(data.tokenizer) if data.tokenizer else start
-        if data.tokenizer and data.train_tokenizer:
-            if jax.process_index() == 0 and not Path(data.tokenizer, "tokenizer.json").exists():
-                train_tokenizer(data.train, data.tokenizer, vocab_size=data.train_tokenizer)
-                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, data.tokenizer)
+        own = self.config.tokenizer
+        if own and data.train_tokenizer:
+            if jax.process_index() == 0 and not (own / "tokenizer.json").exists():
+                train_tokenizer(data.train, own, vocab_size=data.train_tokenizer)
+                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, own)
             if jax.process_count() > 1:  # the others read what the first has written
                 multihost_utils.sync_global_devices("tokenizer")
-        return Tokenizer(hf.resolve(folder)) if folder else None
+        return Tokenizer(hf.resolve(folder)) if (folder := own or start) else None
 
     def _split(self, corpus: Corpus, eos: int | None) -> dict[str, Corpus]:
         data = self.config.data
@@ -392,6 +394,7 @@ def export(
     frozen = stacked.stack(Llama.from_pretrained(config.model.start or "", dtype="float32")) if trainer.adapters else None
     dtype = dtype or config.model.dtype
     model = trainer.model(found[0], frozen, dtype=jnp.dtype(dtype))
-    model.source = config.data.tokenizer or config.model.start
+    tokenizer = replace(config, folder=str(run_folder)).tokenizer  # the folder may have moved
+    model.source = str(tokenizer) if tokenizer else config.model.start
     model.save_pretrained(folder)
     logger.info("wrote step %d of %s to %s, in %s", int(found[0].step), run_folder, folder, dtype)
