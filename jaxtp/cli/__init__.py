@@ -73,7 +73,7 @@ def _no_verb(name: str) -> str:
     if name.startswith("-"):
         return f"the verb comes first: jaxtp generate {name} ... (jaxtp alone lists the verbs)"
     told = others.verb(name)
-    return f"there is no verb {name}{f': {told}' if told else nearest(name, VERBS)} (jaxtp alone lists the verbs)"
+    return f"there is no jaxtp {name}{f': {told}' if told else nearest(name, VERBS)} (jaxtp alone lists the verbs)"
 
 
 def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -59,7 +59,7 @@ _RENAMED = {
     "lora-modules": "lora",
 }
 _VERBS = {
-    "serve": "there is no server yet; `jaxtp generate --prompts-file FILE` runs a batch, `jaxtp chat MODEL` talks",
+    "serve": "a server is to come; `jaxtp generate --prompts-file FILE` runs a batch, `jaxtp chat MODEL` talks",
     "run-batch": "it is `jaxtp generate MODEL --prompts-file FILE --output FILE` here",
     "complete": "it is `jaxtp generate` here",
     "run": "it is `jaxtp generate` here",

@@ -18,6 +18,7 @@ _DRAWN = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯]")  # colours and boxes
 _PLAIN = {
     r"Error parsing (.*?): invalid literal for int\(\) with base 10: (.*)": r"\1 takes a whole number, not \2",
     r"Error parsing (.*?): could not convert string to float: (.*)": r"\1 takes a number, not \2",
+    r"Error parsing [A-Z]\w*: (.*)": r"\1",
     r"Error parsing (.*)": r"\1",
 }
 
@@ -83,4 +84,5 @@ def _told(box: str) -> str:
         said, changed = re.subn(pattern, plain, said)
         if changed:
             break
-    return said[:1].lower() + said[1:] if said[:2].istitle() else said
+    said = said.replace(" (required)", "")
+    return said[:1].lower() + said[1:] if re.match("[A-Z][a-z]+ ", said) else said

@@ -118,8 +118,8 @@ class _Start:
 class Train:
     """Train or fine-tune as a YAML file says; flags after it change single settings (--optimizer.learning-rate 1e-3)."""
 
-    config: tyro.conf.Positional[Path]
-    """YAML file, such as configs/train/demo.yaml. Over several nodes: the flags --nnodes ... of `jaxtp generate --help`."""
+    config: Annotated[tyro.conf.Positional[Path], Alias(metavar="RUN.yaml")]
+    """Such as configs/train/demo.yaml. Over several nodes: the flags --nnodes ... of `jaxtp generate --help`."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> None:
@@ -149,9 +149,9 @@ class Train:
 class Export:
     """Write a run's last checkpoint as a Hugging Face folder, with its tokenizer."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: Annotated[tyro.conf.Positional[Path], Alias(metavar="RUN")]
     """The folder of the run."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], Alias(metavar="FOLDER")]
     """Where to write."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights written; default the one that the run computed in."""
