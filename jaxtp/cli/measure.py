@@ -220,7 +220,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a prefill and of decode steps goes, or of training steps: by part, beside the planner's prediction."""
+    """Where the time of prefill and decode steps goes, or of training steps: by part, beside what the planner says."""
 
     model: Model = None
     """Checkpoint folder, hub id, or with --load-format dummy a preset; or the YAML file of a training run, whose settings
