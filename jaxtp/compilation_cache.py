@@ -34,9 +34,15 @@ def use() -> None:
         if folder is None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        logger.info("compiled programs are kept in %s (%s=0: they are not)", folder, VARIABLE)
     if _SECONDS.upper() not in os.environ and jax.config.values[_SECONDS] == _JAX_SECONDS:
         jax.config.update(_SECONDS, 0.0)  # a start compiles several small programs; together they take most of its time
+
+
+@functools.cache
+def say() -> None:
+    """Says once, where `use` has turned it on, where programs are kept."""
+    if _folder.cache_info().currsize and (folder := _folder()):
+        logger.info("compiled programs are kept in %s (%s=0: they are not)", folder, VARIABLE)
 
 
 def switch_off() -> None:

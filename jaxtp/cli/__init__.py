@@ -14,6 +14,7 @@ from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
 from jaxtp.cli.run import Chat, Export, Generate, Train
+from jaxtp.log import show
 
 __all__ = ["Launch", "main"]
 
@@ -45,7 +46,9 @@ def main() -> None:
     else:
         try:
             with mistakes():
-                command(arguments).run()
+                asked = command(arguments)
+                show()  # before what some libraries set up when they are imported
+                asked.run()
         except BrokenPipeError:  # whoever read has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -198,7 +198,7 @@ def mistakes() -> Iterator[None]:
         told = _told(error)
         if told is None or os.environ.get("JAXTP_DEBUG"):
             raise
-        print(f"jaxtp: {told}", file=sys.stderr)
+        print("jaxtp:", "; ".join(line.strip() for line in told.splitlines() if line.strip()), file=sys.stderr)
         raise SystemExit(2) from error
 
 

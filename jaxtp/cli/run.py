@@ -163,9 +163,7 @@ class Export:
     def run(self) -> None:
         """Exports."""
         from jaxtp import train
-        from jaxtp.log import show
 
-        show()
         train.export(self.run_folder, self.folder, dtype=self.dtype, step=self.step, overwrite=self.overwrite)
 
 

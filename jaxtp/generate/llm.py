@@ -287,6 +287,7 @@ class LLM:
         where = " × ".join(f"{axis}={size}" for axis, size in mesh.items()) or "1 device"
         budget = self.budget
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
+        compilation_cache.say()
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:
             logger.info("%s", stages_of(self.model).told())

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import pydantic
 import tyro
-import yaml
 
+from jaxtp import files
 from jaxtp.config import ModelConfig, Rope
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
@@ -250,10 +250,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, eos: int | None) -> Mo
 def _yaml(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return files.read_yaml(path) or {}
 
 
 def _keys(where: Sequence[Any]) -> list[str]:

@@ -95,6 +95,7 @@ class Run:
         self.trainer = _trainer(config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
         self._rules, self._start = rules, start
+        compilation_cache.say()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -102,8 +103,7 @@ class Run:
         data = self.config.data
         if not data.train:
             raise ValueError("data.train names no file to train on")
-        own = self.config.tokenizer
-        if own and data.train_tokenizer:
+        if (own := self.config.tokenizer) and data.train_tokenizer:
             if jax.process_index() == 0 and not (own / "tokenizer.json").exists():
                 train_tokenizer(data.train, own, vocab_size=data.train_tokenizer)
                 logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, own)

@@ -22,16 +22,19 @@ def fresh(monkeypatch, tmp_path):
     jax.config.update(FOLDER, None)
     jax.config.update(SECONDS, 1.0)
     compilation_cache._folder.cache_clear()
+    compilation_cache.say.cache_clear()
     yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache._folder.cache_clear()
+    compilation_cache.say.cache_clear()
 
 
 def test_programs_are_kept_in_the_users_cache_folder_by_processor(fresh, caplog):
     with caplog.at_level(logging.INFO, logger="jaxtp"):
-        compilation_cache.use()
-        compilation_cache.use()
+        for _ in range(2):
+            compilation_cache.use()
+            compilation_cache.say()
     folder = fresh / "jaxtp" / "compiled" / compilation_cache.processor()
     assert jax.config.values[FOLDER] == str(folder)
     assert folder.is_dir()
