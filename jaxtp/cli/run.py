@@ -49,14 +49,14 @@ class Generate:
         """Generates and prints."""
         if bool(self.prompt) == (self.prompts_file is not None):
             raise ValueError("give either --prompt TEXT or --prompts-file FILE")
-        if self.stream and (self.output or self.sampling.n > 1):
-            raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
         writable("--output", self.output)
         model = one_model(self.model, self.named_model, verb="generate", default="demo")
         params = self.sampling.params()
         asked: list[Asked] = [(_said(text), params) for text in self.prompt]
         if self.prompts_file:
             asked = read_prompts(self.prompts_file, params)
+        if self.stream and (self.output or any(how.n > 1 for _, how in asked)):
+            raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
         self.engine.see_devices()
         with self.launch.join() as nodes:
             speaks = nodes is None or nodes.index == 0
