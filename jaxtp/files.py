@@ -1,4 +1,4 @@
-"""A user's files: text, lines, JSON. Whatever is wrong with one is a ValueError of one line that names it."""
+"""A user's files: text, lines, JSON, YAML. Whatever is wrong with one is a ValueError of one line that names it."""
 
 from __future__ import annotations
 
@@ -87,6 +87,19 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file, None of an empty one. Raises as `read_json`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(read_text(path))
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        raise ValueError(f"{where} is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def local(path: str | Path) -> Path:

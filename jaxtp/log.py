@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 
-import jax
 from rich.console import Console
 
 console = Console(stderr=True)
@@ -16,7 +16,7 @@ def show(level: int = logging.INFO) -> None:
     """Prints the log of the first process, unless handlers are already there."""
     logger.setLevel(level)
     if not logger.filters:
-        logger.addFilter(lambda record: jax.process_index() == 0)
+        logger.addFilter(lambda record: _first())
     if logger.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
@@ -28,4 +28,10 @@ def show(level: int = logging.INFO) -> None:
 def interactive() -> bool:
     """Whether somebody watches: progress bars are drawn on terminals and in notebooks with widgets, by the first process."""
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    return (console.is_terminal or widgets) and jax.process_index() == 0
+    return (console.is_terminal or widgets) and _first()
+
+
+def _first() -> bool:
+    """Whether this is the first process of a job, or the only one. Asking touches no device, where there is only one."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0

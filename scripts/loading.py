@@ -1,6 +1,8 @@
-"""What loading costs: time, host memory beyond the weights themselves, and the way from a cold start to the first token.
+"""What a start and loading cost: seconds from a process's start to the first token, beside transformers (if it is there);
+then the time of loading, and host memory beyond the weights themselves.
 
-    python scripts/loading.py                              # a checkpoint of 2.2 GB with random weights, on 1 and 4 devices
+    python scripts/loading.py --start                      # the first table alone, of the model that ships
+    python scripts/loading.py                              # also a checkpoint of 2.2 GB with random weights, on 1 and 4 devices
     python scripts/loading.py --model path/to/checkpoint --tp 8
 
 Every measurement is a process of its own. On CPU devices the weights are host memory too, so they are taken off the peak.
@@ -8,8 +10,10 @@ Every measurement is a process of its own. On CPU devices the weights are host m
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,10 +37,62 @@ class Args:
     tp: tuple[int, ...] = (1, 4)
     virtual_devices: int | None = 8
     """CPU devices; 0 on a machine with GPUs."""
+    start: bool = False
+    """Only the start of the model that ships."""
+    repeats: int = 5
+    """How often each start is measured; the median counts."""
 
 
 def main(args: Args) -> None:
     """Measures and prints."""
+    starts(args.repeats)
+    if not args.start:
+        loads(args)
+
+
+def starts(repeats: int) -> None:
+    """From the start of a process to the demo's first token, in turns, so that all see the same machine."""
+    demo = Path(importlib.util.find_spec("jaxtp").origin).parent / "demo"  # type: ignore[union-attr,arg-type]
+    command = [sys.executable, "-m", "jaxtp", "generate", "--prompt", "ROMEO:", "--max-tokens", "1"]
+    python = [sys.executable, __file__, "--task", json.dumps({"what": "jaxtp_token", "folder": str(demo), "devices": 0})]
+    other = [sys.executable, __file__, "--task", json.dumps({"what": "transformers_token", "folder": str(demo), "devices": 0})]
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(repeats):
+            caches = {"cold": f"{scratch}/{i}", "warm": f"{scratch}/{i}"}  # the second finds what the first has compiled
+            for state, cache in caches.items():
+                seconds.setdefault(f"jaxtp generate, {state}", []).append(until_output(command, f"{cache}/command"))
+                seconds.setdefault(f"jaxtp.LLM, {state}", []).append(until_output(python, f"{cache}/python"))
+            if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+                seconds.setdefault("transformers", []).append(until_output(other, scratch))
+    table = Table(title=f"from a process's start to the first token of the model that ships, seconds, {repeats} times each")
+    for column in ("", "median", "least", "most", "of transformers'"):
+        table.add_column(column, justify="left" if not column else "right")
+    theirs = statistics.median(seconds["transformers"]) if "transformers" in seconds else None
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        share = f"{median / theirs:.2f}" if theirs else "not installed"
+        table.add_row(name, f"{median:.2f}", f"{min(found):.2f}", f"{max(found):.2f}", share)
+    Console(width=140).print(table)
+
+
+def until_output(command: list[str], cache: str) -> float:
+    """Seconds from the start of a process to the first line that it prints; `cache` is the user's cache folder."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAXTP_COMP"))}
+    environment |= {"XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        took = time.perf_counter() - start
+        process.stdout.read()
+    if not line or process.returncode:
+        raise RuntimeError(f"{' '.join(command)} printed nothing, or failed (code {process.returncode})")
+    return took
+
+
+def loads(args: Args) -> None:
+    """Loading a checkpoint, on each number of devices."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or f"{scratch}/{args.preset}"
@@ -63,7 +119,7 @@ def measure(what: str, folder: str, tp: int, args: Args, *, cache: str | None) -
     """Runs one of the functions below in a fresh process, and times that from its start."""
     start = time.perf_counter()
     task = {"what": what, "folder": folder, "tp": tp, "preset": args.preset, "devices": args.virtual_devices}
-    environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})}
+    environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {"JAXTP_COMPILATION_CACHE": "0"})}
     done = subprocess.run(
         [sys.executable, __file__, "--task", json.dumps(task)], stdout=subprocess.PIPE, check=True, env=environment
     )
@@ -116,6 +172,25 @@ def first_token(folder: str, tp: int, **_: object) -> dict:
     return {}
 
 
+def jaxtp_token(folder: str, **_: object) -> dict:
+    """The first token by the library."""
+    import jaxtp
+
+    llm = jaxtp.LLM(folder, progress=False)
+    print(llm.generate("ROMEO:", jaxtp.SamplingParams(temperature=0, max_tokens=1))[0].outputs[0].token_ids, flush=True)
+    return {}
+
+
+def transformers_token(folder: str, **_: object) -> dict:
+    """The same by transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    made = model.generate(**tokenizer("ROMEO:", return_tensors="pt"), do_sample=False, max_new_tokens=1)
+    print(made[0, -1:].tolist(), flush=True)
+    return {}
+
+
 def resident() -> int:
     """Bytes of memory that this process owns (not those of mapped files, which the system may drop)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -129,6 +204,7 @@ if __name__ == "__main__":
             import jaxtp
 
             jaxtp.use_virtual_devices(task["devices"])
-        print(json.dumps({"write": write, "load": load, "first_token": first_token}[task.pop("what")](**task)))
+        tasks = (write, load, first_token, jaxtp_token, transformers_token)
+        print(json.dumps(next(do for do in tasks if do.__name__ == task["what"])(**task)))
     else:
         main(tyro.cli(Args))

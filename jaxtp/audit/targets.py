@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,23 @@ from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
 
+INSTALL = "pip install 'jaxtp[gpu-compiler]' and pip install --no-deps nvidia-cudnn-cu13"
+
+
+def check_compiler() -> None:
+    """Raises RuntimeError where XLA's compiler for GPUs is not installed."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    if not plugins or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+        raise RuntimeError(f"XLA's compiler for GPUs is not installed: {INSTALL}")
+
 
 def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
     target: a GPU, or the name of one ("H200"; see `planner.hardware.GPUS`), or the file that describes one (XLA's
-    GpuTargetConfigProto as text). Needs the compiler's plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`); raises
-    RuntimeError without it.
+    GpuTargetConfigProto as text). Needs the compiler for GPUs (the extra `gpu-compiler`); raises RuntimeError without it.
     """
+    check_compiler()
     if isinstance(target, hardware.GPU):
         text = target.target()
     else:
@@ -48,8 +58,7 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
         topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise RuntimeError(
-            f"cannot compile for GPUs here: {error}. The plugins jax-cuda13-plugin and jax-cuda13-pjrt of jax "
-            f"{jax.__version__} must be installed"
+            f"cannot compile for GPUs here: {error}. The compiler must be that of jax {jax.__version__}: {INSTALL}"
         ) from error
     devices: Any = np.array(topology.devices).reshape(dp, pp, 1, 1, tp)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

@@ -10,15 +10,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxtp.cli.options import Alias, Engine, Flag, writable
+from jaxtp.cli.options import Alias, Engine, Flag, Model, ModelFlag, one_model, writable
+from jaxtp.cli.parse import parse
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every way to run a model on given GPUs: what fits, what it costs, which is best and why. Needs no GPU."""
 
-    model: tyro.conf.Positional[str]
+    model: Model = None
     """Preset (llama-3.1-70b), "demo", or checkpoint folder, of which config.json is read."""
+    named_model: ModelFlag = None
+    """The same."""
     gpus: str | None = None
     """Such as 8xH100, or 2x8xH100 for two nodes of eight."""
     measured: Path | None = None
@@ -65,14 +68,26 @@ class Plan:
         """Plans and prints."""
         from jaxtp.planner import plan
 
+        model = one_model(self.model, self.named_model, verb="plan")
         self._check()
-        shown = {"model", "gpus", "measured", "gpu_memory_utilization", "all", "json", "plot", "compile", "virtual"}
+        shown = {
+            "model",
+            "named_model",
+            "gpus",
+            "measured",
+            "gpu_memory_utilization",
+            "all",
+            "json",
+            "plot",
+            "compile",
+            "virtual",
+        }
         asked: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown}
         asked = {name: value for name, value in asked.items() if value is not None}
         from jaxtp.planner.cluster import measured
 
         where = measured(self.measured) if self.measured else str(self.gpus)
-        plans = plan(self.model, where, utilization=self.gpu_memory_utilization, **asked)
+        plans = plan(model, where, utilization=self.gpu_memory_utilization, **asked)
         if self.plot:
             plans.draw().savefig(self.plot, dpi=150)
         if self.json:
@@ -98,6 +113,10 @@ class Plan:
             raise ValueError("--seq-len is of --task train; generation has --prompt-len and --output-len")
         if self.measured and (self.interconnect or self.network or self.gpu_file):
             raise ValueError("--measured has its own links and rates; --interconnect, --network and --gpu-file go with --gpus")
+        if self.compile and not self.virtual:
+            from jaxtp.audit.targets import check_compiler
+
+            check_compiler()
 
     def _compile(self, best: Any) -> None:
         from jaxtp import use_virtual_devices
@@ -159,8 +178,10 @@ class Bench:
 
     kind: tyro.conf.Positional[Literal["latency", "throughput"]]
     """latency: one batch, again and again. throughput: many prompts, as fast as they go."""
-    model: tyro.conf.Positional[str]
+    model: Model = None
     """Checkpoint folder, hub id, or with --load-format dummy a preset."""
+    named_model: ModelFlag = None
+    """The same."""
     batch_size: int = 8
     """Prompts of latency's batch."""
     num_prompts: int = 64
@@ -187,7 +208,7 @@ class Bench:
         from jaxtp.audit import bench
 
         before = bench.read(self.compare) if self.compare else None
-        llm = self.engine.llm(self.model)
+        llm = self.engine.llm(one_model(self.model, self.named_model, verb=f"bench {self.kind}"))
         logging.getLogger("jaxtp").setLevel(logging.WARNING)
         count = self.batch_size if self.kind == "latency" else self.num_prompts
         found = bench.measure(llm, kind=self.kind, prompts=count, input_len=self.input_len, output_len=self.output_len,
@@ -199,11 +220,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a prefill and of decode steps goes, or of training steps: by part, beside the planner's prediction."""
+    """Where the time of prefill and decode steps goes, or of training steps: by part, beside what the planner says."""
 
-    model: tyro.conf.Positional[str]
+    model: Model = None
     """Checkpoint folder, hub id, or with --load-format dummy a preset; or the YAML file of a training run, whose settings
     may follow (--parallel.tp 2)."""
+    named_model: ModelFlag = None
+    """The same."""
     batch_size: int = 8
     """Prompts at once."""
     input_len: int = 128
@@ -219,14 +242,15 @@ class Profile:
 
     def run(self) -> None:
         """Profiles and prints."""
+        model = one_model(self.model, self.named_model, verb="profile")
         writable("--trace", self.trace)
         writable("--plot", self.plot)
-        if Path(self.model).suffix in (".yaml", ".yml"):
-            found = self._training()
+        if Path(model).suffix in (".yaml", ".yml"):
+            found = self._training(model)
         else:
             if self.overrides:
-                raise ValueError(f"{self.overrides[0]} is a setting of a training run; {self.model} is no YAML file of one")
-            llm = self.engine.llm(self.model)
+                raise ValueError(f"{self.overrides[0]} is a setting of a training run; {model} is no YAML file of one")
+            llm = self.engine.llm(model)
             from jaxtp.audit.profile import profile
 
             found = profile(llm, batch=self.batch_size, input_len=self.input_len, steps=self.steps, trace=self.trace)
@@ -234,15 +258,18 @@ class Profile:
         if self.plot:
             found.draw().savefig(self.plot, dpi=150)
 
-    def _training(self) -> Any:
-        from jaxtp import train, use_virtual_devices
+    def _training(self, run: str) -> Any:
+        from jaxtp import compilation_cache, train, use_virtual_devices
 
-        if (self.batch_size, self.input_len, self.engine) != (8, 128, Engine()):
+        if self.engine.no_compilation_cache:
+            compilation_cache.switch_off()
+        engine = dataclasses.replace(self.engine, no_compilation_cache=False)
+        if (self.batch_size, self.input_len, engine) != (8, 128, Engine()):
             raise ValueError(
-                f"{self.model} says itself how the run is laid out; only its own settings (--parallel.tp 2) and "
+                f"{run} says itself how the run is laid out; only its own settings (--parallel.tp 2) and "
                 "--steps, --trace, --plot go with it"
             )
-        config = train.load(self.model, self.overrides, prog=f"jaxtp profile {self.model}")
+        config = parse(train.TrainConfig, self.overrides, prog=f"jaxtp profile {run}", default=train.load(run))
         if config.parallel.virtual_devices:
             use_virtual_devices(config.parallel.virtual_devices)
         from jaxtp.audit.profile import profile_training

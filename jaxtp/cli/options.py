@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from jaxtp import files
 from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 
 if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
@@ -21,6 +21,19 @@ if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
 
 Alias = tyro.conf.arg
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # --flag alone, no --no-flag
+Model = Annotated[tyro.conf.Positional[str | None], Alias(metavar="MODEL")]
+ModelFlag = Annotated[str | None, Alias(name="model", metavar="MODEL")]  # vLLM's way to say it
+
+
+def one_model(positional: str | None, flag: str | None, *, verb: str, default: str | None = None) -> str:
+    """MODEL or --model MODEL. Raises ValueError where two are given that differ, and where none is and there is no default."""
+    if positional is None and flag is None:
+        if default is not None:
+            return default
+        raise ValueError(f"which model? jaxtp {verb} MODEL, a checkpoint folder or a hub id (jaxtp {verb} --help)")
+    if None not in (positional, flag) and positional != flag:
+        raise ValueError(f"two models were given, {positional} and --model {flag}; give one")
+    return str(flag if positional is None else positional)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,27 +84,28 @@ class Engine:
     """Of requests that have none."""
     virtual_devices: int | None = None
     """Run on this many virtual CPU devices."""
+    no_compilation_cache: Flag = False
+    """Keep no compiled programs for the next start (as JAXTP_COMPILATION_CACHE=0)."""
 
     def see_devices(self) -> None:
         """Before anything touches one."""
-        from jaxtp import use_virtual_devices
+        from jaxtp import compilation_cache, use_virtual_devices
         from jaxtp.generate import memory
 
+        if self.no_compilation_cache:
+            compilation_cache.switch_off()
         memory.reserve(self.gpu_memory_utilization)
         if self.virtual_devices is not None:
             use_virtual_devices(self.virtual_devices)
 
     def llm(self, model: str) -> LLM:
         """The LLM that these arguments describe."""
-        import jax
-
         from jaxtp import LLM
 
         self.see_devices()
-        if jax.config.values.get("jax_compilation_cache_dir") is None:  # a second start compiles nothing
-            jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxtp/compiled").expanduser()))
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "virtual_devices"}
-        arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else _object(Path(self.tp_plan).read_text(), "--tp-plan")
+        of_the_process = ("virtual_devices", "no_compilation_cache")
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in of_the_process}
+        arguments["tp_plan"] = self.tp_plan if self.tp_plan == "auto" else files.read_object(self.tp_plan)
         arguments["hf_overrides"] = _object(self.hf_overrides, "--hf-overrides") if self.hf_overrides else None
         return LLM(model, **arguments)
 
@@ -180,29 +194,43 @@ def mistakes() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
-            print("jaxtp: pictures need matplotlib: pip install 'jaxtp[notebook]'", file=sys.stderr)
-            raise SystemExit(2) from error
-        if isinstance(error, ModuleNotFoundError) or os.environ.get("JAXTP_DEBUG"):
-            raise
-        print(f"jaxtp: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        told = _told(error)
+        if told is None or os.environ.get("JAXTP_DEBUG"):
+            raise
+        print("jaxtp:", "; ".join(line.strip() for line in told.splitlines() if line.strip()), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _told(error: Exception) -> str | None:
+    """What to say of an error; None for one that is no user's."""
+    if isinstance(error, ModuleNotFoundError):
+        return "pictures need matplotlib: pip install 'jaxtp[notebook]'" if error.name == "matplotlib" else None
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    templates = sys.modules.get("jinja2")  # a chat template refuses, or is none
+    if templates and isinstance(error, templates.TemplateError):
+        return f"the chat template says: {error}"
+    return str(error) if isinstance(error, ValueError | TypeError | OSError | RuntimeError) else None
 
 
 def writable(flag: str, path: Path | None) -> None:
-    """Raises FileNotFoundError, before any work, where the folder of a file to write is not there."""
-    if path and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{flag}: there is no folder {path.absolute().parent}")
+    """Raises FileNotFoundError or ValueError, before any work, where a file could not be written."""
+    if path is None:
+        return
+    folder = files.local(path).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{flag}: there is no folder {folder}")
+    if path.is_dir():
+        raise ValueError(f"{flag}: {path} is a folder, not a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{flag}: {path} cannot be written")
 
 
 def _object(text: str, flag: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} is not valid JSON: {error}") from error
+    found = files.parsed(text, flag)
     if not isinstance(found, dict):
         raise ValueError(f"{flag} must be a JSON object, not {text}")
     return found

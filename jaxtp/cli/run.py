@@ -9,29 +9,34 @@ import json
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxtp.cli.options import Alias, Engine, Flag, Launch, Sampling, writable
+from jaxtp.cli.options import Alias, Engine, Flag, Launch, Model, ModelFlag, Sampling, one_model, writable
+from jaxtp.cli.parse import parse, parse_known
+from jaxtp.cli.prompts import Asked, read_prompts
+from jaxtp.cli.show import jsonl, print_stream, printed
 
 if TYPE_CHECKING:
-    from jaxtp import LLM, RequestOutput, SamplingParams
+    from jaxtp import LLM
 
 
 @dataclass(frozen=True)
 class Generate:
     """Complete prompts."""
 
-    model: tyro.conf.Positional[str] = "demo"
-    """Checkpoint folder, hub id, or "demo": a small model that ships with jaxtp and writes like Shakespeare."""
+    model: Model = None
+    """Checkpoint folder, hub id, or "demo" (the default): a small model that ships with jaxtp and writes like Shakespeare."""
+    named_model: ModelFlag = None
+    """The same."""
     prompt: Annotated[tuple[str, ...], Alias(metavar="TEXT [TEXT ...]")] = ()
     """Prompts, given here; the completions are printed."""
     prompts_file: Path | None = None
-    """Prompts from a file: one a line, or JSONL with "prompt" or "prompt_token_ids"; "-" is standard input, of either kind."""
+    """Prompts from a file: one a line, or JSON (.jsonl, .json) with "prompt" or "prompt_token_ids" and, where they differ from
+    the flags, settings such as "max_tokens"; "-" is standard input, of either kind."""
     output: Path | None = None
     """Where to write JSONL; default standard output."""
     stream: Flag = False
@@ -44,44 +49,46 @@ class Generate:
         """Generates and prints."""
         if bool(self.prompt) == (self.prompts_file is not None):
             raise ValueError("give either --prompt TEXT or --prompts-file FILE")
-        if self.stream and (self.output or self.sampling.n > 1):
-            raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
-        if self.prompt and not self.output and self.sampling.logprobs is not None:
-            raise ValueError("--logprobs are not part of the text that is printed; --output FILE has them")
         writable("--output", self.output)
-        prompts: list[str | list[int]] = [*self.prompt] or [*_read_prompts(self.prompts_file)]
+        model = one_model(self.model, self.named_model, verb="generate", default="demo")
         params = self.sampling.params()
+        asked: list[Asked] = [(_said(text), params) for text in self.prompt]
+        if self.prompts_file:
+            asked = read_prompts(self.prompts_file, params)
+        if self.stream and (self.output or any(how.n > 1 for _, how in asked)):
+            raise ValueError("--stream prints one completion of each prompt; it goes with neither --output nor --n")
         self.engine.see_devices()
         with self.launch.join() as nodes:
             speaks = nodes is None or nodes.index == 0
             if nodes:
-                _same_everywhere([prompts, dataclasses.asdict(params)])
+                _same_everywhere([(prompt, dataclasses.asdict(how)) for prompt, how in asked])
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for training, which saves first
             with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
-                self._generate(self.engine.llm(self.model), prompts, params, writes=speaks)
+                self._generate(self.engine.llm(model), asked, writes=speaks)
 
-    def _generate(self, llm: LLM, prompts: list[str | list[int]], params: SamplingParams, *, writes: bool) -> None:
+    def _generate(self, llm: LLM, asked: list[Asked], *, writes: bool) -> None:
         if self.stream:
-            for prompt in prompts:  # one after another: they would interleave
-                _print_stream(llm.stream(prompt, params))
+            for prompt, params in asked:  # one after another: they would interleave
+                print_stream(llm.stream(prompt, params))
             return
-        requests = llm.generate(prompts, params)
+        prompts, params_of_each = zip(*asked, strict=True)
+        requests = llm.generate(prompts, params_of_each)
         if self.prompts_file is None and self.output is None:
-            print("\n\n".join(f"{request.prompt}{output.text}" for request in requests for output in request.outputs))
-            return
-        lines = "".join(json.dumps(_record(request), ensure_ascii=False) + "\n" for request in requests)
-        if self.output and writes:
-            self.output.write_text(lines)
-        elif not self.output:
-            sys.stdout.write(lines)
+            print(printed(requests))
+        elif self.output is None:
+            sys.stdout.write(jsonl(requests))
+        elif writes:
+            self.output.write_text(jsonl(requests), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Chat:
     """Talk with a model that has a chat template. An empty line or end of input ends it."""
 
-    model: tyro.conf.Positional[str]
+    model: Model = None
     """Checkpoint folder or hub id."""
+    named_model: ModelFlag = None
+    """The same."""
     system: str | None = None
     """The system message."""
     engine: tyro.conf.OmitArgPrefixes[Engine] = field(default_factory=Engine)
@@ -90,33 +97,44 @@ class Chat:
     def run(self) -> None:
         """Reads, answers, and remembers."""
         params = self.sampling.params()
-        llm = self.engine.llm(self.model)
+        llm = self.engine.llm(one_model(self.model, self.named_model, verb="chat"))
         messages = [{"role": "system", "content": self.system}] if self.system else []
         llm.chat_prompts([[*messages, {"role": "user", "content": ""}]])  # no template: say it before asking
         while question := _ask():
             messages.append({"role": "user", "content": question})
-            answer = _print_stream(llm.stream(llm.chat_prompts(messages), params))
+            answer = print_stream(llm.stream(llm.chat_prompts(messages), params))
             messages.append({"role": "assistant", "content": answer})
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What `jaxtp train` takes beside the settings of the run."""
+
+    launch: tyro.conf.OmitArgPrefixes[Launch] = field(default_factory=Launch)
+    no_compilation_cache: Flag = False
 
 
 @dataclass(frozen=True)
 class Train:
     """Train or fine-tune as a YAML file says; flags after it change single settings (--optimizer.learning-rate 1e-3)."""
 
-    config: tyro.conf.Positional[Path]
-    """YAML file, such as configs/train/demo.yaml. Over several nodes: the flags --nnodes ... of `jaxtp generate --help`."""
+    config: Annotated[tyro.conf.Positional[Path], Alias(metavar="RUN.yaml")]
+    """Such as configs/train/demo.yaml. Over several nodes: the flags --nnodes ... of `jaxtp generate --help`."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> None:
         """Trains; exit code 75 after SIGTERM (saved, start again), 76 where the run diverged."""
-        from jaxtp import train, use_virtual_devices
+        from jaxtp import compilation_cache, train, use_virtual_devices
 
-        launch, overrides = tyro.cli(Launch, args=self.overrides, return_unknown_args=True, add_help=False)
-        config = train.load(self.config, overrides, prog=f"jaxtp train {self.config}")
+        prog = f"jaxtp train {self.config}"
+        start, overrides = parse_known(_Start, self.overrides, prog=prog, add_help=False)
+        if start.no_compilation_cache:
+            compilation_cache.switch_off()
+        config = parse(train.TrainConfig, overrides, prog=prog, default=train.load(self.config))
         if config.parallel.virtual_devices:
             use_virtual_devices(config.parallel.virtual_devices)
         code = 0
-        with launch.join() as nodes:
+        with start.launch.join() as nodes:
             try:
                 train.train(config)
             except (train.Preempted, train.Diverged) as stopped:  # on all nodes alike
@@ -131,9 +149,9 @@ class Train:
 class Export:
     """Write a run's last checkpoint as a Hugging Face folder, with its tokenizer."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: Annotated[tyro.conf.Positional[Path], Alias(metavar="RUN")]
     """The folder of the run."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], Alias(metavar="FOLDER")]
     """Where to write."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights written; default the one that the run computed in."""
@@ -149,9 +167,7 @@ class Export:
     def run(self) -> None:
         """Exports."""
         from jaxtp import train
-        from jaxtp.log import show
 
-        show()
         train.export(
             self.run_folder,
             self.folder,
@@ -173,44 +189,12 @@ def _same_everywhere(asked: Any) -> None:
         raise ValueError("the nodes were given different prompts or sampling flags; all of them must be given the same")
 
 
-def _read_prompts(path: Path | None) -> Iterator[str | list[int]]:
-    """Prompts of a file: a line is a text, or a JSON object with "prompt" (text) or "prompt_token_ids"."""
-    assert path is not None
-    text = sys.stdin.read() if str(path) == "-" else path.read_text()
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    jsonl = path.suffix == ".jsonl" or (str(path) == "-" and all(line.startswith('{"') for _, line in lines))
-    for number, line in lines:
-        if not jsonl:
-            yield line
-            continue
-        try:
-            record = json.loads(line)
-            prompt = record["prompt"] if "prompt" in record else record["prompt_token_ids"]
-            if not isinstance(prompt, str | list):
-                raise TypeError
-            yield prompt
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number} is not a JSON object with "prompt" or "prompt_token_ids"') from error
-
-
-def _record(request: RequestOutput) -> dict:
-    return {
-        "prompt": request.prompt,
-        "prompt_token_ids": request.prompt_token_ids,
-        "outputs": [dataclasses.asdict(output) for output in request.outputs],
-    }
-
-
-def _print_stream(stream: Iterator[RequestOutput]) -> str:
-    """Prints the completion of one prompt as it grows, and returns it."""
-    shown, text = 0, ""
-    for request in stream:
-        text = request.outputs[0].text
-        whole = f"{request.prompt or ''}{text}"
-        sys.stdout.write(whole[shown:])
-        sys.stdout.flush()
-        shown = len(whole)
-    sys.stdout.write("\n")
+def _said(text: str) -> str:
+    """A prompt of the command line. Raises ValueError for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt {text!r} is not UTF-8 text") from None
     return text
 
 

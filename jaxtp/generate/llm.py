@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxtp import compilation_cache
 from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from jaxtp.config import ModelConfig
 from jaxtp.generate import memory
@@ -107,6 +108,7 @@ class LLM:
         if plan is not None and (split != Split() or isinstance(model, Llama)):
             raise ValueError("plan says how the model is split; it goes with no parallel sizes and no loaded model")
         memory.reserve(gpu_memory_utilization)
+        compilation_cache.use()
 
         def planned(config: ModelConfig, dtype: str) -> Split:
             if plan is None:
@@ -293,6 +295,7 @@ class LLM:
     def _report(self, seconds: float) -> None:
         budget, where = self.budget, told(self.model.layout.mesh.shape)
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
+        compilation_cache.say()
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:
             logger.info("%s", stages_of(self.model).told())

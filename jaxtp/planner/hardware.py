@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jaxtp import files
 
 MATMUL, COPY = 0.79, 0.90  # of its data sheet, what an H200 reaches: 780 of 989 TFLOP/s, 4.3 of 4.8 TB/s
 
@@ -194,10 +194,7 @@ def check_number(whose: str, field: str, value: Any, *, zero: bool) -> None:
 
 def entries(path: str | Path) -> dict[str, dict[str, Any]]:
     """A user's YAML file: what it says of each name. Raises ValueError where it is none."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+    raw = files.read_yaml(path) or {}
     if not isinstance(raw, dict) or not all(isinstance(given, dict) for given in raw.values()):
         raise ValueError(f"{path} must map names of GPUs to what they have, such as H20: {{like: H100, tflops: 148}}")
     return raw

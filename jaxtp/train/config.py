@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import pydantic
 import tyro
-import yaml
 
 from jaxtp import checks
 from jaxtp.config import ModelConfig, Rope
-from jaxtp.files import local, read_text
+from jaxtp.files import local, read_yaml
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
 from jaxtp.train.corpus import Format
@@ -97,9 +96,9 @@ class Data:
     train_on: TrainOn = "assistant"
     """What is learned of conversations and of prompts with completions: all that the assistant says, its last words, or all."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; default the model's own. A missing folder is made by training one, see `train_tokenizer`."""
+    """Folder of the tokenizer; default that of `model.start`, or tokenizer/ in the run's own folder where one is trained."""
     train_tokenizer: int = 0
-    """Vocabulary of a byte-level BPE learned from the training text where `tokenizer` does not exist yet."""
+    """Vocabulary of a byte-level BPE learned from the training text where the tokenizer's folder does not hold one yet."""
     sequence_length: int = 256
     batch_size: int = 32
     """Rows of each update, over all devices and microbatches."""
@@ -219,6 +218,13 @@ class TrainConfig:
                 "data.validation_share"
             )
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer is, or is written to; None: the one of `model.start`, or none."""
+        if self.data.tokenizer:
+            return local(self.data.tokenizer)
+        return Path(self.folder, "tokenizer") if self.data.train_tokenizer and not self.model.start else None
+
 
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "train") -> TrainConfig:
     """A config from a YAML file (None: the defaults), then command-line flags such as `--optimizer.learning-rate 1e-3`.
@@ -276,10 +282,7 @@ def model_config(config: TrainConfig, *, vocab_size: int, eos: int | None) -> Mo
 def _yaml(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return read_yaml(path) or {}
 
 
 def _keys(where: Sequence[Any]) -> list[str]:

@@ -98,9 +98,10 @@ def evaluate(
 
     model: the folder of a training run (its last checkpoint, that of `step`, or the `best` one; it is restored with what the
     optimiser keeps), or a checkpoint folder, a hub id, or "demo", with an adapter in PEFT's format (`lora`) merged into it.
-    data, kind, text_key, train_on: as `train` reads them, of which train_on says what counts. sequence_length: of the windows, default the run's, or what the model takes, at
-    most 2048. stride: between windows, default their length; less gives tokens more to see, for more work. batch_size: rows at
-    once on all devices, on which no figure depends. dtype: of the computation, default the run's or the checkpoint's.
+    data, kind, text_key, train_on: as `train` reads them; what it would learn counts. sequence_length: of the windows, default
+    the run's, or what the model takes, at most 2048. stride: between windows, default their length; less gives tokens more to
+    see, for more work. batch_size: rows at once on all devices, on which no figure depends. dtype: of the computation, default
+    the run's or the checkpoint's.
     Raises FileNotFoundError or ValueError for what cannot be.
     """
     if progress:
@@ -121,7 +122,7 @@ def evaluate(
     config.check_length("sequence_length", length)
     rules = rules_of(split)
     check_layout(config, split.tp, rules)
-    words = tokenizer_of(tokenizer or kept.data.tokenizer or kept.model.start, asked=tokenizer is not None)
+    words = tokenizer_of(tokenizer or kept.tokenizer or kept.model.start, asked=tokenizer is not None)
     paths = [data] if isinstance(data, str | Path) else list(data)
     corpus = read(paths, words, kind=kind, key=text_key, eos=words.eos_id if words else None, train_on=train_on)
     check_vocabulary(corpus, config.vocab_size)
@@ -198,7 +199,7 @@ def _source(model: Path, step: int | None, best: bool, lora: str | Path | None, 
         if lora is not None:
             raise ValueError(f"{model} is a run, whose weights are its own; lora={str(lora)!r} goes with a model")
         number, meta = chosen(model / "checkpoints", step=step, best=best)
-        config = parse(meta["config"], where=f"the config kept in {model}")
+        config = replace(parse(meta["config"], where=f"the config kept in {model}"), folder=str(model))  # it may have moved
         return _Source(model, config, ModelConfig.from_hf(meta["model"]), number if best else step, None, run=True)
     if best or step is not None:
         raise ValueError(f"{model} is not the folder of a run: it has no checkpoints of which to choose")

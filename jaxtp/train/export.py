@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -39,7 +40,9 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(f"{folder} is there and not empty; give a new folder, or --overwrite (overwrite=True)")
     number, meta = chosen(run_folder / "checkpoints", step=step, best=best)
-    config = parse(meta["config"], where=f"the config kept in {run_folder}")
+    config = replace(
+        parse(meta["config"], where=f"the config kept in {run_folder}"), folder=str(run_folder)
+    )  # it may have moved
     stacked = Stacked(Llama(ModelConfig.from_hf(meta["model"]), mesh=make_mesh()))
     trainer = trainer_of(config, stacked)
     if adapter and not trainer.adapters:
@@ -49,7 +52,7 @@ def export(
     saved.close()
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
-    state, start, tokenizer = found[0], config.model.start, config.data.tokenizer or config.model.start
+    state, start, tokenizer = found[0], config.model.start, config.tokenizer or config.model.start
     if adapter and trainer.adapters and start:
         dtype = dtype or "float32"
         matrices = trainer.adapters.matrices({path: a.astype(dtype) for path, a in state.params.items()})
@@ -60,7 +63,7 @@ def export(
         frozen = stacked.stack(Llama.from_pretrained(start or "", dtype="float32")) if trainer.adapters else None
         dtype = dtype or config.model.dtype
         model = trainer.model(state, frozen, dtype=jnp.dtype(dtype))
-        model.source = tokenizer
+        model.source = str(tokenizer) if tokenizer else None
         model.save_pretrained(folder)
     what = "the adapter" if adapter else "step"
     logger.info("wrote %s %d of %s to %s, in %s", what, int(state.step), run_folder, folder, dtype)

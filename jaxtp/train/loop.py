@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtp import compilation_cache
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
 from jaxtp.files import local
@@ -72,6 +73,7 @@ class Run:
         """Raises FileNotFoundError or ValueError for whatever cannot be, before any weight is made."""
         show()
         check_places(config)
+        compilation_cache.use()
         self.began = time.perf_counter()
         self.config, self.folder = config, local(config.folder)
         parallel, data = config.parallel, config.data
@@ -96,6 +98,7 @@ class Run:
         self.trainer = trainer_of(self.config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
         self._start = start
+        compilation_cache.say()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -103,14 +106,13 @@ class Run:
         data = self.config.data
         if not data.train:
             raise ValueError("data.train names no file to train on")
-        folder = local(data.tokenizer) if data.tokenizer else start
-        if folder and data.tokenizer and data.train_tokenizer:
-            if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
-                train_tokenizer(data.train, folder, vocab_size=data.train_tokenizer, kind=data.kind, key=data.text_key)
-                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, folder)
+        if (own := self.config.tokenizer) and data.train_tokenizer:
+            if jax.process_index() == 0 and not (own / "tokenizer.json").exists():
+                train_tokenizer(data.train, own, vocab_size=data.train_tokenizer, kind=data.kind, key=data.text_key)
+                logger.info("trained a tokenizer of %d tokens: %s", data.train_tokenizer, own)
             if jax.process_count() > 1:  # the others read what the first has written
                 multihost_utils.sync_global_devices("tokenizer")
-        return Tokenizer(hf.resolve(folder)) if folder else None
+        return Tokenizer(hf.resolve(folder)) if (folder := own or start) else None
 
     def _read(self, paths: Sequence[str]) -> Corpus:
         data, eos = self.config.data, self.tokenizer.eos_id if self.tokenizer else None

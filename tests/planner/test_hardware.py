@@ -62,7 +62,7 @@ def test_names_of_ones_own(tmp_path):
         ("H20: {like: H100, tflops: 0}", "H20 has tflops: 0, which is no number above 0"),
         ("H20: {like: H100, gib: -4}", "H20 has gib: -4, which is no number above 0"),
         ("H20: {like: H100, bandwidth: null}", "H20 has bandwidth: None, which is no number"),
-        ("H20: {like: [}", "is no YAML"),
+        ("H20: {like: [}", "is not valid YAML"),
     ],
 )
 def test_bad_files(given, said, tmp_path):

@@ -1,0 +1,88 @@
+"""Flags and verbs of other programs (vLLM's first of all) that people bring: what to use instead here, or why there is none."""
+
+from __future__ import annotations
+
+_SERVER = "is a server's, and there is no server here yet: `jaxtp generate --prompts-file` runs a batch, `jaxtp chat` talks"
+_PAGES = "is of vLLM's cache in pages; here a batch's cache grows with it, within --gpu-memory-utilization: leave it out"
+_SCHEDULER = "is of vLLM's scheduler; here --max-num-seqs and --max-num-batched-tokens say what runs together: leave it out"
+_COMPILED = "is not needed: every program is compiled, once for its shapes (--no-compilation-cache does not keep them)"
+_PROCESSES = "is not needed: one process drives all devices of a node, and --nnodes joins nodes"
+_CONFIG = "goes by config.json here: --hf-overrides '{\"rope_scaling\": {...}}' lays keys over it"
+_TEXT_ONLY = "is of images and sound; the models here take text alone"
+_TOKENIZER = "is not needed: --tokenizer names a folder or hub id, and its own files say the rest"
+
+_GROUPS = {
+    _SERVER: "host port api-key served-model-name uvicorn-log-level root-path allow-credentials allowed-origins ssl-keyfile "
+    "ssl-certfile response-role disable-log-requests enable-log-requests disable-log-stats max-log-len "
+    "disable-fastapi-docs enable-auto-tool-choice tool-call-parser reasoning-parser api-server-count",
+    _PAGES: "swap-space block-size num-gpu-blocks-override cpu-offload-gb kv-cache-memory-bytes enable-prefix-caching "
+    "prefix-caching-hash-algo calculate-kv-scales use-v2-block-manager",
+    _SCHEDULER: "enable-chunked-prefill num-scheduler-steps scheduling-policy scheduler-delay-factor preemption-mode "
+    "async-scheduling max-num-partial-prefills long-prefill-token-threshold disable-async-output-proc",
+    _COMPILED: "enforce-eager compilation-config max-seq-len-to-capture cuda-graph-sizes optimization-level",
+    _PROCESSES: "distributed-executor-backend worker-use-ray ray-workers-use-nsight disable-custom-all-reduce worker-cls "
+    "max-parallel-loading-workers data-parallel-backend",
+    _CONFIG: "rope-scaling rope-theta",
+    _TEXT_ONLY: "limit-mm-per-prompt mm-processor-kwargs mm-processor-cache-gb",
+    _TOKENIZER: "tokenizer-mode tokenizer-revision skip-tokenizer-init tokenizer-pool-size use-fast",
+}
+_WHY = {
+    **{flag: why for why, flags in _GROUPS.items() for flag in flags.split()},
+    "trust-remote-code": "is not needed: no code of a checkpoint is ever run; leave it out",
+    "kv-cache-dtype": "is not there: the KV cache has the dtype of the computation (--dtype)",
+    "device": "is not needed: JAX takes the GPUs that it sees; --virtual-devices N takes the CPU instead, as N devices",
+    "download-dir": "is the variable HF_HOME here, as everywhere with Hugging Face's hub",
+    "hf-token": "is the variable HF_TOKEN here, as everywhere with Hugging Face's hub",
+    "attention-backend": "is --kernel here: reference, xla or cudnn",
+    "enable-expert-parallel": "is of mixtures of experts, which jaxtp does not have yet",
+    "speculative-config": "is not there: every token is the model's own",
+    "do-sample": "is --temperature here: 0 takes the likeliest token, above 0 draws",
+    "greedy": "is --temperature 0 here, which is the default",
+    "num-beams": "is not there: --n draws several completions",
+    "load-in-8bit": "is --quantization int8 here",
+    "device-map": "is not needed: --tensor-parallel-size and its fellows lay the model out, or --plan auto",
+    "chat-template": "is not there: the template is the tokenizer's own; --tokenizer names another folder",
+}
+_RENAMED = {
+    "max-new-tokens": "max-tokens",
+    "max-length": "max-tokens",
+    "input-file": "prompts-file",
+    "output-file": "output",
+    "prompt-file": "prompts-file",
+    "model-name-or-path": "model",
+    "torch-dtype": "dtype",
+    "stop-sequences": "stop",
+    "system-prompt": "system",
+    "num-return-sequences": "n",
+    "adapter": "lora",
+    "enable-lora": "lora",
+    "lora-modules": "lora",
+}
+_VERBS = {
+    "serve": "a server is to come; `jaxtp generate --prompts-file FILE` runs a batch, `jaxtp chat MODEL` talks",
+    "run-batch": "it is `jaxtp generate MODEL --prompts-file FILE --output FILE` here",
+    "complete": "it is `jaxtp generate` here",
+    "run": "it is `jaxtp generate` here",
+    "finetune": "it is `jaxtp train` here",
+    "collect-env": "it is `jaxtp doctor` here",
+}
+
+
+def why_not(flag: str) -> str | None:
+    """What to say of a flag (--flag, --no-flag) that has no meaning here, after its name; None for one that nobody has."""
+    return _WHY.get(_bare(flag))
+
+
+def renamed(flag: str) -> str | None:
+    """What such a flag is called here, if a verb has it."""
+    name = _RENAMED.get(_bare(flag))
+    return f"--{name}" if name else None
+
+
+def verb(name: str) -> str | None:
+    """What to say of another program's verb."""
+    return _VERBS.get(name)
+
+
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").removeprefix("no-")
