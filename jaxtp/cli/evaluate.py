@@ -11,17 +11,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxtp.cli.options import Alias, Flag, Launch, writable
+from jaxtp.cli.options import Alias, Flag, Launch, Model, ModelFlag, writable
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure the loss of a run or a model on data: nats a token, perplexity, and of text nats a character and bits a byte."""
+    """Measure how well a run or a model predicts data: nats a token, perplexity; of text, nats a character and bits a byte."""
 
-    model: tyro.conf.Positional[str]
+    model: Model = None
     """Folder of a run, checkpoint folder, hub id, or "demo"."""
-    data: tyro.conf.Positional[tuple[str, ...]]
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], Alias(metavar="FILE [FILE ...]")] = ()
     """Files, as `jaxtp train` reads them."""
+    named_model: ModelFlag = None
+    """The same as MODEL; all that has no flag is then data."""
     step: int | None = None
     """Of a run: the checkpoint of this step; default the last one."""
     best: Flag = False
@@ -58,23 +60,29 @@ class Eval:
     """Write the figures there."""
     virtual_devices: int | None = None
     """Run on this many virtual CPU devices."""
+    no_compilation_cache: Flag = False
+    """Compile anew: keep no programs in the user's cache folder."""
     launch: tyro.conf.OmitArgPrefixes[Launch] = field(default_factory=Launch)
 
     def run(self) -> None:
         """Measures and prints."""
-        from jaxtp import train, use_virtual_devices
+        from jaxtp import compilation_cache, train, use_virtual_devices
 
-        if not self.data:
-            raise ValueError("give the files to measure on: jaxtp eval MODEL FILE ...")
+        given = [self.model, *self.data] if self.model else [*self.data]
+        model = self.named_model or (given.pop(0) if given else None)
+        if model is None or not given:
+            raise ValueError("give a model and the files to measure it on: jaxtp eval MODEL FILE ...")
         writable("--json", self.json)
+        if self.no_compilation_cache:
+            compilation_cache.switch_off()
         if self.virtual_devices is not None:
             use_virtual_devices(self.virtual_devices)
-        own = ("model", "data", "json", "virtual_devices", "launch")
+        own = ("model", "named_model", "data", "json", "virtual_devices", "no_compilation_cache", "launch")
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         with self.launch.join() as nodes:
             speaks = nodes is None or nodes.index == 0
             with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
-                found = train.evaluate(self.model, self.data, **arguments)
+                found = train.evaluate(model, given, **arguments)
                 found.print()
                 if self.json and speaks:
                     found.save(self.json)

@@ -14,7 +14,7 @@ from typing import get_args
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxtp import checks
+from jaxtp import checks, compilation_cache
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate.load import tokenizer_of
@@ -60,7 +60,9 @@ class Evaluation:
 
     def print(self) -> None:
         """One figure a line."""
-        print(f"nats per token:      {self.nats:.4f}  ({self.tokens:,} tokens of {self.documents:,} documents)")
+        print(
+            f"nats per token:      {self.nats:.4f}  ({self.tokens:,} tokens of {self.documents:,} document{'s' * (self.documents != 1)})"
+        )
         print(f"perplexity:          {self.perplexity:.3f}")
         if self.nats_per_character is not None:
             print(f"nats per character:  {self.nats_per_character:.4f}")
@@ -106,6 +108,7 @@ def evaluate(
     """
     if progress:
         show()
+    compilation_cache.use()
     if kind not in get_args(Format):
         raise ValueError(f"kind={kind!r} is none of {', '.join(get_args(Format))}")
     source = _source(Path(model), step, best, lora, revision)
