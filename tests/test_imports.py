@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ROOMS = """
-log tables files buckets config presets mesh xla_flags distributed sharding tp_plan ops checkpoint model parallel draw planner
-generate train audit cli __main__
+log tables files text buckets config presets mesh xla_flags distributed sharding tp_plan ops checkpoint model parallel draw
+planner generate train audit cli __main__
 """.split()
 PACKAGE = Path(__file__).parents[1] / "jaxtp"
 

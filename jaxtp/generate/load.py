@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
-from jaxtp.generate.text import Tokenizer
+from jaxtp.files import read_object
+from jaxtp.log import logger
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
@@ -19,6 +19,7 @@ from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
+from jaxtp.text import Tokenizer
 from jaxtp.tp_plan import rules_from_plan
 
 
@@ -79,13 +80,20 @@ def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
     return None
 
 
-def eos_of(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
-    path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
-    try:
-        found = json.loads(path.read_text()).get("eos_token_id") if path and path.exists() else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if found is None:
+def eos_of(
+    config: ModelConfig, source: str | None, overrides: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's, else
+    the tokenizer's (as in vLLM; transformers' generate goes on).
+    """
+    if "eos_token_id" in overrides:
         return config.eos_token_ids
-    return tuple(found) if isinstance(found, list) else (found,)
+    path = Path(source, "generation_config.json") if source else None
+    found = read_object(path).get("eos_token_id") if path and path.exists() else None
+    if found is not None:
+        return tuple(found) if isinstance(found, list) else (found,)
+    own = tokenizer.eos_id if tokenizer else None
+    if config.eos_token_ids or own is None or own >= config.vocab_size:
+        return config.eos_token_ids
+    logger.info("neither config.json nor generation_config.json has an eos_token_id: texts end at the tokenizer's, %d", own)
+    return (own,)

@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate import LLM, SamplingParams
-from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
@@ -28,6 +27,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
 from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules, check_layout
+from jaxtp.text import Tokenizer
 from jaxtp.train.checkpoints import Checkpoints, last_meta
 from jaxtp.train.config import TrainConfig, model_config, parse, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
