@@ -148,9 +148,9 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         return {"default": given}
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-    found = dict(given or {})
-    if not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise ValueError(f"chat_template in {folder} is neither a text nor a list of name and template")
+    found = {} if given is None else given
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(f"chat_template in {folder} is neither a text nor a list of names and templates")
     return found
 
 

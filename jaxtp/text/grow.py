@@ -16,8 +16,9 @@ from typing import Any
 
 import tokenizers
 
-_UNKNOWN = "\ufffd"
-_ESCAPES = re.compile("[\udc80-\udcff]")
+_ESCAPE = "[\udc80-\udcff]"  # what stands for a byte of no character (`surrogateescape`) until it is shown as U+FFFD
+_ONCE = "jaxtp.escape-once"
+codecs.register_error(_ONCE, lambda error: ("\udc80", error.end))  # type: ignore[attr-defined]
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _WINDOW = 8  # pieces that are decoded again for those behind them; also more than the bytes of a character
 _ANCHOR = "x"  # a piece that no decoder strips, so that those behind it do not stand at the beginning
@@ -65,10 +66,10 @@ class Spelling:
         return bytes([int(found[1], 16)]) if found else name
 
     def utf8(self) -> codecs.IncrementalDecoder:
-        """What makes characters of bytes. Bytes of none become one U+FFFD each (`ByteFallback`: as escapes, see
-        `codecs.surrogateescape`) or one for what could have begun one (`ByteLevel`).
+        """What makes characters of bytes. Bytes of none become an escape each (`ByteFallback`), or one for all that could have
+        begun a character (`ByteLevel`).
         """
-        return codecs.getincrementaldecoder("utf-8")("replace" if self._kind == "ByteLevel" else "surrogateescape")
+        return codecs.getincrementaldecoder("utf-8")(_ONCE if self._kind == "ByteLevel" else "surrogateescape")
 
     def joined(self, pieces: Sequence[str]) -> str:
         """The text of pieces in a row, the first of which stands at the beginning."""
@@ -100,7 +101,7 @@ class GrowingText:
         self._context = self._characters(pieces[::-1])  # pieces that stand before what is to come
         self._shorten()
         unfinished = len(self._utf8.getstate()[0])
-        self._owed = unfinished if self._utf8.errors == "surrogateescape" else min(unfinished, 1)
+        self._owed = min(unfinished, 1) if self._utf8.errors == _ONCE else unfinished
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The new text; with `last`, also what is left of an unfinished character."""
@@ -141,10 +142,10 @@ class GrowingText:
     def _settled(self, text: str) -> str:
         """Characters made of bytes, without what stands for bytes of the prompt."""
         if text and self._owed:
-            nothing = _UNKNOWN if self._utf8.errors == "replace" else _ESCAPES.pattern
-            text = re.sub(f"^(?:{nothing}){{1,{self._owed}}}", "", text)
+            text, nothing = re.subn(f"^{_ESCAPE}{{1,{self._owed}}}", "", text)
+            self._context += [_ANCHOR] * nothing  # it stands before what comes
             self._owed = 0
-        return _ESCAPES.sub(_UNKNOWN, text)
+        return re.sub(_ESCAPE, "\ufffd", text)
 
 
 def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
