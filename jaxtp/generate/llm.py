@@ -25,7 +25,6 @@ from jaxtp.generate.programs import Programs
 from jaxtp.generate.prompts import Prompt, listed, token_id
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS
-from jaxtp.generate.text import Tokenizer
 from jaxtp.generate.timing import Timing
 from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import told
@@ -34,6 +33,7 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.quantized import Quantization
 from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
+from jaxtp.text import Tokenizer
 
 
 class LLM:
@@ -140,7 +140,7 @@ class LLM:
         self.config = self.model.config
         source = tokenizer or self.model.source
         self.tokenizer = source if isinstance(source, Tokenizer) else tokenizer_of(source, asked=tokenizer is not None)
-        self.eos = eos_of(self.config, self.model.source, hf_overrides or {})
+        self.eos = eos_of(self.config, self.model.source, hf_overrides or {}, self.tokenizer)
         self.programs = Programs(self.model)
         self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
@@ -149,6 +149,7 @@ class LLM:
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
         self._idle_said: set[int] = set()  # what was said of stages that idle
+        self._hidden_said: set[str] = set()  # and of stop strings that no text shows
         self._report(time.perf_counter() - start)
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -193,17 +194,31 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation ([{"role": "user", "content": "…"}, …]) or several, by the model's own chat template."""
-        return self.generate(self.chat_prompts(messages), sampling_params)
+        """Answers a conversation ([{"role": "user", "content": "…"}, …]) or several, by the model's own chat template.
 
-    def chat_prompts(self, messages: Sequence[Any]) -> list[list[int]]:
-        """The token ids that `chat` completes. Raises ValueError where the model has no chat template."""
+        A content is a text or a list of parts, [{"type": "text", "text": "…"}, …]. chat_template: a template's name or source,
+        instead of the model's own. continue_final_message (which goes with add_generation_prompt=False) goes on with the last
+        message. tools: JSON schemas. chat_template_kwargs: what else the template knows, such as enable_thinking. Raises
+        ValueError where the model has no chat template or that refuses.
+        """
+        template = {**(chat_template_kwargs or {}), "chat_template": chat_template, "tools": tools}
+        template |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        return self.generate(self.chat_prompts(messages, template), sampling_params)
+
+    def chat_prompts(self, messages: Sequence[Any], template: Mapping[str, Any] | None = None) -> list[list[int]]:
+        """The token ids that `chat` completes. `template`: what else `Tokenizer.chat` takes. Raises ValueError as that does."""
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer, and so no chat template")
         several = bool(messages) and not isinstance(messages[0], Mapping)
-        texts = [self.tokenizer.chat(conversation) for conversation in (messages if several else [messages])]
+        texts = [self.tokenizer.chat(turns, **(template or {})) for turns in (messages if several else [messages])]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def compile(
@@ -239,6 +254,7 @@ class LLM:
             if wanted.stop and self.tokenizer is None:
                 raise ValueError("stop strings need a tokenizer, which this checkpoint has not: LLM(..., tokenizer=folder)")
             check_request(wanted, self.config, self.max_model_len)
+            self._say_hidden(wanted)
             seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
             mine = [
                 Row(ids, wanted, index=i, seed=seed, limit=self.max_model_len, eos=self.eos, tokenizer=self.tokenizer)
@@ -248,6 +264,20 @@ class LLM:
             text = prompt if isinstance(prompt, str) else None
             requests.append(RequestOutput(next(self._requests), text, ids, [row.output for row in mine]))
         return requests, rows
+
+    def _say_hidden(self, params: SamplingParams) -> None:
+        """Says of stop strings that no text will show. Once each."""
+        if self.tokenizer is None or not params.skip_special_tokens:
+            return
+        for stop in params.stop:
+            if stop not in self._hidden_said and (ids := self.tokenizer.hidden(stop)):
+                self._hidden_said.add(stop)
+                logger.warning(
+                    "the stop string %r will not be found: it holds a special token, and those are left out of the text; "
+                    "skip_special_tokens=False shows them, or stop_token_ids=%s ends at them",
+                    stop,
+                    ids,
+                )
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -10,7 +10,7 @@ from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.config.reader import token_ids
 from jaxtp.files import read_object
-from jaxtp.generate.text import Tokenizer
+from jaxtp.log import logger
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
@@ -20,6 +20,7 @@ from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
 from jaxtp.presets import PRESETS, preset
 from jaxtp.sharding import check_layout
+from jaxtp.text import Tokenizer
 from jaxtp.tp_plan import rules_from_plan
 
 
@@ -86,13 +87,23 @@ def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:
     return None
 
 
-def eos_of(config: ModelConfig, source: str | None, overrides: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's."""
-    path = Path(source, "generation_config.json") if source and "eos_token_id" not in overrides else None
-    found = read_object(path).get("eos_token_id") if path and path.exists() else None
-    if found is None:
+def eos_of(
+    config: ModelConfig, source: str | None, overrides: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """The ids that end a text: as overridden, else those of generation_config.json where it has any, else the config's, else
+    the tokenizer's (as in vLLM; transformers' generate goes on).
+    """
+    if "eos_token_id" in overrides:
         return config.eos_token_ids
-    try:
-        return token_ids("eos_token_id", found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    path = Path(source, "generation_config.json") if source else None
+    found = read_object(path).get("eos_token_id") if path and path.exists() else None
+    if found is not None:
+        try:
+            return token_ids("eos_token_id", found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    own = tokenizer.eos_id if tokenizer else None
+    if config.eos_token_ids or own is None or own >= config.vocab_size:
+        return config.eos_token_ids
+    logger.info("neither config.json nor generation_config.json has an eos_token_id: texts end at the tokenizer's, %d", own)
+    return (own,)

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxtp.generate.outputs import CompletionOutput, Logprob
 from jaxtp.generate.params import SamplingParams
-from jaxtp.generate.text import GrowingText, Tokenizer, find_stop
 from jaxtp.ops.sampling import Logprobs
+from jaxtp.text import Tokenizer, find_stop, held
 
 
 class Row:
@@ -33,12 +33,9 @@ class Row:
         self.stop_ids = (*(() if params.ignore_eos else eos), *params.stop_token_ids)
         self.output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
         self._tokenizer = tokenizer
-        self._text = GrowingText(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+        self._text = tokenizer.growing(prompt, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         self._whole = ""  # the text so far; what is shown of it may end earlier
         self._searched = 0
-        # while a text grows, its end may be the beginning of a stop string, and is not shown yet
-        longest = max(map(len, params.stop), default=1)
-        self._held = 0 if params.include_stop_str_in_output else longest - 1
         self._unspelled: list[int] = []  # tokens that are not in the text yet
 
     @property
@@ -84,14 +81,20 @@ class Row:
         if self._text is not None and (self._unspelled or self.finished) and self.output.stop_reason not in self.params.stop:
             self._text.add(self._unspelled, last=self.finished)
             self._unspelled, self._whole = [], self._text.text
-            self.output.text = self._whole if self.finished else self._whole[: max(len(self._whole) - self._held, 0)]
+            self.output.text = self._whole if self.finished else self._whole[: len(self._whole) - self._hidden()]
+
+    def _hidden(self) -> int:
+        """How much of the end is not shown yet. What is shown is never taken back: where the stop string is a part of the text,
+        the text ends behind it and so behind all that was shown.
+        """
+        return 0 if self.params.include_stop_str_in_output else held(self._whole, self.params.stop)
 
     def _find_stop(self) -> None:
         output, params = self.output, self.params
         if output.finish_reason == "stop":
             return
         if len(output.token_ids) < params.min_tokens:
-            self._searched = len(self._whole)  # a stop string that lies before does not count later either
+            self._searched = len(self._whole)  # a stop string that ends before does not count later either
             return
         found = find_stop(self._whole, params.stop, searched=self._searched)
         self._searched = len(self._whole)

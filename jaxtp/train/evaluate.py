@@ -18,13 +18,13 @@ from jaxtp import checks, compilation_cache
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.generate.load import tokenizer_of
-from jaxtp.generate.text import Tokenizer
 from jaxtp.log import console, interactive, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.planner.work import check_rows
 from jaxtp.sharding import check_layout
+from jaxtp.text import Tokenizer
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints, chosen
 from jaxtp.train.config import Model, Parallel, TrainConfig, parse
@@ -60,9 +60,8 @@ class Evaluation:
 
     def print(self) -> None:
         """One figure a line."""
-        print(
-            f"nats per token:      {self.nats:.4f}  ({self.tokens:,} tokens of {self.documents:,} document{'s' * (self.documents != 1)})"
-        )
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        print(f"nats per token:      {self.nats:.4f}  ({self.tokens:,} tokens of {documents})")
         print(f"perplexity:          {self.perplexity:.3f}")
         if self.nats_per_character is not None:
             print(f"nats per character:  {self.nats_per_character:.4f}")

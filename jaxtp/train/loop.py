@@ -19,13 +19,13 @@ from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
 from jaxtp.files import local
 from jaxtp.generate import LLM, SamplingParams
-from jaxtp.generate.text import Tokenizer
 from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules, check_layout
+from jaxtp.text import Tokenizer
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
 from jaxtp.train.config import TrainConfig, check_places, model_config, plain

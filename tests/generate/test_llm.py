@@ -290,7 +290,7 @@ def test_chat_without_a_template_is_refused(llm):
 
 def test_chat_uses_the_model_s_template(folder, llm):
     llm = LLM(folder, progress=False)
-    llm.tokenizer.hf.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    llm.tokenizer.templates["default"] = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
     messages = [{"role": "user", "content": "Hi"}]
     expected = llm.generate([llm.tokenizer.encode("[user] Hi\n[assistant] ", add_special_tokens=False)], GREEDY)
     assert tokens(llm.chat(messages, GREEDY)) == tokens(expected)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp import make_mesh
-from jaxtp.generate.text import Tokenizer
+from jaxtp.text import Tokenizer
 from jaxtp.train.data import Batches, Corpus, Windows, best_fit, check_vocabulary, read
 from jaxtp.train.tokenizer import train_tokenizer
 
@@ -122,7 +122,7 @@ def test_files_of_every_kind(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("Hello")
     (tmp_path / "b.jsonl").write_text('{"text": "ab"}\n\n{"text": "c"}\n')
     np.save(tmp_path / "c.npy", np.array([5, 6, 2, 7, 2], np.uint16))
-    assert tokenizer.hf.decode(read([tmp_path / "a.txt"], tokenizer).tokens) == "Hello"
+    assert tokenizer.decode(read([tmp_path / "a.txt"], tokenizer).tokens) == "Hello"
     both = read([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer, eos=2)
     assert both.bounds.tolist() == [0, 6, 9, 11]
     assert both.characters == 8
@@ -140,17 +140,17 @@ def test_only_what_the_assistant_says_is_learned(tmp_path, tokenizer):
     (tmp_path / "chat.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match="no chat template"):
         read([tmp_path / "chat.jsonl"], tokenizer)
-    tokenizer.hf.chat_template = CHATML
+    tokenizer.templates["default"] = CHATML
     try:
         corpus = read([tmp_path / "chat.jsonl"], tokenizer)
     finally:
-        tokenizer.hf.chat_template = None
+        tokenizer.templates.clear()
     whole = "".join(f"<{role}>{text}|" for role, text in messages)
-    assert tokenizer.hf.decode(corpus.tokens) == whole
-    assert tokenizer.hf.decode(corpus.tokens[corpus.learn]) == "Yes|So|"
+    assert tokenizer.decode(corpus.tokens) == whole
+    assert tokenizer.decode(corpus.tokens[corpus.learn]) == "Yes|So|"
     row = Windows(corpus, 64, pack=True).sample(0)
     learned = row["labels"][row["weights"] > 0]
-    assert tokenizer.hf.decode(learned) == "Yes|So|"
+    assert tokenizer.decode(learned) == "Yes|So|"
 
 
 def test_the_split_keeps_documents_whole():
@@ -201,7 +201,7 @@ def test_a_byte_level_tokenizer_spells_anything(tmp_path):
     (tmp_path / "text.txt").write_text("the cat and the dog and the bird\n" * 20)
     tokenizer = Tokenizer(train_tokenizer([tmp_path / "text.txt"], tmp_path / "made", vocab_size=270))
     text = "the ☃ and\tthe naïve кот\n"
-    assert tokenizer.hf.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("the the the")) < 11
     assert tokenizer.size == 270
     with pytest.raises(ValueError, match="vocab_size=256 must be at least 257"):

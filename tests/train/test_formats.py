@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from jaxtp.generate.text import Tokenizer
+from jaxtp.text import Tokenizer
 from jaxtp.train import Run, train_tokenizer
 from jaxtp.train.config import load, parse
 from jaxtp.train.data import Batches, Corpus, Windows, read
