@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtp.log import logger
-from jaxtp.train.corpus import Corpus, check_vocabulary, read
+from jaxtp.train.corpus import Corpus, Format, check_vocabulary, read
 from jaxtp.train.loss import Batch
 
-__all__ = ["Batches", "Corpus", "Windows", "best_fit", "check_vocabulary", "read"]
+__all__ = ["Batches", "Corpus", "Format", "Windows", "best_fit", "check_vocabulary", "read"]
 
 
 class Windows:

@@ -276,7 +276,7 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ({"data": {"sequence_length": 4096}}, "data.sequence_length=4096 exceeds the model's max_position_embeddings=1024"),
         ({"data": {"train": []}}, "data.train names no file"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0.0 must be above 0"),
-        ({"model": {"shape": {"vocab_size": 50}}}, "the data holds token .*, but the model's vocabulary has 50"),
+        ({"model": {"shape": {"vocab_size": 50}}}, "holds token .*, but the model's vocabulary has 50"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps='ten' must be FIRST:LAST"),
         ({"model": {"start": "a", "preset": "b"}}, "model.start and model.preset exclude one another"),
         ({"parallel": {"pp": 4, "dp": 1, "accumulate": 2}}, "pp=4.* makes 4 stages of 2 layers; legal pp with them: 1, 2"),
