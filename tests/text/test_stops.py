@@ -8,7 +8,7 @@ import pytest
 import spellings
 import tiny
 
-from jaxtp import LLM, SamplingParams
+from jaxtp import SamplingParams
 from jaxtp.generate.load import eos_of
 from jaxtp.generate.request import Row
 from jaxtp.text import Tokenizer, find_stop, held
@@ -85,34 +85,6 @@ def test_the_longest_beginning_and_the_first_string():
     assert find_stop("x I y", ["I", "QQQQQQ"], searched=3) is None
     assert find_stop("x I y", ["I", "QQQQQQ"], searched=2) == (2, "I")
     assert find_stop("xabc", ["c", "abc"], searched=3) == (1, "abc")
-
-
-# -- with a model --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.checkpoint(tmp_path_factory.mktemp("stops") / "model", eos_token_ids=())
-
-
-def test_a_stop_string_that_no_text_shows_is_said_once(folder, caplog):
-    llm = LLM(folder, progress=False)
-    assert llm.eos == (2,)  # the tokenizer's, since no config names one
-    with caplog.at_level(logging.WARNING, "jaxtp"):
-        for _ in range(2):
-            asked = SamplingParams(max_tokens=3, stop=["</s>", "no"], logit_bias={2: 100}, ignore_eos=True)
-            assert llm.generate([[5]], asked)[0].outputs[0].finish_reason == "length"
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert "'</s>' will not be found" in said[0]
-    assert "skip_special_tokens=False" in said[0]
-    assert "stop_token_ids=[2]" in said[0]
-    asked = SamplingParams(max_tokens=3, stop="</s>", logit_bias={2: 100}, ignore_eos=True, skip_special_tokens=False)
-    assert llm.generate([[5]], asked)[0].outputs[0].stop_reason == "</s>"
-    asked = SamplingParams(max_tokens=3, logit_bias={2: 100})
-    assert llm.generate([[5]], asked)[0].outputs[0].token_ids == [2]
-    with pytest.raises(ValueError, match="half of a surrogate pair"):
-        llm.generate("a\ud83d")
 
 
 def test_who_says_what_ends_a_text(tmp_path, tokenizer, caplog):
