@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtp.checks import number
+from jaxtp.checks import INT32, number
 from jaxtp.config.keys import ROPE_HARMLESS
 from jaxtp.log import logger
 
@@ -36,6 +36,22 @@ KINDS = {
 ROPE_TYPES = tuple(KINDS)
 
 
+# Our field -> Hugging Face's key.
+KEYS = {
+    "theta": "rope_theta",
+    "factor": "factor",
+    "original_max_position": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, named as in `transformers.modeling_rope_utils`.
@@ -58,9 +74,15 @@ class Rope:
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rope_theta", self.theta), ("factor", self.factor)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be above 0 and finite")
+        above = ("theta", "factor", "original_max_position", "low_freq_factor", "high_freq_factor")
+        least = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+        for name in above + least:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and (value > 0 or name in least) and value < math.inf):
+                raise ValueError(f"{KEYS[name]}={value} must be {'at least' if name in least else 'above'} 0 and finite")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low and high and low >= high:
+            raise ValueError(f"low_freq_factor={low} must be below high_freq_factor={high}")
 
     @property
     def attention_scale(self) -> float:
@@ -79,26 +101,14 @@ class Rope:
         assert self.factor
         unscaled = self.original_max_position if self.kind == "yarn" else max_position
         assert unscaled
-        return max(max_position, int(unscaled * self.factor))
+        return max(max_position, int(min(unscaled * self.factor, INT32)))
 
 
 def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-# Our field -> Hugging Face's key.
-_KEYS = {
-    "factor": "factor",
-    "original_max_position": "original_max_position_embeddings",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "truncate": "truncate",
-}
+_SCALING = {ours: theirs for ours, theirs in KEYS.items() if ours != "theta"}
 
 
 def respelled(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,30 +147,32 @@ def rope_of(theta: Any, scaling: Mapping[str, Any], *, max_position: int, origin
     if params.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
     relative = params.pop("attn_factor", None) if kind == "yarn" else None
-    values = {ours: params.pop(theirs, None) for ours, theirs in _KEYS.items()}
+    values = {ours: params.pop(theirs, None) for ours, theirs in _SCALING.items()}
+    if original is not None and kind in ("llama3", "yarn"):
+        values["original_max_position"] = original
     if params:
         raise ValueError(f"unknown rope settings {sorted(params)}")
     if not isinstance(values["truncate"], bool | None):
         raise ValueError(f"truncate={values['truncate']!r} in rope_scaling must be true or false")
-    given = {theirs: values[ours] for ours, theirs in _KEYS.items() if ours != "truncate"}
+    given = {theirs: values[ours] for ours, theirs in _SCALING.items() if ours != "truncate"}
     given |= {"rope_theta": theta, "attn_factor": relative}
     for key, value in given.items():
         if value is not None and not number(value):
             raise ValueError(f"{key}={value!r} must be a number")
     if kind in ("llama3", "yarn"):
-        trained = values["original_max_position"] if original is None else original
-        values["original_max_position"] = trained or max_position
+        trained = values["original_max_position"]
+        values["original_max_position"] = max_position if trained is None else trained
         if kind == "yarn" and values["factor"] is None and trained:
             values["factor"] = max_position / trained
     used = KINDS[kind]
     for name in used.needs:
         if values[name] is None:
-            raise ValueError(f"rope type {kind!r} needs {_KEYS[name]}")
+            raise ValueError(f"rope type {kind!r} needs {_SCALING[name]}")
     # the pre-training context may stand beside any kind, and a factor of 1 scales nothing
     idle = {"original_max_position", "factor"} if values["factor"] in (None, 1) else {"original_max_position"}
     wrong = [name for name, v in values.items() if v is not None and name not in (*used.needs, *used.may, *idle)]
     if wrong:
-        raise ValueError(f"rope type {kind!r} has no use for {', '.join(_KEYS[name] for name in wrong)}")
+        raise ValueError(f"rope type {kind!r} has no use for {', '.join(_SCALING[name] for name in wrong)}")
     rope = Rope(theta=float(theta), kind=kind, **{name: values[name] for name in (*used.needs, *used.may)})
     return rope if relative is None else _relative(rope, float(relative))
 
@@ -181,5 +193,5 @@ def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
     """`rope_scaling` as transformers 4 and 5 read it."""
     if rope.kind == "default":
         return None
-    values = {theirs: getattr(rope, ours) for ours, theirs in _KEYS.items()}
+    values = {theirs: getattr(rope, ours) for ours, theirs in _SCALING.items()}
     return {"rope_type": rope.kind, **{k: v for k, v in values.items() if v is not None}}

@@ -228,3 +228,26 @@ def test_the_context_is_what_rope_scaling_makes_of_it(change, context):
     if config.rope.kind != "dynamic":
         with pytest.raises(ValueError, match=f"^x={context + 1} exceeds the model's max_position_embeddings="):
             config.check_length("x", context + 1)
+
+
+def test_whatever_stands_in_a_config_is_read_or_refused():
+    """Settings of any type in any place: a ValueError of one line, or a config whose frequencies exist and that comes back."""
+    values = [None, True, False, 0, 1, -1, 2**70, 1.5, math.inf, math.nan, "", "2", [], [1], ["a"], {}, {"a": 1}]
+    settings = ["type", "rope_type", "factor", "original_max_position_embeddings", "attn_factor", "mscale", "truncate"]
+    more = ["rope_parameters", "rope_scaling", "sliding_window", "layer_types", "dtype", "original_max_position_embeddings"]
+    rng, read = np.random.default_rng(0), 0
+    for _ in range(3000):
+        raw = dict(FOUND[rng.choice(list(FOUND))])
+        for _ in range(rng.integers(1, 3)):
+            raw[str(rng.choice([*raw, *more]))] = values[rng.integers(len(values))]
+        if isinstance(raw.get("rope_scaling"), dict) and rng.random() < 0.5:
+            raw["rope_scaling"] = {**raw["rope_scaling"], str(rng.choice(settings)): values[rng.integers(len(values))]}
+        try:
+            config = ModelConfig.from_hf(raw)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            continue
+        read += 1
+        assert np.isfinite(frequencies(config.rope, config.head_dim)[0]).all()
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert 500 < read < 2500

@@ -377,7 +377,7 @@ def test_text_without_a_tokenizer(tmp_path):
         ({"kernel": "flash"}, "kernel='flash' is none of reference, xla, cudnn"),
         ({"kernel": "cudnn"}, "kernel='cudnn' needs GPUs"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
-        ({"tensor_parallel_size": 0}, "tp=0 must be at least 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be at least 1"),
     ],
 )
 def test_arguments_that_cannot_be(folder, arguments, message):
