@@ -184,7 +184,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
     def flush() -> None:
         if writes and shards[-1]:
             written.append(folder / f"shard-{len(written)}.partial")
-            save_file(shards[-1], written[-1], metadata={"format": "pt"})
+            write_tensors(written[-1], shards[-1])
         names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
         shards[-1] = {}
 
@@ -208,6 +208,14 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
         _copy_beside(folder, config, source)
 
 
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file, with the permissions that any new file gets here; safetensors' own are for the owner's eyes alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: int) -> None:
     """Gives the files their final names once their number is known, and writes the index where there are several."""
     for stale in [*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)]:
@@ -215,7 +223,6 @@ def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: 
     count = len(written)
     final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for path, name in zip(written, final, strict=True):
-        path.chmod(0o644)  # safetensors makes files for the owner's eyes alone
         path.rename(folder / name)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: final[int(v)] for k, v in names.items()}}
@@ -264,11 +271,11 @@ def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[
     extra = [name for name in tensors if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq")]
     problems = misfits(tensors, shapes, extra)
     if problems:
-        raise ValueError(f"the tensors in {folder} do not fit its config.json\n  {problems}")
+        raise ValueError(f"the tensors in {folder} do not fit its config.json: {problems}")
 
 
 def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequence[str]) -> str:
-    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says: a line for each kind, or nothing."""
+    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says; empty where nothing is."""
     missing = [name for name in shapes if name not in tensors]
     wrong = [
         f"{name} is {tensors.shape(name)}, expected {shape}"
@@ -286,7 +293,7 @@ def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequ
         )
         if found
     ]
-    return "\n  ".join(problems)
+    return "; ".join(problems)
 
 
 def _bytes(abstract: jax.ShapeDtypeStruct) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxtp.checkpoint import adapters, hf
 from jaxtp.config import ModelConfig
+from jaxtp.files import local
 from jaxtp.log import logger
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
@@ -34,7 +35,7 @@ def export(
     replace what is in a folder that is not empty. Raises FileExistsError for such a folder without, and ValueError where there
     is no checkpoint that can be read.
     """
-    run_folder, folder = Path(run_folder), Path(folder)
+    run_folder, folder = local(run_folder), local(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(f"{folder} is there and not empty; give a new folder, or --overwrite (overwrite=True)")
     number, meta = chosen(run_folder / "checkpoints", step=step, best=best)
@@ -49,17 +50,18 @@ def export(
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
     state, start, tokenizer = found[0], config.model.start, config.data.tokenizer or config.model.start
+    source = hf.resolve(tokenizer) if tokenizer else None
     if adapter and trainer.adapters and start:
         dtype = dtype or "float32"
         matrices = trainer.adapters.matrices({path: a.astype(dtype) for path, a in state.params.items()})
-        base = str(Path(start).expanduser().absolute()) if Path(start).expanduser().is_dir() else start
-        source = hf.resolve(tokenizer) if tokenizer else None
+        hub = "/" in start and not Path(start).expanduser().is_dir()
+        base = start if hub else str(hf.resolve(start).absolute())
         adapters.write(folder, trainer.adapters.lora, matrices, base=base, tokenizer=source)
     else:
         frozen = stacked.stack(Llama.from_pretrained(start or "", dtype="float32")) if trainer.adapters else None
         dtype = dtype or config.model.dtype
         model = trainer.model(state, frozen, dtype=jnp.dtype(dtype))
-        model.source = tokenizer
+        model.source = str(source) if source else None
         model.save_pretrained(folder)
-    what = "the adapter" if adapter else "step"
-    logger.info("wrote %s %d of %s to %s, in %s", what, int(state.step), run_folder, folder, dtype)
+    what = "the adapter of " if adapter else ""
+    logger.info("wrote %sstep %d of %s to %s, in %s", what, int(state.step), run_folder, folder, dtype)
