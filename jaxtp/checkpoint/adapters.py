@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Index
@@ -161,7 +160,7 @@ class Adapter:
             wanted |= copies
             problems = hf.misfits(tensors, wanted, [name for name in tensors if name not in wanted])
             if problems:
-                raise ValueError(f"the tensors in {path} do not fit its {CONFIG} and this model\n  {problems}")
+                raise ValueError(f"the tensors in {path} do not fit its {CONFIG} and this model: {problems}")
             return {name: tensors.read(name, (_ALL, _ALL)) for name in wanted}
 
 
@@ -176,7 +175,7 @@ def write(
     for module, (a, b) in matrices.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    hf.write_tensors(folder / WEIGHTS, tensors)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": lora.rank, "lora_alpha": _number(lora.alpha), "lora_dropout": 0.0, "target_modules": list(lora.targets),

@@ -16,7 +16,7 @@ from jaxtp.cli.options import Alias, Flag, Launch, Model, ModelFlag, writable
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure how well a run or a model predicts data: nats a token, perplexity; of text, nats a character and bits a byte."""
+    """Measure how well a run or a model predicts data: nats a token and perplexity; of text, bits a byte."""
 
     model: Model = None
     """Folder of a run, checkpoint folder, hub id, or "demo"."""
@@ -36,8 +36,8 @@ class Eval:
     """What the files hold; see `data.kind` of `jaxtp train`."""
     text_key: str = "text"
     """The key of a record's text."""
-    train_on: Literal["assistant", "all", "last"] = "assistant"
-    """What counts of conversations and of prompts with completions."""
+    train_on: Literal["assistant", "all", "last"] | None = None
+    """What counts of conversations and of prompts with completions; default what the run learned, else its answers."""
     sequence_length: int | None = None
     """Tokens of a window; default the run's, or what the model takes, at most 2048."""
     stride: int | None = None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from jaxtp.planner import picture
 from jaxtp.planner.cost import Time
 from jaxtp.planner.prediction import Plan
 from jaxtp.planner.work import Generation, Training
@@ -87,6 +86,8 @@ class Plans(list[Plan], Shown):
         """Latency against throughput: a line for each mesh, a point for each number of rows; the frontier is marked. Training:
         the time of a step by part. Needs matplotlib (extra `notebook`).
         """
+        from jaxtp.planner import picture  # generating asks for plans alone
+
         title = f"{self.best.model} on {self.best.cluster}: {_asked(self.best)}"
         if isinstance(self.best.task, Training):
             return picture.bars(self.distinct()[:SHOWN], title, WORDS)

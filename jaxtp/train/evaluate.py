@@ -83,7 +83,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     kind: Format = "auto",
     text_key: str = "text",
-    train_on: TrainOn = "assistant",
+    train_on: TrainOn | None = None,
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -99,10 +99,10 @@ def evaluate(
 
     model: the folder of a training run (its last checkpoint, that of `step`, or the `best` one; it is restored with what the
     optimiser keeps), or a checkpoint folder, a hub id, or "demo", with an adapter in PEFT's format (`lora`) merged into it.
-    data, kind, text_key, train_on: as `train` reads them; what it would learn counts. sequence_length: of the windows, default
-    the run's, or what the model takes, at most 2048. stride: between windows, default their length; less gives tokens more to
-    see, for more work. batch_size: rows at once on all devices, on which no figure depends. dtype: of the computation, default
-    the run's or the checkpoint's.
+    data, kind, text_key, train_on: as `train` reads them; what it would learn counts (by default what the run did).
+    sequence_length: of the windows, default the run's, or what the model takes, at most 2048. stride: between windows, default
+    their length; less gives tokens more to see, for more work. batch_size: rows at once on all devices, on which no figure
+    depends. dtype: of the computation, default the run's or the checkpoint's.
     Raises FileNotFoundError or ValueError for what cannot be.
     """
     if progress:
@@ -126,7 +126,9 @@ def evaluate(
     check_layout(config, split.tp, rules)
     words = tokenizer_of(tokenizer or kept.tokenizer or kept.model.start, asked=tokenizer is not None)
     paths = [data] if isinstance(data, str | Path) else list(data)
-    corpus = read(paths, words, kind=kind, key=text_key, eos=words.eos_id if words else None, train_on=train_on)
+    corpus = read(
+        paths, words, kind=kind, key=text_key, eos=words.eos_id if words else None, train_on=train_on or kept.data.train_on
+    )
     check_vocabulary(corpus, config.vocab_size)
     spans = Spans(corpus, length, stride=stride)
 

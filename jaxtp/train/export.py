@@ -53,17 +53,18 @@ def export(
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint that can be read")
     state, start, tokenizer = found[0], config.model.start, config.tokenizer or config.model.start
+    source = hf.resolve(tokenizer) if tokenizer else None
     if adapter and trainer.adapters and start:
         dtype = dtype or "float32"
         matrices = trainer.adapters.matrices({path: a.astype(dtype) for path, a in state.params.items()})
-        base = str(Path(start).expanduser().absolute()) if Path(start).expanduser().is_dir() else start
-        source = hf.resolve(tokenizer) if tokenizer else None
+        hub = "/" in start and not Path(start).expanduser().is_dir()
+        base = start if hub else str(hf.resolve(start).absolute())
         adapters.write(folder, trainer.adapters.lora, matrices, base=base, tokenizer=source)
     else:
         frozen = stacked.stack(Llama.from_pretrained(start or "", dtype="float32")) if trainer.adapters else None
         dtype = dtype or config.model.dtype
         model = trainer.model(state, frozen, dtype=jnp.dtype(dtype))
-        model.source = str(tokenizer) if tokenizer else None
+        model.source = str(source) if source else None
         model.save_pretrained(folder)
-    what = "the adapter" if adapter else "step"
-    logger.info("wrote %s %d of %s to %s, in %s", what, int(state.step), run_folder, folder, dtype)
+    what = "the adapter of " if adapter else ""
+    logger.info("wrote %sstep %d of %s to %s, in %s", what, int(state.step), run_folder, folder, dtype)

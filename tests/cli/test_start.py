@@ -1,6 +1,5 @@
 """What a start loads: nothing that it does not use; and a second start compiles nothing."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +9,10 @@ import pytest
 
 import jaxtp
 
-UNUSED = {"grain", "orbax", "tensorboardX", "pydantic", "matplotlib", "scipy", "pandas"}
-if importlib.util.find_spec("jaxtp.text"):
-    UNUSED |= {"transformers", "torch", "sentencepiece", "tiktoken", "huggingface_hub"}
+UNUSED = {
+    *("grain", "orbax", "tensorboardX", "pydantic", "matplotlib", "scipy", "pandas", "pyarrow"),
+    *("transformers", "torch", "sentencepiece", "tiktoken", "huggingface_hub"),
+}
 HEAVY = UNUSED | {"jax", "jaxlib", "flax", "numpy", "optax", "safetensors", "tokenizers", "jinja2", "yaml"}
 ROOMS = {"jaxtp.train", "jaxtp.audit", "jaxtp.draw"}  # that generating does not enter
 

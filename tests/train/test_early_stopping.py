@@ -32,7 +32,7 @@ def config(texts, folder, **changes):
         "data": {"train": [str(texts / "text.txt")], "validation": [str(texts / "other.txt")], "tokenizer": str(texts),
                  "sequence_length": 32, "batch_size": 8},
         "optimizer": {"learning_rate": 2e-2, "warmup_steps": 2, "schedule": "constant"}, "parallel": {"dp": 1},
-        "checkpoints": {"every": 4, "keep": 2}, "log": {"every": 100, "tensorboard": False},
+        "checkpoints": {"every": 100, "keep": 1}, "log": {"every": 100, "tensorboard": False},
         "early_stopping": {"patience": 3},
     }  # fmt: skip
     return parse({**raw, **changes})

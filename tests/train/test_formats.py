@@ -488,7 +488,7 @@ def test_settings_may_begin_with_a_byte_order_mark_and_are_named_where_they_are_
     path.write_text("folder: runs/a\ndata:\n  train_on: last\n", encoding="utf-8-sig")
     assert load(path).data.train_on == "last"
     path.write_text("folder: [a\nb: {")
-    with pytest.raises(ValueError, match=r"a\.yaml is not valid YAML: .*line 2") as error:
+    with pytest.raises(ValueError, match=r"a\.yaml:2 is not valid YAML: ") as error:
         load(path)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"data\.train_on"):
