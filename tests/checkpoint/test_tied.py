@@ -4,12 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxtp import LLM, Llama, describe, make_mesh, plan
 from jaxtp.checkpoint import hf
+
+torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = np.array([[3, 5, 7, 11], [1, 2, 3, 4]])
