@@ -1,5 +1,11 @@
-"""Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml)."""
+"""Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml).
 
+Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, a quarter of
+the time. XLA partitions them, lays them out and counts on them as ever. The processes that tests start (commands, notebooks)
+compile as users' do; with JAXTP_TESTS=optimized all tests do.
+"""
+
+import gc
 import os
 from pathlib import Path
 
@@ -8,25 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched in a test
 import jax
 import pytest
 
+OPTIMIZED = os.environ.get("JAXTP_TESTS") == "optimized" or "XLA_FLAGS" in os.environ or jax.__version_info__ >= (0, 12)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if jax.config.values.get("jax_compilation_cache_dir") is None:  # outside of the clone, for the next clone's run as well
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxtp" / "tests"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtp"
+    jax.config.update("jax_compilation_cache_dir", str(cache / ("tests" if OPTIMIZED else "tests-quick")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-# LLVM's optimisations are half of what a program costs here and change nothing of what XLA makes of it: its collectives,
-# layouts, memory. These rooms are compiled as users' programs are, and so are all processes that tests start, and CI's part
-# on the newest Python.
-OPTIMIZED = ("parity", "test_demo.py", "test_cli.py")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    room = item.path.relative_to(Path(__file__).parent).parts[0]
-    jax.config.update("jax_disable_most_optimizations", room not in OPTIMIZED and "JAXTP_OPTIMIZED" not in os.environ)
-
+if not OPTIMIZED:
+    os.environ["XLA_FLAGS"] = QUICK
+    jax.devices()  # reads them
+    del os.environ["XLA_FLAGS"]
+gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage collector's
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
