@@ -1,5 +1,11 @@
-"""Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml)."""
+"""Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml).
 
+Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, a quarter of
+the time. XLA partitions them, lays them out and counts on them as ever. The processes that tests start (commands, notebooks)
+compile as users' do; with JAXTP_TESTS=optimized all tests do.
+"""
+
+import gc
 import os
 from pathlib import Path
 
@@ -8,13 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched in a test
 import jax
 import pytest
 
+OPTIMIZED = os.environ.get("JAXTP_TESTS") == "optimized" or "XLA_FLAGS" in os.environ or jax.__version_info__ >= (0, 12)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if jax.config.values.get("jax_compilation_cache_dir") is None:  # outside of the clone, for the next clone's run as well
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxtp" / "tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtp"
+    jax.config.update("jax_compilation_cache_dir", str(cache / ("tests" if OPTIMIZED else "tests-quick")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+if not OPTIMIZED:
+    os.environ["XLA_FLAGS"] = QUICK
+    jax.devices()  # reads them
+    del os.environ["XLA_FLAGS"]
+gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage collector's
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

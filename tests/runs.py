@@ -27,18 +27,15 @@ class Run:
     frozen: dict[str, jax.Array] | None = None
 
     def step(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
+        return self.learn(arrays, accumulate=accumulate)[0]
+
+    def learn(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
+        """A step's metrics, and its gradient: of the mean loss of a batch, at the parameters before. One program for both."""
         with jax.set_mesh(self.trainer.stacked.layout.mesh):
             if not hasattr(self, "_step"):
-                self._step = jax.jit(self.trainer.step, donate_argnums=0)
-            self.state, metrics = self._step(self.state, self.batch(arrays, accumulate=accumulate), self.frozen)
-        return metrics
-
-    def gradients(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1):
-        """Of the mean loss of a batch, at the parameters of now."""
-        with jax.set_mesh(self.trainer.stacked.layout.mesh):
-            batch = self.batch(arrays, accumulate=accumulate)
-            inside = jax.jit(lambda *args: self.trainer._gradients(*args)[0])
-            return self.trainer.in_order(inside(self.state.params, self.frozen or {}, batch, batch.weights.sum()))
+                self._step = jax.jit(self.trainer.step_and_gradients, donate_argnums=0)
+            self.state, metrics, grads = self._step(self.state, self.batch(arrays, accumulate=accumulate), self.frozen)
+        return metrics, grads
 
     def batch(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1) -> Batch:
         """[B, T] arrays as [A, B/A, T] on the mesh."""

@@ -1,4 +1,11 @@
-"""A trainer from shapes alone, for the tests that read what its step does."""
+"""Models and trainers from shapes alone, for the tests that read what their programs do.
+
+Generation's programs grow with their layers, all of which do the same: a few are compiled. WHOLE_MODELS=1 compiles all, for
+the figures of BENCHMARKS.md and docs/planner.md.
+"""
+
+import dataclasses
+import os
 
 from jaxtp import Llama, Rules
 from jaxtp.audit import compile_step as compiled
@@ -9,7 +16,12 @@ from jaxtp.train.lora import Adapters
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
 
-__all__ = ["compiled", "trainer"]
+__all__ = ["compiled", "shallow", "trainer"]
+
+
+def shallow(config, layers):
+    """The model with so many layers."""
+    return config if os.environ.get("WHOLE_MODELS") else dataclasses.replace(config, num_layers=layers, windows=())
 
 
 def trainer(config, mesh, *, dtype="bfloat16", sequence_parallel=False, lora=None, schedule="1f1b", chunks=1, **settings):

@@ -6,6 +6,7 @@ B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.checkpoint import adapters, hf
-from jaxtp.checkpoint.names import Part, made_of
+from jaxtp.checkpoint.names import parts
 from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
@@ -148,9 +149,9 @@ class Llama(nnx.Module):
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
-            each, tensors = made_of(config, path, weight)
-            here = [keys[name or path] for name in layers_of(path, weight)]  # any key where no layer stands
-            drawn = _random(here, each, tensors, weight.get_value(), "norm" in path)
+            here = layers_of(path, weight)
+            stacked = bool(weight.get_metadata()["stack"])
+            drawn = _random([keys[name or path] for name in here], config, here, weight.get_value(), stacked=stacked)
             weight.set_value(model.kept(path, drawn))
         return model
 
@@ -297,37 +298,51 @@ def _compiled(
 
 
 def _random(
-    keys: list[jax.Array], each: tuple[int, ...], tensors: list[tuple[Part, ...]], abstract: jax.ShapeDtypeStruct, norm: bool
+    keys: list[jax.Array], config: ModelConfig, names: list[str | None], abstract: jax.ShapeDtypeStruct, *, stacked: bool
 ) -> jax.Array:
     """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
-    is laid out. keys, each, tensors: for each row its key, all their shape, and what `names.made_of` says.
+    is laid out. keys, names: of each row (None and any key: no layer stands there).
     """
-    made_of: tuple[Part, ...] = next((parts for parts in tensors if parts), ())  # none: a place that is empty everywhere
+    name, sharding = next(filter(None, names), None), abstract.sharding
+    generic = name and re.sub(r"\.\d+\.", ".0.", name, count=1)  # layers share a program
+    draw = _drawing(config, generic, abstract.shape[stacked:], abstract.dtype, sharding, stacked)
+    if not stacked:
+        return draw(keys[0])
+    with jax.set_mesh(sharding.mesh):
+        return draw(np.stack([jax.random.key_data(key) for key in keys]), np.array([bool(name) for name in names]))
+
+
+@functools.lru_cache(64)
+def _drawing(
+    config: ModelConfig, name: str | None, each: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, stacked: bool
+) -> Callable[..., jax.Array]:
+    """The program that draws a weight of shape `each` from its key, or a stack of them from [rows, 2] keys and which are there.
+
+    name: the weight, of any layer; None for a place that is empty on every rank.
+    """
+    norm, made_of = "norm" in (name or ""), parts(config, name, each) if name else ()
 
     def one(key: jax.Array) -> jax.Array:
-        out = jnp.zeros(each, abstract.dtype)
+        out = jnp.zeros(each, dtype)
         for i, part in enumerate(made_of):
             shape = part.shape(each)
             if norm or len(shape) == 1:
-                tensor = jnp.full(shape, float(norm), abstract.dtype)
+                tensor = jnp.full(shape, float(norm), dtype)
             else:
-                tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(abstract.dtype)
+                tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(dtype)
             out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)
         return out
+
+    if not stacked:
+        return jax.jit(one, out_shardings=sharding)
 
     def stack(keys: jax.Array, there: jax.Array) -> jax.Array:
         drawn = jax.vmap(lambda key: one(jax.random.wrap_key_data(key)))(keys)
         return jnp.where(there.reshape(-1, *[1] * len(each)), drawn, jnp.zeros((), drawn.dtype))
 
-    sharding: Any = abstract.sharding
-    if len(each) == abstract.ndim:
-        return jax.jit(one, out_shardings=sharding)(keys[0])
     over = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-    there = np.array([bool(parts) for parts in tensors])
-    draw = jax.sharding.auto_axes(stack, out_sharding=sharding)
-    with jax.set_mesh(sharding.mesh):  # each rank draws its own
-        own = jax.jit(lambda keys, there: draw(jax.sharding.reshard(keys, over), jax.sharding.reshard(there, over)))
-        return own(np.stack([jax.random.key_data(key) for key in keys]), there)
+    draw = jax.sharding.auto_axes(stack, out_sharding=sharding)  # each rank draws its own
+    return jax.jit(lambda keys, there: draw(jax.sharding.reshard(keys, over), jax.sharding.reshard(there, over)))
 
 
 def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:

@@ -186,10 +186,14 @@ class Trainer:
 
     def step(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics]:
         """One update from `batch`, whose arrays are [A, B, T]: A microbatches. The state is meant to be donated."""
+        return self.step_and_gradients(state, batch, frozen)[:2]
+
+    def step_and_gradients(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics, Params]:
+        """The same, and the gradient that was taken, before it was clipped: laid out as `rest`."""
         counted = batch.weights.sum()
         grads, (loss, nats) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         state, norm, finite = self._applied(grads, state, loss)
-        return state, Metrics(loss, nats, norm, counted, finite)
+        return state, Metrics(loss, nats, norm, counted, finite), grads
 
     @jax.named_scope("optimizer")  # what a profile tells apart
     def _applied(self, grads: Params, state: State, loss: jax.Array) -> tuple[State, jax.Array, jax.Array]:

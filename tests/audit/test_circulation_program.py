@@ -1,10 +1,10 @@
 """What generation over stages does, read from the compiled programs: on CPUs, and compiled for H200s."""
 
-import dataclasses
 import functools
 
 import pytest
 import tiny
+from steps import shallow
 
 from jaxtp import Llama, Rules, make_mesh, preset
 from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh, hlo
@@ -24,9 +24,17 @@ def model(config, mesh, *, sequence_parallel=False, dtype="float32") -> Llama:
     return Llama(config, mesh=mesh, dtype=dtype, **layout)
 
 
-def step_flops(config, mesh, batch):
+@functools.cache
+def on_cpus(batch, *, pp=1, tp=1):
+    """The model, its decode step and what it does."""
+    made = model(tiny.config(num_layers=8), make_mesh(pp=pp, tp=tp))
+    compiled = compile_decode(made, batch=batch, slots=128)
+    return made, compiled, audit(compiled, made.layout.mesh)
+
+
+def step_flops(batch, **mesh):
     """Of the matrix products of a decode step on each device."""
-    found = hlo.computations(compile_decode(model(config, mesh), batch=batch, slots=128).as_text())
+    found = hlo.computations(on_cpus(batch, **mesh)[1].as_text())
     assert sum(i.opcode == "while" for i in found["ENTRY"]) == 1  # whose trips the compiler does not know
     return hlo.flops(found)
 
@@ -34,17 +42,14 @@ def step_flops(config, mesh, batch):
 @pytest.mark.parametrize(("pp", "tp"), [(2, 1), (4, 1), (2, 2)])
 def test_no_stage_idles_in_a_step(pp, tp):
     """As many groups as stages: what all devices compute in a step is what one would, and no more."""
-    config = tiny.config(num_layers=8)
-    alone = step_flops(config, make_mesh(), 8)
-    assert step_flops(config, make_mesh(pp=pp, tp=tp), 8) * pp * tp == pytest.approx(alone, rel=1e-6)
-    # a single row takes as many ticks, each of a row
-    assert step_flops(config, make_mesh(pp=pp), 1) == pytest.approx(step_flops(config, make_mesh(), 1), rel=0.15)
+    assert step_flops(8, pp=pp, tp=tp) * pp * tp == pytest.approx(step_flops(8), rel=1e-6)
+    if tp == 1:  # a single row takes as many ticks, each of a row
+        assert step_flops(1, pp=pp) == pytest.approx(step_flops(1), rel=0.15)
 
 
 def test_the_cache_and_the_blocks_lie_with_their_stage():
-    config = tiny.config(num_layers=8)
-    one, four = (model(config, make_mesh(pp=pp)) for pp in (1, 4))
-    for report in (audit(compile_decode(m, batch=8, slots=128), m.layout.mesh) for m in (one, four)):
+    (one, _, first), (four, _, second) = on_cpus(8), on_cpus(8, pp=4)
+    for report in (first, second):
         assert not any(c.kind == "all-gather" and c.bytes > 4096 for c in report.collectives)
     held = [
         sum(
@@ -94,32 +99,33 @@ def check_decode(config, mesh, batch):
 
 @pytest.mark.parametrize("batch", [2, 8, 64])
 def test_decode(batch):
-    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=8, windows=())
-    check_decode(config, gpus(2, 4), batch)
+    check_decode(shallow(preset("llama-3.1-8b"), 4), gpus(2, 4), batch)
 
 
 @pytest.mark.slow
 def test_decode_of_llama_70b_at_tp_4_and_pp_2():
-    config = preset("llama-3.1-70b")
+    config = shallow(preset("llama-3.1-70b"), 8)
     report = check_decode(config, gpus(2, 4), 8)
-    weights = 2 * (80 * (8192 * (64 + 16) * 128 + 64 * 128 * 8192 + 3 * 8192 * 28672) + 2 * 128256 * 8192)
-    cache = 8 * 80 * 2 * 8 * 4096 * 128 * 2
+    layers = config.num_layers
+    weights = 2 * (layers * (8192 * (64 + 16) * 128 + 64 * 128 * 8192 + 3 * 8192 * 28672) + 2 * 128256 * 8192)
+    cache = 8 * layers * 2 * 8 * 4096 * 128 * 2
     assert report.argument_bytes == pytest.approx((weights + cache) / 8, rel=0.01)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_prefill(sequence_parallel):
-    config, mesh = dataclasses.replace(preset("llama-3.1-8b"), num_layers=8, windows=()), gpus(2, 4)
+    config, mesh = shallow(preset("llama-3.1-8b"), 4), gpus(2, 4)
+    layers = config.num_layers
     llama = model(config, mesh, sequence_parallel=sequence_parallel, dtype="bfloat16")
     report = audit(compile_prefill(llama, batch=4, tokens=2048), mesh)
-    assert report.calls["__cudnn$fmhaSoftmax"] == 8
+    assert report.calls["__cudnn$fmhaSoftmax"] == layers
     stream = 2 * 2048 * config.hidden_size * 2
     sent = {c.axes: 0 for c in report.collectives}
     for c in report.collectives:
         sent[c.axes] += c.traffic
     # a layer's two sums, and from stage to stage what each device has of the stream, for two groups
     entering = 2 * stream * 3 // 4 if sequence_parallel else 0  # the embeddings, scattered over tokens
-    assert sent["tp",] == 2 * 8 * (2 * stream * 3 // 4) + entering
+    assert sent["tp",] == 2 * layers * (2 * stream * 3 // 4) + entering
     assert report.count("collective-permute") == 2
     assert {c.bytes for c in report.collectives if c.kind == "collective-permute"} == {
         stream // (4 if sequence_parallel else 1)

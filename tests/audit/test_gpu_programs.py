@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import pytest
+from steps import shallow
 
 from jaxtp import Llama, Rules, preset
 from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh
@@ -15,6 +16,7 @@ pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is n
 
 SLOTS = 4096
 KERNELS_PER_LAYER = 24  # the budget; at one row XLA makes more of them than at many
+OTHER_KERNELS = 25  # the embedding's, the head's and the sampler's
 MIB = 2**20
 
 
@@ -26,7 +28,7 @@ def mesh(tp: int):
 def model(name: str, tp: int, *, sequence_parallel: bool = False, layers: int | None = None) -> Llama:
     config = preset(name)
     if layers:
-        config = dataclasses.replace(config, num_layers=layers, windows=())
+        config = shallow(config, layers)
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
     return Llama(config, mesh=mesh(tp), rules=rules, dtype="bfloat16")
 
@@ -38,13 +40,14 @@ def smallest_shard(config, tp: int, batch: int) -> int:
     return min(kernel, cache)
 
 
-CASES = [("llama-3.1-8b", tp, batch) for tp in (1, 2, 4, 8) for batch in (1, 8, 64)] + [("llama-3.1-70b", 8, 8)]
+CASES = [("llama-3.1-8b", tp, batch, 4) for tp in (1, 2, 4, 8) for batch in (1, 8, 64)] + [("llama-3.1-70b", 8, 8, None)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tp", "batch"), CASES)
-def test_decode(name, tp, batch):
-    llama = model(name, tp)
+@pytest.mark.parametrize(("name", "tp", "batch", "layers"), CASES)
+def test_decode(name, tp, batch, layers):
+    """The last of them whole."""
+    llama = model(name, tp, layers=layers)
     config = llama.config
     report = audit(compile_decode(llama, batch=batch, slots=SLOTS), mesh(tp))
 
@@ -62,7 +65,7 @@ def test_decode(name, tp, batch):
     assert report.aliased_bytes >= cache
     assert report.copies(smallest_shard(config, tp, batch)) == []
     assert report.temp_bytes <= 2 * MIB + batch * 1 * MIB
-    assert report.kernels[1] / config.num_layers <= KERNELS_PER_LAYER + 1  # the embedding, head and sampling: under 1 a layer
+    assert report.kernels[1] <= KERNELS_PER_LAYER * config.num_layers + OTHER_KERNELS
 
 
 @pytest.mark.slow
@@ -70,7 +73,7 @@ def test_decode(name, tp, batch):
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_prefill(tp, sequence_parallel):
     tokens = 2048
-    llama = model("llama-3.1-8b", tp, sequence_parallel=sequence_parallel)
+    llama = model("llama-3.1-8b", tp, sequence_parallel=sequence_parallel, layers=4)
     layers = llama.config.num_layers
     report = audit(compile_prefill(llama, batch=1, tokens=tokens), mesh(tp))
     residual = tokens * llama.config.hidden_size * 2

@@ -1,6 +1,5 @@
 """The training step compiled for H200s: what ZeRO holds and communicates, at the width of Llama-3.1-8B."""
 
-import dataclasses
 import functools
 import math
 from collections import Counter
@@ -16,7 +15,7 @@ from jaxtp.train.lora import Lora
 pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
 
 pytestmark = pytest.mark.slow
-DP, TP, LAYERS, ROWS, TOKENS = 4, 2, 3, 8, 1024
+DP, TP, LAYERS, ROWS, TOKENS = 4, 2, 32, 8, 4096
 LOOPED = "layers.*."
 
 
@@ -28,13 +27,16 @@ def compiled(
     accumulate: int = 1,
     sequence_parallel: bool = False,
     lora: Lora | None = None,
-    layers: int = LAYERS,
-    tokens: int = TOKENS,
 ):
+    """Each program is compiled once and read by several tests; nearly all of them are those of the table of peaks."""
     mesh = gpu_mesh("H200", dp=DP, tp=TP)
-    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=layers, windows=())
-    trainer = steps.trainer(config, mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat)
-    return audit(steps.compiled(trainer, rows=ROWS, tokens=tokens, accumulate=accumulate), mesh), trainer
+    trainer = steps.trainer(
+        preset("llama-3.1-8b"), mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat
+    )
+    return audit(steps.compiled(trainer, rows=ROWS, tokens=TOKENS, accumulate=accumulate), mesh), trainer
+
+
+TWICE = {"remat": "save-dots", "sequence_parallel": True, "accumulate": 2}
 
 
 def params(trainer, *, looped=None):
@@ -55,11 +57,12 @@ def moved(report, kind, axis, dtype, *, loops=None):
     )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_what_each_device_holds(zero):
-    report, trainer = compiled(zero)
+@pytest.mark.parametrize(("zero", "options"), [(0, {}), (1, {"remat": "none"}), (2, TWICE), (3, {})])
+def test_what_each_device_holds(zero, options):
+    report, trainer = compiled(zero, **options)
     held = 3 * 4 * params(trainer) / (DP if zero else 1)  # parameters and two moments, in float32
-    batch = 4 * ROWS // DP * TOKENS * 4
+    arrays = 4 * options.get("accumulate", 1)
+    batch = arrays * ROWS // DP * TOKENS * 4
     assert report.argument_bytes == pytest.approx(held + batch, rel=1e-3)
     assert report.aliased_bytes == pytest.approx(held, rel=1e-3)
 
@@ -71,7 +74,7 @@ def test_zero_0_all_reduces_the_gradients():
 
 
 def test_zero_1_scatters_gradients_and_gathers_weights_once():
-    report, trainer = compiled(1)
+    report, trainer = compiled(1, remat="none")
     assert moved(report, "reduce-scatter", "dp", "f32", loops=0) == pytest.approx(4 * params(trainer), rel=1e-6)
     assert moved(report, "all-gather", "dp", "bf16", loops=0) == pytest.approx(2 * params(trainer), rel=1e-6)
     assert report.count("reduce-scatter", axis="dp", loops=1) == report.count("all-gather", axis="dp", loops=1) == 0
@@ -79,13 +82,13 @@ def test_zero_1_scatters_gradients_and_gathers_weights_once():
 
 
 def test_zero_1_communicates_once_for_all_microbatches():
-    report, trainer = compiled(1, accumulate=2)
+    report, trainer = compiled(1, **TWICE)
     assert moved(report, "reduce-scatter", "dp", "f32", loops=0) == pytest.approx(4 * params(trainer), rel=1e-6)
     assert not any("dp" in c.axes and c.loops and c.bytes > 64 for c in report.collectives)
 
 
 def test_zero_2_scatters_the_gradients_of_each_microbatch():
-    report, trainer = compiled(2, accumulate=2)
+    report, trainer = compiled(2, **TWICE)
     scattered = [c for c in report.collectives if c.kind == "reduce-scatter" and c.axes == ("dp",)]
     assert {c.loops for c in scattered} == {1}  # in the loop over microbatches
     assert sum(c.bytes for c in scattered) == pytest.approx(4 * params(trainer), rel=1e-6)
@@ -110,7 +113,7 @@ def test_tensor_parallelism_all_reduces_twice_a_layer_each_way():
 
 
 def test_sequence_parallelism_scatters_and_gathers_instead():
-    report, _ = compiled(3, sequence_parallel=True)
+    report, _ = compiled(3, sequence_parallel=True, remat="save-attention")
     stream = ROWS // DP * TOKENS * 4096 * 2
     assert not any(c.kind == "all-reduce" and c.axes == ("tp",) and c.bytes >= stream for c in report.collectives)
     assert report.count("reduce-scatter", axis="tp", loops=1) >= 4
@@ -151,7 +154,7 @@ PEAKS += [(2, "save-dots", True, 2), (3, "save-attention", True, 1), (3, "full",
 def test_the_peak_is_that_of_the_formula(zero, remat, sequence_parallel, accumulate):
     """All of Llama-3.1-8B, 4096 tokens a row; with `pytest -s`, the table of BENCHMARKS.md."""
     settings = {"remat": remat, "sequence_parallel": sequence_parallel, "accumulate": accumulate}
-    report, trainer = compiled(zero, **settings, layers=32, tokens=4096)
+    report, trainer = compiled(zero, **settings)
     peak = report.argument_bytes + report.temp_bytes + report.output_bytes - report.aliased_bytes
     split = Split(dp=DP, tp=TP, zero=zero, remat=remat, sequence_parallel=sequence_parallel, microbatches=accumulate)
     found = memory.training(trainer.stacked.config, split, Training(ROWS * accumulate, 4096))
@@ -168,7 +171,7 @@ def test_attention_goes_through_cudnn_both_ways():
 
 
 def test_full_logits_never_exist():
-    report, trainer = compiled(1)
+    report, trainer = compiled(1, remat="none")
     logits = ROWS // DP * TOKENS * trainer.stacked.config.vocab_size // TP * 4
     assert max(write.bytes for write in report.writes if write.opcode != "while") < max(
         logits, 4 * params(trainer, looped=False)

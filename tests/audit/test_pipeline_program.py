@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import pytest
@@ -16,11 +15,11 @@ SHAPES = [("1f1b", 1), ("gpipe", 1), ("interleaved_1f1b", 2)]
 
 
 @functools.cache
-def on_cpus(schedule, chunks, micros, *, pp=4, tp=1, rows=2, remat="none"):
+def on_cpus(schedule, chunks, micros, *, tp=1, remat="none"):
     config = tiny.config(num_layers=8)
-    mesh = make_mesh(pp=pp, tp=tp)
+    mesh = make_mesh(pp=4, tp=tp)
     trainer = steps.trainer(config, mesh, dtype="float32", schedule=schedule, chunks=chunks, zero=1, remat=remat)
-    return steps.compiled(trainer, rows=rows, tokens=64, accumulate=micros), mesh
+    return steps.compiled(trainer, rows=3, tokens=64, accumulate=micros), mesh
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
@@ -44,7 +43,7 @@ def test_a_step_takes_the_ticks_of_the_formula(schedule, chunks):
 @functools.cache
 def unpipelined(layers):
     trainer = steps.trainer(tiny.config(num_layers=layers), make_mesh(), dtype="float32")
-    return steps.compiled(trainer, rows=2, tokens=64)
+    return steps.compiled(trainer, rows=3, tokens=64)
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
@@ -61,7 +60,7 @@ def test_only_permutes_go_from_stage_to_stage(schedule, chunks):
 @pytest.mark.parametrize("micros", [4, 8, 24])
 @pytest.mark.parametrize(("schedule", "chunks"), SHAPES)
 def test_inputs_are_kept_for_as_many_microbatches_as_the_schedule_says(schedule, chunks, micros):
-    program, _ = on_cpus(schedule, chunks, micros, rows=3)
+    program, _ = on_cpus(schedule, chunks, micros)
     loop = next(i for i in hlo.computations(program.as_text())["ENTRY"] if i.opcode == "while")
     # [d, P, S, b, T, D]
     kept = {shape[2] for _, shape in hlo.shapes(loop.shape) if len(shape) == 6 and shape[-3:] == (3, 64, 64)}
@@ -110,12 +109,12 @@ def test_1f1b_takes_no_more_memory_with_more_microbatches():
     def temp(schedule, micros):
         return on_gpus(schedule=schedule, micros=micros, rows=4, tokens=4096)[0].temp_bytes
 
-    flat = [temp("1f1b", micros) for micros in (8, 16, 32)]
+    flat = [temp("1f1b", micros) for micros in (8, 32)]
     assert max(flat) - min(flat) < SMALL
-    grows = [temp("gpipe", micros) for micros in (8, 16, 32)]
+    grows = [temp("gpipe", micros) for micros in (8, 32)]
     one = 4 * 4096 * 4096 * 2 // 2  # an input that a rank keeps
-    assert [b - a for a, b in itertools.pairwise(grows)] == pytest.approx([8 * one, 16 * one], abs=SMALL)
-    assert all(a < b for a, b in zip(flat[1:], grows[1:], strict=True))
+    assert grows[1] - grows[0] == pytest.approx(24 * one, abs=SMALL)
+    assert flat[1] < grows[1]
 
 
 @pytest.mark.slow
