@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtp.checks import INT32, flags, number, seed, whole
+from jaxtp import checks
 from jaxtp.config import ModelConfig
 from jaxtp.generate.params import SamplingParams
 from jaxtp.model import Llama
@@ -21,7 +21,7 @@ def check_engine(
     gpu_memory_utilization: Any,
     load_format: Any,
     hf_overrides: Any,
-    seed_: Any,
+    seed: Any,
     switches: Mapping[str, Any],
 ) -> None:
     """Raises TypeError for arguments of another type than they must be and ValueError for those out of bounds, by name."""
@@ -30,28 +30,28 @@ def check_engine(
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ValueError(f'load_format={load_format!r} must be "auto", "safetensors" or "dummy"')
     for name, value in counts.items():
-        whole(name, value, least=1, most=INT32)
+        checks.whole(name, value, least=1, most=checks.INT32)
     for size in () if layers_per_stage is None else _listed("layers_per_stage", layers_per_stage):
-        whole("layers_per_stage", size, least=1)
+        checks.whole("layers_per_stage", size, least=1)
     if max_model_len is not None:
-        whole("max_model_len", max_model_len, least=1)
-    if not number(gpu_memory_utilization):
+        checks.whole("max_model_len", max_model_len, least=1)
+    if not checks.number(gpu_memory_utilization):
         raise TypeError(f"gpu_memory_utilization={gpu_memory_utilization!r} must be a number")
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
     if hf_overrides is not None and not isinstance(hf_overrides, Mapping):
         raise TypeError(f"hf_overrides={hf_overrides!r} must be a dict of keys of config.json")
-    seed("seed", seed_)
-    flags(**switches)
+    checks.seed("seed", seed)
+    checks.flags(**switches)
 
 
 def check_request(params: SamplingParams, config: ModelConfig, max_model_len: int) -> None:
     """Raises ValueError for what a model of that vocabulary and context cannot give."""
     size, bound = config.vocab_size, "the size of the vocabulary"
     if params.logprobs is not None:
-        whole("logprobs", params.logprobs, least=0, most=size, bound=bound)
-    whole("top_k", params.top_k, least=-1, most=size, bound=bound)
-    whole("min_tokens", params.min_tokens, least=0, most=max_model_len, bound="max_model_len")
+        checks.whole("logprobs", params.logprobs, least=0, most=size, bound=bound)
+    checks.whole("top_k", params.top_k, least=-1, most=size, bound=bound)
+    checks.whole("min_tokens", params.min_tokens, least=0, most=max_model_len, bound="max_model_len")
     for name, ids in (("logit_bias", list(params.logit_bias)), ("stop_token_ids", params.stop_token_ids)):
         check_ids(name, ids, size)
 

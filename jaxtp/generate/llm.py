@@ -97,7 +97,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             load_format=load_format,
             hf_overrides=hf_overrides,
-            seed_=seed,
+            seed=seed,
             switches={"sequence_parallel": sequence_parallel, "tp_across_nodes": tp_across_nodes, "progress": progress},
         )
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)

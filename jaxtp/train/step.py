@@ -33,6 +33,7 @@ from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
 from jaxtp.sharding import reshard
+from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
 
@@ -198,7 +199,8 @@ class Trainer:
     @jax.named_scope("optimizer")  # what a profile tells apart
     def _applied(self, grads: Params, state: State, loss: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """The next state, the gradient's norm, and whether both it and the loss are finite: else nothing changes."""
-        norm = jnp.sqrt(sum(self._square(path, g) for path, g in grads.items()))
+        copies = self.stacked.kv_copies
+        norm = jnp.sqrt(sum(square(g, self.specs[path].kv, copies) for path, g in grads.items()))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if self.clip_norm:
             scale = jnp.minimum(1.0, self.clip_norm / (norm + 1e-6))
@@ -253,12 +255,12 @@ class Trainer:
         self, params: Params, frozen: Params, batch: Batch, counted: jax.Array
     ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
         """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
-        weights = params if self.zero == 3 else self._ready(params)
+        weights, copies = params if self.zero == 3 else self._ready(params), self.stacked.kv_copies
         if self.pipeline:
             tables, stacks, (total, nats) = self.pipeline.gradients(
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
-            return self._tie(self._settle({**tables, **stacks})), (total, nats)
+            return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats)
 
         def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
             def mean(weights: Params) -> tuple[jax.Array, jax.Array]:
@@ -280,7 +282,7 @@ class Trainer:
                 return jax.tree.map(jnp.add, total, one(micro)), None
 
             (grads, sums), _ = jax.lax.scan(body, start, batch)
-        return self._tie(self._settle(grads)), sums
+        return tie(self._settle(grads), self.specs, copies), sums
 
     def _loss(self, weights: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # the tables here, the blocks' weights inside the loop; nothing happens to those that are ready (ZeRO 0 to 2)
@@ -359,32 +361,6 @@ class Trainer:
 
         layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (state.params, state.opt))
         return jax.sharding.auto_axes(update, out_sharding=layouts)(grads, state.opt, state.params)
-
-    # -- KV heads that stand several times, where tp exceeds them ------------------------------------------------------
-
-    def _tie(self, grads: Params) -> Params:
-        """Copies of a KV head get the sum of their gradients, and so stay equal."""
-        copies = self.stacked.kv_copies
-        if copies == 1:
-            return grads
-
-        def tied(g: jax.Array, kv: int) -> jax.Array:  # [L, K, G+2, ...]
-            groups = g.reshape(g.shape[0], -1, copies, *g.shape[2:])
-            total = jnp.broadcast_to(groups.sum(axis=2, keepdims=True), groups.shape).reshape(g.shape)
-            return jnp.concatenate([g[:, :, :-kv], total[:, :, -kv:]], axis=2)
-
-        def one(g: jax.Array, kv: int) -> jax.Array:
-            inside = functools.partial(tied, kv=kv)
-            return jax.sharding.auto_axes(inside, out_sharding=jax.typeof(g).sharding)(g) if kv else g
-
-        return {path: one(g, self.specs[path].kv) for path, g in grads.items()}
-
-    def _square(self, path: str, g: jax.Array) -> jax.Array:
-        """The sum of squares of a gradient, copies counted once."""
-        kv, copies = self.specs[path].kv, self.stacked.kv_copies
-        if copies == 1 or not kv:
-            return jnp.sum(g * g)
-        return jnp.sum(g[:, :, :-kv] ** 2) + jnp.sum(g[:, :, -kv:] ** 2) / copies
 
 
 def _split(params: Params) -> tuple[Params, Params]:

