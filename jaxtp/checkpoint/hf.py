@@ -28,7 +28,10 @@ from jaxtp.log import console, interactive
 from jaxtp.sharding import fetch, variables
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tiktoken.model"),
+    *("chat_template*", "additional_chat_templates/*.jinja"),
+)
 DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -208,7 +211,9 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
         return
     for pattern in (*TOKENIZER_FILES, generation.name):
         for path in source.glob(pattern):
-            shutil.copy(path, folder / path.name)
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
 
 
 def _files(folder: Path) -> list[Path]:
