@@ -28,7 +28,10 @@ from jaxtp.files import local
 from jaxtp.log import console, interactive, logger
 from jaxtp.sharding import fetch, variables
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tiktoken.model"),
+    *("chat_template*", "additional_chat_templates/*.jinja"),
+)
 DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
 _ROWS = 8192  # of a table, compared at a time
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -242,8 +245,10 @@ def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files of a folder into another; not their permissions, which may be a reader's alone."""
     for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+        for path in filter(Path.is_file, source.glob(pattern)):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from jaxtp.files import parsed, read_object, read_text
+from jaxtp.files import read_object, read_text
 from jaxtp.text.rebuild import REBUILT, Rebuilt
 
 EXTRA = "sentencepiece"  # of jaxtp: what folders without tokenizer.json take
@@ -32,29 +32,40 @@ class Loaded:
 
 def load(folder: Path) -> Loaded:
     """Reads tokenizer.json and what says more of it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, the
-    chat templates. Raises ValueError where a file is none, and where a folder without tokenizer.json cannot be read.
+    chat templates. Raises ValueError where a file is none, and where a folder without tokenizer.json cannot be read;
+    FileNotFoundError where there is no tokenizer.
     """
     settings = _optional(folder / "tokenizer_config.json")
     templates = _templates(folder, settings)
     path = folder / "tokenizer.json"
     if not path.exists():
         return _by_transformers(folder, templates)
-    content = read_text(path)
+    content, ids = read_text(path), {}
     kind = _rebuilt(settings, _optional(folder / "config.json"), content)
+    if "added_tokens_decoder" not in settings:  # before transformers 4.34
+        settings = settings | _optional(folder / "special_tokens_map.json")
+        ids = _optional(folder / "added_tokens.json")
     try:
-        if kind is None:
-            backend = tokenizers.Tokenizer.from_str(content)
-            own = backend.get_added_tokens_decoder()
-        else:
-            spec = parsed(content, str(path))
-            own = {token["id"]: _added(token) for token in spec["added_tokens"]}
-            backend = tokenizers.Tokenizer.from_str(json.dumps(kind.rebuild(spec, settings)))
-    except Exception as error:  # the library raises no other
-        raise ValueError(f"{path} is no tokenizer that can be read: {_line(error)}") from None
+        return _made(content, kind, settings, ids, templates)
+    except Exception as error:  # `tokenizers` raises no other, and settings may be anything
+        raise ValueError(f"{path} is no tokenizer that can be read, or {folder} says what fits none: {_line(error)}") from None
+
+
+def _made(
+    content: str, kind: Rebuilt | None, settings: Mapping[str, Any], ids: Mapping[str, int], templates: dict[str, str]
+) -> Loaded:
+    """The tokenizer of a tokenizer.json's `content`; `ids` are those of added_tokens.json."""
+    if kind is None:
+        backend = tokenizers.Tokenizer.from_str(content)
+        own = backend.get_added_tokens_decoder()
+    else:
+        spec = json.loads(content)
+        own = {token["id"]: _added(token) for token in spec["added_tokens"]}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(kind.rebuild(spec, settings)))
     defaults = dict(kind.named) if kind else {}
     if backend.padding:
         defaults["pad_token"] = backend.padding["pad_token"]
-    named, extra, added = _special(folder, settings, own, defaults)
+    named, extra, added = _special(settings, ids, own, defaults)
     _add(backend, named, extra, added)
     if kind and kind.marks_special:
         backend.add_tokens([AddedToken(str(token), special=True) for token in (*named.values(), *extra)])
@@ -78,19 +89,15 @@ def _rebuilt(settings: Mapping[str, Any], config: Mapping[str, Any], content: st
 
 
 def _special(
-    folder: Path, settings: Mapping[str, Any], own: Mapping[int, AddedToken], defaults: Mapping[str, str]
+    settings: Mapping[str, Any], ids: Mapping[str, int], own: Mapping[int, AddedToken], defaults: Mapping[str, str]
 ) -> tuple[dict[str, str | AddedToken], list[str | AddedToken], dict[int, AddedToken]]:
     """(special tokens by role, others, all added tokens by id). `own`: the added tokens of tokenizer.json."""
     given = dict(settings)
-    if isinstance(given.get("added_tokens_decoder"), dict):
+    if "added_tokens_decoder" in given:
         added = {int(token): _added(value) for token, value in given["added_tokens_decoder"].items()}
-    else:  # before transformers 4.34
-        given |= _optional(folder / "special_tokens_map.json")
+    else:
         names = {str(_added(value)) for key, value in given.items() if key in _NAMED and value}
-        added = {
-            token: AddedToken(name, normalized=name not in names, special=name in names)
-            for name, token in _optional(folder / "added_tokens.json").items()
-        }
+        added = {token: AddedToken(n, normalized=n not in names, special=n in names) for n, token in ids.items()}
         added |= own
     extra = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
     if isinstance(extra, dict):
@@ -156,6 +163,8 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _by_transformers(folder: Path, templates: dict[str, str]) -> Loaded:
     """A tokenizer in another form (SentencePiece, tiktoken, vocab.json and merges.txt), which transformers converts."""
+    if not any(any(folder.glob(name)) for name in ("*.model", "vocab.*", "*.tiktoken", "tekken.json")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
     packages = {"transformers": "transformers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google"}
     missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
     way = f'{folder} has no tokenizer.json; other forms of a tokenizer take pip install "jaxtp[{EXTRA}]"'

@@ -1,9 +1,8 @@
 """Text that grows token by token.
 
-`tokenizers.decoders.DecodeStream` does not do. Over the completions of tests/text/test_grow.py it raises ("Invalid prefix
-encountered") where a completed character changes what was decoded before it, holds everything back from a character that never
-becomes whole, has no end at which it gives what it holds, and, with a prompt that ends inside a character, gives the
-prompt once more as part of the completion.
+`tokenizers.decoders.DecodeStream` does not do, as tests/text/test_grow.py shows: behind bytes that are no character it raises
+("Invalid prefix encountered"), it has no end at which it gives what is left of a character, and with a prompt that ends inside
+one it gives the prompt once more as part of the completion.
 """
 
 from __future__ import annotations
@@ -98,7 +97,8 @@ class GrowingText:
                 pieces.append(piece)
             if len(pieces) > _WINDOW:
                 break
-        self._context = self._characters(pieces[::-1])  # pieces that stand before what is to come
+        self._context = [_ANCHOR] * (len(pieces) > _WINDOW)  # pieces that stand before what is to come
+        self._context += self._characters(pieces[::-1])
         self._shorten()
         unfinished = len(self._utf8.getstate()[0])
         self._owed = min(unfinished, 1) if self._utf8.errors == _ONCE else unfinished
@@ -120,10 +120,10 @@ class GrowingText:
         return new
 
     def _shorten(self) -> None:
-        """Keeps the context short. What a decoder does at the beginning of a text it has done within the window."""
+        """Keeps the context short. What a decoder does at the beginning of a text it has done once there is any text."""
         if self._spelling.plain:
             self._context = []
-        elif len(self._context) > _WINDOW:
+        elif len(self._context) > _WINDOW and (self._context[0] == _ANCHOR or self._spelling.joined(self._context)):
             self._context = [_ANCHOR, *self._context[1 - _WINDOW :]]
 
     def _characters(self, pieces: Sequence[str | bytes], *, last: bool = False) -> list[str]:

@@ -165,7 +165,10 @@ def test_save_replaces_what_was_there(folder, tmp_path):
 
 def test_tokenizer_files_go_along(tmp_path):
     folder = tiny.checkpoint(tmp_path / "with")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     load(folder, tp=2).save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 

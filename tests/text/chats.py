@@ -256,7 +256,7 @@ PHI = """{% for message in messages %}
 ' }}{% else %}{{ eos_token }}{% endif %}"""
 
 CHATML = """{% for message in messages %}
-  {%- if loop.index0 > 40 %}{% break %}{% endif %}
+    {% if loop.index0 > 40 %}{% break %}{% endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {%- endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

@@ -70,7 +70,7 @@ def test_the_class_that_a_folder_declares(tmp_path, kind, declared, model_type):
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
         backend.normalizer = normalizers.NFKC()
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     backend.enable_truncation(7)
     backend.enable_padding(length=20, pad_token="</s>", pad_id=2)
     settings = {"tokenizer_class": declared, "add_bos_token": True, "add_eos_token": True}
@@ -91,9 +91,9 @@ def test_the_class_that_a_folder_declares(tmp_path, kind, declared, model_type):
         {"bos_token": typed("<s>", lstrip=True), "pad_token": "<pad>", "mask_token": typed("<mask>")},
     ],
 )
-@pytest.mark.parametrize("declared", ["LlamaTokenizer", "GPT2Tokenizer", "TokenizersBackend"])
+@pytest.mark.parametrize("declared", ["LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "TokenizersBackend"])
 def test_settings_of_a_class(tmp_path, declared, settings):
-    kind = "byte level" if declared == "GPT2Tokenizer" else "llama 2"
+    kind = "byte level" if declared in ("GPT2Tokenizer", "Qwen2Tokenizer") else "llama 2"
     same(spellings.save(spellings.KINDS[kind](), tmp_path, tokenizer_class=declared, **settings))
 
 
@@ -113,6 +113,8 @@ def test_settings_of_a_class(tmp_path, declared, settings):
             },
             "additional_special_tokens": ["<tool>"],
         },
+        {"added_tokens_decoder": {"2": added("</s>", special=False), "3": added("<|end|>", special=False)}},
+        {"added_tokens_decoder": {"420": added("<tool>", special=False)}, "eos_token": "<tool>"},
         {"split_special_tokens": True},
         {"clean_up_tokenization_spaces": True},
     ],
@@ -155,6 +157,7 @@ def test_half_a_character_is_refused(text):
         ("tokenizer.json", '{"model": 7}', "tokenizer.json is no tokenizer that can be read"),
         ("tokenizer.json", "{", "tokenizer.json is no tokenizer that can be read"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json holds no JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "is no tokenizer that can be read, or "),
         ("special_tokens_map.json", "{", "special_tokens_map.json is not valid JSON"),
         ("chat_template.jinja", b"\xff\xfe\0", "chat_template.jinja is UTF-16"),
     ],
@@ -202,6 +205,9 @@ def test_a_folder_without_tokenizer_json(tmp_path, monkeypatch):
 
 def test_a_folder_without_anything(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=str(tmp_path)) as raised:
         Tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
