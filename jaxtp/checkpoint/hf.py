@@ -182,7 +182,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
     def flush() -> None:
         if writes and shards[-1]:
             written.append(folder / f"shard-{len(written)}.partial")
-            _write(written[-1], shards[-1])
+            write_tensors(written[-1], shards[-1])
         names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
         shards[-1] = {}
 
@@ -206,7 +206,7 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
         _copy_beside(folder, config, source)
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file, with the permissions that any new file gets here; safetensors' own are for the owner's eyes alone."""
     path.touch()
     mode = path.stat().st_mode
