@@ -165,11 +165,15 @@ def _by_transformers(folder: Path, templates: dict[str, str]) -> Loaded:
     """A tokenizer in another form (SentencePiece, tiktoken, vocab.json and merges.txt), which transformers converts."""
     if not any(any(folder.glob(name)) for name in ("*.model", "vocab.*", "*.tiktoken", "tekken.json")):
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
-    packages = {"transformers": "transformers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google"}
-    missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
-    way = f'{folder} has no tokenizer.json; other forms of a tokenizer take pip install "jaxtp[{EXTRA}]"'
-    if "transformers" in missing:
-        raise ValueError(way)
+    packages = {"transformers": "transformers"}  # by the module that they are imported as
+    if any(folder.glob("*.model")) or any(folder.glob("*.tiktoken")):  # either may hold either kind
+        packages |= {"sentencepiece": "sentencepiece", "google": "protobuf", "tiktoken": "tiktoken"}
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f'{folder} has no tokenizer.json; other forms of a tokenizer take pip install "jaxtp[{EXTRA}]" '
+            f"(not there: {', '.join(missing)})"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
@@ -177,8 +181,7 @@ def _by_transformers(folder: Path, templates: dict[str, str]) -> Loaded:
         try:
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # of any library
-            more = f" (not installed: {', '.join(missing)})" if missing else ""
-            raise ValueError(f"{way}{more}: {_line(error)}" if missing else f"{folder}: {_line(error)}") from None
+            raise ValueError(f"{folder} holds no tokenizer that can be read: {_line(error)}") from None
     backend = getattr(found, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ValueError(f"{folder} holds a {type(found).__name__}, which has no fast form; save it as tokenizer.json first")

@@ -195,12 +195,13 @@ def test_a_folder_without_tokenizer_json(tmp_path, monkeypatch):
     ours = same(folder)
     grows = ours.growing(ours.encode("hello"))
     assert grows.add(ours.encode("hello wörld 😀")[len(ours.encode("hello")) :], last=True) == " wörld 😀"
-    found = jaxtp.text.folder.importlib.util.find_spec
-    monkeypatch.setattr(
-        jaxtp.text.folder.importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
-    )
-    with pytest.raises(ValueError, match=r'has no tokenizer.json; .* pip install "jaxtp\[sentencepiece\]"'):
-        Tokenizer(folder)
+    there = jaxtp.text.folder.importlib.util.find_spec
+    for gone in ("transformers", "sentencepiece"):
+        monkeypatch.setattr(
+            jaxtp.text.folder.importlib.util, "find_spec", lambda name, gone=gone: None if name == gone else there(name)
+        )
+        with pytest.raises(ValueError, match=rf'has no tokenizer.json; .* pip install "jaxtp\[sentencepiece\]" .*{gone}\)'):
+            Tokenizer(folder)
 
 
 def test_a_folder_without_anything(tmp_path):
