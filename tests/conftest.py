@@ -1,7 +1,7 @@
 """Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml).
 
 Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, a quarter of
-the time. XLA partitions them, lays them out and counts on them as ever. The processes that tests start (commands, notebooks)
+the time. XLA partitions them, lays them out and counts on them as ever. The commands that tests start
 compile as users' do; with JAXTP_TESTS=optimized all tests do.
 """
 
@@ -29,6 +29,12 @@ if not OPTIMIZED:
     jax.devices()  # reads them
     del os.environ["XLA_FLAGS"]
 gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage collector's
+
+# for the processes that tests start: their programs are kept like the tests' own, beside them
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(jax.config.values["jax_compilation_cache_dir"]).with_name("tests-processes")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny
+from conftest import COMPILED
 
 from jaxtp import LLM, SamplingParams
 
@@ -18,7 +19,8 @@ def folder(tmp_path_factory):
 
 def jaxtp(*arguments, stdin=""):
     """Runs the command as a user does, with no help from the test's own process."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONWARNINGS": "error::DeprecationWarning:jaxtp"}
+    environment = {**os.environ, **COMPILED, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    environment["PYTHONWARNINGS"] = "error::DeprecationWarning:jaxtp"
     return subprocess.run(
         [sys.executable, "-m", "jaxtp", *map(str, arguments)],
         input=stdin,

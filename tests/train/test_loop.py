@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import jax
+import kills
 import numpy as np
 import pytest
 import tiny
+from conftest import COMPILED
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh, xla_flags
 from jaxtp.train import Diverged, Run, export, load, train
@@ -46,6 +48,19 @@ def config(text, folder, **changes):
     return parse({**raw, "folder": str(folder)})
 
 
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A run of the twelve steps, for the tests that begin where one has ended: each has a copy."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(config(text, folder))
+    return folder
+
+
+@pytest.fixture
+def ended(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -75,11 +90,10 @@ def test_the_compilers_options_reach_the_step(text, tmp_path, monkeypatch):
     assert train(config(text, tmp_path / "without", steps=1, parallel={"xla_flags": False})).steps == 1
 
 
-def test_export_is_what_transformers_loads(text, tmp_path):
+def test_export_is_what_transformers_loads(ended, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    train(config(text, tmp_path / "run"))
-    export(tmp_path / "run", tmp_path / "hf", dtype="float32")
+    export(ended, tmp_path / "hf", dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     ids = np.arange(3, 19)[None]
     with torch.no_grad():
@@ -88,19 +102,18 @@ def test_export_is_what_transformers_loads(text, tmp_path):
     np.testing.assert_allclose(ours(ids.astype(np.int32)), expected, atol=1e-5, rtol=0)
     assert LLM(tmp_path / "hf", progress=False).generate("the quick", SamplingParams(max_tokens=4))[0].outputs[0].text
     with pytest.raises(ValueError, match=r"has no checkpoint of step 5; steps: \[8, 12\]"):
-        export(tmp_path / "run", tmp_path / "no", step=5)
+        export(ended, tmp_path / "no", step=5)
 
 
-def test_export_leaves_what_stands_in_its_folder_alone_unless_told(text, tmp_path):
-    train(config(text, tmp_path / "run"))
+def test_export_leaves_what_stands_in_its_folder_alone_unless_told(ended, tmp_path):
     folder = tiny.checkpoint(tmp_path / "precious")
     (folder / "generation_config.json").write_text('{"eos_token_id": 77}')
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(FileExistsError, match=r"precious is there and not empty; give a new folder, or --overwrite"):
-        export(tmp_path / "run", folder)
+        export(ended, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    export(tmp_path / "run", folder, overwrite=True)
-    export(tmp_path / "run", tmp_path / "new")
+    export(ended, folder, overwrite=True)
+    export(ended, tmp_path / "new")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "new" / name).read_bytes() != before[name]
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"  # what the run computed in
@@ -114,7 +127,8 @@ def test_a_run_goes_on_anywhere(text, tmp_path):
     shape = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_heads": 8}}
     alone = {"parallel": {"dp": 1}, "model": shape}
     whole = train(config(text, tmp_path / "whole", **alone)).losses
-    stopped(text, tmp_path / "first", shape)
+    shutil.copytree(tmp_path / "whole", tmp_path / "first")
+    shutil.rmtree(tmp_path / "first" / "checkpoints" / "12")
     for i, parallel in enumerate(MESHES):
         shutil.copytree(tmp_path / "first", tmp_path / f"on-{i}")
         rest = train(config(text, tmp_path / f"on-{i}", parallel=parallel, model=shape)).losses
@@ -134,18 +148,23 @@ PIPELINES = {
 
 @pytest.mark.slow
 def test_a_run_leaves_a_pipeline_and_comes_to_one(text, tmp_path):
+    """One run: each goes on from what the one before has left four steps earlier, so that all write and all read."""
     model = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 5}}
-    whole = train(config(text, tmp_path / "whole", parallel={"dp": 1}, model=model))
-    for first, then in (("pp 4", "dp 8"), ("dp 8", "dp 2 × pp 2, uneven, v 2"), ("dp 2 × pp 2, uneven, v 2", "pp 4")):
-        folder = tmp_path / f"{first} to {then}"
-        stopped(text, folder, model, PIPELINES[first])
-        rest = train(config(text, folder, parallel=PIPELINES[then], model=model))
-        for found, expected in ((rest.losses, whole.losses[8:]), (rest.validation, whole.validation[1:])):
+    settings = {"model": model, "steps": 16, "checkpoints": {"every": 4, "keep": 4}}
+    whole = train(config(text, tmp_path / "whole", parallel={"dp": 1}, **settings))
+    folder = tmp_path / "run"
+    for begun, name in ((0, "pp 4"), (4, "dp 8"), (8, "dp 2 × pp 2, uneven, v 2"), (12, "pp 4")):
+        for step in (4, 8, 12, 16):
+            if step > begun:
+                shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)
+        rest = train(config(text, folder, parallel=PIPELINES[name], **settings))
+        validation = [v for v in whole.validation if v[0] > begun]
+        for found, expected in ((rest.losses, whole.losses[begun:]), (rest.validation, validation)):
             assert [step for step, _ in found] == [step for step, _ in expected]
             np.testing.assert_allclose([v for _, v in found], [v for _, v in expected], atol=1e-5, rtol=0)
-    export(tmp_path / "pp 4 to dp 8", tmp_path / "exported", dtype="float32")  # its config names a pipeline no more
-    export(tmp_path / "dp 2 × pp 2, uneven, v 2 to pp 4", tmp_path / "also", dtype="float32", step=8)
-    assert Llama.from_pretrained(tmp_path / "also", progress=False).config.num_layers == 5
+    for step in (8, 12, 16):  # written without a pipeline, with one and with another; the run's config names the last
+        export(folder, tmp_path / str(step), dtype="float32", step=step)
+        assert Llama.from_pretrained(tmp_path / str(step), progress=False).config.num_layers == 5
 
 
 @pytest.mark.slow
@@ -160,45 +179,38 @@ def test_text_is_sampled_from_the_stages(text, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-def stopped(text, folder, model, parallel=None):
-    """A run on one device, or some, of which nothing after step 8 is left."""
-    train(config(text, folder, model=model, parallel=parallel or {"dp": 1}))
-    shutil.rmtree(folder / "checkpoints" / "12")
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(text, tmp_path, caplog):
-    train(config(text, tmp_path))
-    expected = losses(tmp_path)[12]
-    newest = tmp_path / "checkpoints" / "12" / "state"
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(text, ended, caplog):
+    expected = losses(ended)[12]
+    newest = ended / "checkpoints" / "12" / "state"
     for path in sorted(p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"):
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)
-    result = train(config(text, tmp_path))
+    result = train(config(text, ended))
     assert "the checkpoint of step 12 cannot be read" in caplog.text
     assert result.losses[0][0] == 9
     assert result.losses[-1][1] == expected
 
 
-def test_a_checkpoint_of_another_model_is_refused(text, tmp_path):
-    train(config(text, tmp_path))
+def test_a_checkpoint_of_another_model_is_refused(text, ended):
     other = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 3}}
     with pytest.raises(ValueError, match=r"is of another model: num_hidden_layers 2 \(here 3\)"):
-        train(config(text, tmp_path, model=other))
+        train(config(text, ended, model=other))
 
 
-def test_a_full_disk_is_said_and_loses_nothing(text, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_loses_nothing(text, ended, monkeypatch):
     from jaxtp.train import checkpoints
 
-    train(config(text, tmp_path, steps=4))
+    for step in (8, 12):
+        shutil.rmtree(ended / "checkpoints" / str(step), ignore_errors=True)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
     with pytest.raises(OSError, match="No space left on device"):
-        train(config(text, tmp_path))
+        train(config(text, ended))
     monkeypatch.undo()
-    assert train(config(text, tmp_path)).losses[0][0] == 5
+    assert train(config(text, ended)).losses[0][0] == 5
 
 
 def test_a_run_that_diverges_stops(text, tmp_path):
@@ -328,17 +340,15 @@ def test_the_configs_that_ship_are_legal(path):
     assert load(path).folder == f"runs/{path.stem}"
 
 
-def command(text, folder, *flags):
+def written(text, folder, steps):
+    """The file of a run."""
     import yaml
 
     from jaxtp.train.config import plain
 
     path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(plain(config(text, folder, steps=60, log={"every": 1, "tensorboard": False}))))
-    cache = str(Path(__file__).parents[2] / ".jax_cache")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    return [sys.executable, "-m", "jaxtp", "train", str(path), *flags], environment
+    path.write_text(yaml.safe_dump(plain(config(text, folder, steps=steps, log={"every": 1, "tensorboard": False}))))
+    return path
 
 
 def reached(folder):
@@ -346,33 +356,36 @@ def reached(folder):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_the_curve_is_the_same_to_the_last_bit(text, tmp_path):
-    arguments, environment = command(text, tmp_path / "whole")
-    subprocess.run(arguments, env=environment, check=True, capture_output=True)
-    arguments, environment = command(text, tmp_path / "killed")
-    rng, kills, lost = np.random.default_rng(0), 0, []
-    while True:
-        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_killed_ten_times_the_curve_is_the_same_to_the_last_bit(text, tmp_path, monkeypatch):
+    """Real processes, but forked from one that has imported everything."""
+    for key, value in {**COMPILED, "JAX_PLATFORMS": "cpu"}.items():
+        monkeypatch.setenv(key, value)
+    whole = kills.start(written(text, tmp_path / "whole", 60))
+    whole.join(300)
+    assert whole.exitcode == 0
+    path, rng, lost = written(text, tmp_path / "killed", 60), np.random.default_rng(0), []
+    for _ in range(10):
+        process = kills.start(path)
         target = reached(tmp_path / "killed") + int(rng.integers(1, 6))
-        while kills < 10 and process.poll() is None and reached(tmp_path / "killed") < target:
+        while process.is_alive() and reached(tmp_path / "killed") < target:
             time.sleep(0.02)
-        if kills == 10 or process.poll() is not None:
-            assert process.wait(timeout=300) == 0
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         complete = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit()]
         lost.append(reached(tmp_path / "killed") - max(complete, default=0))
-    assert kills == 10
+    last = kills.start(path)
+    last.join(300)
+    assert last.exitcode == 0
     assert max(lost) <= 2 * 4  # a save begun but not complete, and the steps since
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_says_so(text, tmp_path):
-    arguments, environment = command(text, tmp_path / "run", "--steps", "100000")
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "jaxtp", "train", str(written(text, tmp_path / "run", 100_000))]
+    environment = {**os.environ, **COMPILED, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and reached(tmp_path / "run") < 3:
         time.sleep(0.05)
     process.terminate()
