@@ -1,48 +1,46 @@
-"""What the tests cost: a table by file, from pytest's report.
+"""The seconds of a test run by file, a table.
 
-pytest -n auto --junitxml=report.xml
-python scripts/test_times.py report.xml            # or two reports: before and after
+    pytest -n auto --junitxml report.xml && python scripts/test_times.py report.xml
+
+An earlier report before it is set beside it. Seconds are of tests with their set-up, added up over the workers.
 """
 
-from __future__ import annotations
-
-import sys
-import xml.etree.ElementTree as ET
-from collections import defaultdict
+import argparse
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 
-Times = dict[str, tuple[int, float]]
-
-
-def read(path: Path) -> Times:
-    """(tests, seconds of their set-up, call and tear-down) of each file, from a JUnit report; over all workers."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for case in ET.parse(path).getroot().iter("testcase"):
-        found[case.attrib["classname"]].append(float(case.attrib["time"]))
-    return {name: (len(times), sum(times)) for name, times in found.items()}
-
-
-def table(reports: list[Times]) -> Table:
-    """The dearest files of the last report first; beside it the seconds of those before."""
-    *before, now = reports
-    total = sum(seconds for _, seconds in now.values())
-    shown = Table("tests of", *["before"] * len(before), "tests", "seconds", "share", title=f"{total:,.0f} test-seconds")
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for name in sorted({*now}.union(*before), key=lambda name: -now.get(name, (0, 0.0))[1]):
-        count, seconds = now.get(name, (0, 0.0))
-        earlier = [f"{report.get(name, (0, 0.0))[1]:,.0f}" for report in before]
-        shown.add_row(name, *earlier, str(count), f"{seconds:,.0f}", f"{seconds / max(total, 1e-9):.0%}")
-    return shown
+def by_file(report: Path) -> tuple[Counter[str], Counter[str]]:
+    """(seconds, tests), by file within tests/."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        parts = case.get("classname", "").split(".")  # of the module, and of a class in it
+        name = "/".join(parts).removeprefix("tests/")
+        seconds[name] += float(case.get("time", 0))
+        tests[name] += 1
+    return seconds, tests
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    Console(width=100).print(table([read(Path(path)) for path in sys.argv[1:]]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="one, or the one before and the one after")
+    parser.add_argument("--least", type=float, default=1.0, help="seconds from which a file has a row of its own")
+    options = parser.parse_args()
+    *_, (seconds, tests) = found = [by_file(report) for report in options.reports]
+    files = sorted({name for each, _ in found for name in each}, key=lambda name: -max(each[name] for each, _ in found))
+    shown = [name for name in files if max(each[name] for each, _ in found) >= options.least]
+    rows = [(name, [name]) for name in shown]
+    rows += [(f"{len(files) - len(shown)} others", [name for name in files if name not in shown]), ("all", files)]
+    before = ["seconds before"] if len(found) > 1 else []
+    print("| " + " | ".join(["file", "tests", *before, "seconds", "share"]) + " |")
+    print("|" + "---|" * (4 + len(before)))
+    for title, names in rows:
+        sums = [sum(each[name] for name in names) for each, _ in found]
+        share = sums[-1] / max(sum(seconds.values()), 1e-9)
+        cells = [title, sum(tests[name] for name in names), *(f"{s:,.0f}" for s in sums), f"{share:.0%}"]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

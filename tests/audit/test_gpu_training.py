@@ -1,5 +1,6 @@
 """The training step compiled for H200s: what ZeRO holds and communicates, at the width of Llama-3.1-8B."""
 
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -27,15 +28,18 @@ def compiled(
     accumulate: int = 1,
     sequence_parallel: bool = False,
     lora: Lora | None = None,
+    layers: int = LAYERS,
+    tokens: int = TOKENS,
 ):
     """Each program is compiled once and read by several tests; nearly all of them are those of the table of peaks."""
     mesh = gpu_mesh("H200", dp=DP, tp=TP)
-    trainer = steps.trainer(
-        preset("llama-3.1-8b"), mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat
-    )
-    return audit(steps.compiled(trainer, rows=ROWS, tokens=TOKENS, accumulate=accumulate), mesh), trainer
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=layers, windows=())
+    trainer = steps.trainer(config, mesh, sequence_parallel=sequence_parallel, lora=lora, zero=zero, remat=remat)
+    return audit(steps.compiled(trainer, rows=ROWS, tokens=tokens, accumulate=accumulate), mesh), trainer
 
 
+# few layers and tokens: XLA joins what it sends, and no stack of layers is as large as all logits
+SMALL = {"lora": Lora(rank=16), "layers": 3, "tokens": 1024}
 TWICE = {"remat": "save-dots", "sequence_parallel": True, "accumulate": 2}
 
 
@@ -124,9 +128,9 @@ def test_sequence_parallelism_scatters_and_gathers_instead():
     ("sequence_parallel", "kinds"), [(False, {"all-reduce": 4}), (True, {"all-gather": 4, "reduce-scatter": 4})]
 )
 def test_lora_adds_no_collective_of_the_stream(sequence_parallel, kinds):
-    report, trainer = compiled(1, remat="none", sequence_parallel=sequence_parallel, lora=Lora(rank=16))
+    report, trainer = compiled(1, remat="none", sequence_parallel=sequence_parallel, **SMALL)
     inside = [c for c in report.collectives if c.loops and "dp" not in c.axes and c.dtype == "bf16"]
-    stream, between = (ROWS // DP * TOKENS * width * 2 for width in (4096, 16))
+    stream, between = (ROWS // DP * SMALL["tokens"] * width * 2 for width in (4096, 16))
     assert Counter(c.kind for c in inside if c.bytes >= stream) == kinds
     # what is of rank r travels along: of o and down forward, of q, k, v, gate and up backward; scattered and gathered, both
     low = sum(c.bytes % stream for c in inside if c.bytes >= stream)
@@ -171,8 +175,8 @@ def test_attention_goes_through_cudnn_both_ways():
 
 
 def test_full_logits_never_exist():
-    report, trainer = compiled(1, remat="none")
-    logits = ROWS // DP * TOKENS * trainer.stacked.config.vocab_size // TP * 4
+    report, trainer = compiled(1, remat="none", **SMALL)
+    logits = ROWS // DP * SMALL["tokens"] * trainer.stacked.config.vocab_size // TP * 4
     assert max(write.bytes for write in report.writes if write.opcode != "while") < max(
         logits, 4 * params(trainer, looped=False)
     )

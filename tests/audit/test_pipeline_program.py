@@ -74,25 +74,25 @@ SMALL = 2**22  # the batch itself, its token ids; a microbatch of activations is
 
 
 @functools.cache
-def on_gpus(name="llama-3.1-8b", layers=8, micros=8, *, dp=1, pp=4, tp=2, rows=1, tokens=1024, remat="save-dots", **pipeline):
+def on_gpus(name="llama-3.1-8b", layers=8, micros=16, *, dp=2, tp=2, rows=4, **pipeline):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
-    mesh = gpu_mesh("H200", dp=dp, pp=pp, tp=tp)
+    mesh = gpu_mesh("H200", dp=dp, pp=4, tp=tp)
     config = preset(name)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers, windows=())
-    trainer = steps.trainer(config, mesh, sequence_parallel=True, zero=1, remat=remat, **pipeline)
-    return audit(steps.compiled(trainer, rows=rows * dp, tokens=tokens, accumulate=micros), mesh), trainer
+    trainer = steps.trainer(config, mesh, sequence_parallel=True, zero=1, remat="save-dots", **pipeline)
+    return audit(steps.compiled(trainer, rows=rows * dp, tokens=4096, accumulate=micros), mesh), trainer
 
 
 @pytest.mark.slow
 def test_dp_communicates_once_a_step_and_pp_only_activations():
-    report, trainer = on_gpus(dp=2, micros=16)
+    report, trainer = on_gpus(micros=16)
     held = sum(math.prod(s.shape) // math.prod(2 if a == "tp" else 4 for a in axes(s)) for s in trainer.specs.values())
     over_dp = [c for c in report.collectives if "dp" in c.axes and c.bytes > 64]
     assert not any(c.loops for c in over_dp)
     gathered = sum(c.bytes for c in over_dp if c.kind == "all-gather")
     scattered = sum(c.bytes for c in over_dp if c.kind == "reduce-scatter")
     assert (gathered, scattered) == (2 * held, 4 * held)  # weights in bfloat16, gradients in float32
-    stream = 2 * 1024 * 4096  # a microbatch's activations
+    stream = 2 * 4 * 4096 * 4096  # a microbatch's activations
     over_pp = [c for c in report.collectives if "pp" in c.axes and c.bytes > 2**16]
     assert {c.bytes for c in over_pp} == {stream // 2}  # of which each device of tp has half
     assert {c.kind for c in over_pp} == {"collective-permute", "all-reduce"}
@@ -107,19 +107,19 @@ def axes(spec):
 @pytest.mark.slow
 def test_1f1b_takes_no_more_memory_with_more_microbatches():
     def temp(schedule, micros):
-        return on_gpus(schedule=schedule, micros=micros, rows=4, tokens=4096)[0].temp_bytes
+        return on_gpus(**({"schedule": schedule} if schedule != "1f1b" else {}), micros=micros)[0].temp_bytes
 
-    flat = [temp("1f1b", micros) for micros in (8, 32)]
+    flat = [temp("1f1b", micros) for micros in (16, 32)]
     assert max(flat) - min(flat) < SMALL
-    grows = [temp("gpipe", micros) for micros in (8, 32)]
+    grows = [temp("gpipe", micros) for micros in (16, 32)]
     one = 4 * 4096 * 4096 * 2 // 2  # an input that a rank keeps
-    assert grows[1] - grows[0] == pytest.approx(24 * one, abs=SMALL)
+    assert grows[1] - grows[0] == pytest.approx(16 * one, abs=SMALL)
     assert flat[1] < grows[1]
 
 
 @pytest.mark.slow
 def test_llama_70b_at_tp_8_and_pp_4_fits():
-    report, trainer = on_gpus("llama-3.1-70b", None, 16, pp=4, tp=8, tokens=4096)
+    report, trainer = on_gpus("llama-3.1-70b", None, dp=1, tp=8, rows=1)
     assert report.argument_bytes < 25 * GiB  # weights and two moments in float32, a thirty-second on each device
     assert report.argument_bytes + report.temp_bytes < 48 * GiB
     assert report.count("collective-permute") == 4

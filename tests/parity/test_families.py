@@ -110,8 +110,16 @@ def test_logits(checkpoint, tp):
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+# on every mesh where a family differs in what decoding does: its cache, its KV heads, its window, its vocabulary; the others
+# in turns, since the logits of each are compared on every mesh
+EVERYWHERE = ("llama-gqa", "kv-replicated", "odd-vocabulary", "mistral-window", "qwen2-window", "qwen3")
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_greedy_tokens(checkpoint, tp):
+def test_greedy_tokens(request, checkpoint, tp):
+    case = request.node.callspec.params["checkpoint"]
+    if case not in EVERYWHERE and (1, 2, 4)[list(CASES).index(case) % 3] != tp:
+        pytest.skip("another mesh has its turn")
     folder, _, expected = checkpoint
     llm = LLM(folder, tensor_parallel_size=tp, progress=False, max_model_len=48)
     requests = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW))
