@@ -113,13 +113,11 @@ def test_logits(checkpoint, tp):
 # on every mesh where a family differs in what decoding does: its cache, its KV heads, its window, its vocabulary; the others
 # in turns, since the logits of each are compared on every mesh
 EVERYWHERE = ("llama-gqa", "kv-replicated", "odd-vocabulary", "mistral-window", "qwen2-window", "qwen3")
+GREEDY = [(case, tp) for i, case in enumerate(CASES) for tp in (1, 2, 4) if case in EVERYWHERE or tp == (1, 2, 4)[i % 3]]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_greedy_tokens(request, checkpoint, tp):
-    case = request.node.callspec.params["checkpoint"]
-    if case not in EVERYWHERE and (1, 2, 4)[list(CASES).index(case) % 3] != tp:
-        pytest.skip("another mesh has its turn")
+@pytest.mark.parametrize(("checkpoint", "tp"), GREEDY, indirect=["checkpoint"])
+def test_greedy_tokens(checkpoint, tp):
     folder, _, expected = checkpoint
     llm = LLM(folder, tensor_parallel_size=tp, progress=False, max_model_len=48)
     requests = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW))
