@@ -1,8 +1,8 @@
 """Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml).
 
-Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, a quarter of
-the time. XLA partitions them, lays them out and counts on them as ever. The commands that tests start
-compile as users' do; with JAXTP_TESTS=optimized all tests do.
+Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, in a quarter
+of the time. XLA partitions them, lays them out and counts on them as ever. Commands that tests start compile as a user's do;
+with JAXTP_TESTS=optimized all tests do, as in CI's part on the newest Python.
 """
 
 import gc
@@ -30,11 +30,13 @@ if not OPTIMIZED:
     del os.environ["XLA_FLAGS"]
 gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage collector's
 
-# for the processes that tests start: their programs are kept like the tests' own, beside them
+# the environment of processes that tests start: their programs are kept like the tests' own, beside them; those of notebooks
+# and of several nodes are compiled as the tests' are
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(Path(jax.config.values["jax_compilation_cache_dir"]).with_name("tests-processes")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
+COMPILED_QUICKLY = COMPILED if OPTIMIZED else {**COMPILED, "XLA_FLAGS": QUICK}
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

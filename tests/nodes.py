@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from conftest import COMPILED
+from conftest import COMPILED_QUICKLY
 
 TESTS = Path(__file__).parent
 
@@ -30,7 +30,7 @@ def start(
     commands: Sequence[Sequence[str]], *, ranks: Sequence[int] | None = None, count: int | None = None, join=40, silence=20
 ):
     """Each command (arguments of Python) as a node; ranks and count: what the launcher says, right or wrong."""
-    port, environment = free_port(), {**os.environ, **COMPILED, "JAX_PLATFORMS": "cpu"}
+    port, environment = free_port(), {**os.environ, **COMPILED_QUICKLY, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = f"{TESTS.parent}:{TESTS}"
     flags = ["--nnodes", str(count or len(commands)), "--master-addr", "127.0.0.1", "--master-port", str(port)]
     flags += ["--join-timeout", str(join), "--silence-timeout", str(silence)]

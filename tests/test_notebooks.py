@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import COMPILED, OPTIMIZED, QUICK
+from conftest import COMPILED_QUICKLY
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 @pytest.mark.filterwarnings("ignore")  # the notebook client's own; a kernel is another process
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path, tmp_path, monkeypatch):
-    for key, value in {**COMPILED, **({} if OPTIMIZED else {"XLA_FLAGS": QUICK}), "JAX_PLATFORMS": "cpu"}.items():
+    for key, value in {**COMPILED_QUICKLY, "JAX_PLATFORMS": "cpu"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("JAXTP_CHECKPOINT", raising=False)
     notebook = nbformat.read(path, as_version=4)

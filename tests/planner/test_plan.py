@@ -100,12 +100,11 @@ def test_an_even_pipeline_wastes_only_its_bubble():
 
 
 ALL = [*splits(8, task=Generation()), *splits(6, task=Generation())]
-QUICK = ("tp=8", "dp=2 × pp=2 × tp=2", "pp=6", "pp=8", "tp=6", "pp=2 × tp=3")
+# these also generate: each axis, each pair and all three; the tokens of any mesh are compared in tests/generate
+GENERATES = ("tp=8", "pp=6", "dp=8", "dp=2 × tp=4", "pp=4 × tp=2", "dp=2 × pp=3", "dp=2 × pp=2 × tp=2")
 
 
-@pytest.mark.parametrize(
-    "split", [s if s.told() in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in ALL], ids=Split.told
-)
+@pytest.mark.parametrize("split", ALL, ids=Split.told)
 def test_generation_agrees_with_llm(split, tmp_path_factory):
     task = Generation(batch=3, prompt_len=8, output_len=4, dtype="float32")
     sizes = {"tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "data_parallel_size": split.dp}
@@ -117,8 +116,9 @@ def test_generation_agrees_with_llm(split, tmp_path_factory):
 
     refused = problem(CONFIG, split, task)
     if refused is None:
-        out = run().generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=3, temperature=0))
-        assert [len(o.outputs[0].token_ids) for o in out] == [3, 3, 3]
+        llm = run()
+        out = llm.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=3)) if split.told() in GENERATES else []
+        assert all(len(o.outputs[0].token_ids) == 3 for o in out)
     else:
         with pytest.raises(ValueError) as error:  # noqa: PT011
             run()
@@ -156,7 +156,7 @@ def test_what_is_refused_of_training_the_run_refuses_too(tmp_path):
         assert problem(CONFIG, split, TASK) in str(error.value)
 
 
-@pytest.mark.parametrize("split", LEGAL[:2] + [pytest.param(s, marks=pytest.mark.slow) for s in LEGAL[2:8]], ids=str)
+@pytest.mark.parametrize("split", LEGAL[:2] + [pytest.param(s, marks=pytest.mark.slow) for s in LEGAL[2:6]], ids=str)
 def test_training_as_planned_runs(split, tmp_path):
     result = train(a_run(split, tmp_path))
     assert result.losses[0][1] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.1)
