@@ -200,8 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused(text, ended):
 def test_a_full_disk_is_said_and_loses_nothing(text, ended, monkeypatch):
     from jaxtp.train import checkpoints
 
-    for step in (8, 12):
-        shutil.rmtree(ended / "checkpoints" / str(step), ignore_errors=True)
+    shutil.rmtree(ended / "checkpoints" / "12")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -210,7 +209,7 @@ def test_a_full_disk_is_said_and_loses_nothing(text, ended, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         train(config(text, ended))
     monkeypatch.undo()
-    assert train(config(text, ended)).losses[0][0] == 5
+    assert train(config(text, ended)).losses[0][0] == 9
 
 
 def test_a_run_that_diverges_stops(text, tmp_path):
