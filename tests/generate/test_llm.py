@@ -418,7 +418,7 @@ def test_the_command_line_has_the_arguments_of_the_library():
         return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in left_out}
 
     llm = {name: p.default for name, p in inspect.signature(LLM).parameters.items() if name not in ("model", "progress")}
-    assert fields(cli.Engine, "virtual_devices") == llm
+    assert fields(cli.Engine, "virtual_devices", "no_compilation_cache") == llm  # those are of the process
     sampling = {f.name for f in dataclasses.fields(SamplingParams)}
     command = set(fields(cli.Sampling)) - {"request_seed"} | {"seed"}
     assert sampling - command == {"logit_bias", "include_stop_str_in_output", "skip_special_tokens"}
