@@ -148,7 +148,7 @@ def test_rows_hold_every_label_once():
     ("options", "message"),
     [
         ({"stride": 17}, "stride=17 must be from 1 to the sequence length of 16"),
-        ({"sequence_length": 4096}, "sequence_length=4096 must be from 1 to the model's max_position_embeddings=512"),
+        ({"sequence_length": 4096}, "sequence_length=4096 exceeds the model's max_position_embeddings=512"),
         ({"best": True}, "is not the folder of a run"),
         ({"kind": "txt"}, "kind='txt' is none of auto, text"),
         ({"tensor_parallel_size": 3}, "tp=3 does not divide 8 query heads"),
