@@ -20,9 +20,11 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-if jax.config.values.get("jax_compilation_cache_dir") is None:  # outside of the clone, for the next clone's run as well
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtp"
-    jax.config.update("jax_compilation_cache_dir", str(cache / ("tests" if OPTIMIZED else "tests-quick")))
+# outside of the clone, for the next clone's run as well
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtp" / ("tests" if OPTIMIZED else "tests-quick")
+KEPT = Path(jax.config.values.get("jax_compilation_cache_dir") or KEPT)
+if jax.__version_info__ < (0, 12):  # 0.12 keeps programs for GPUs that are not there, and warns that it cannot read them back
+    jax.config.update("jax_compilation_cache_dir", str(KEPT))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = QUICK
@@ -33,7 +35,7 @@ gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage coll
 # the environment of processes that tests start: their programs are kept like the tests' own, beside them; those of notebooks
 # and of several nodes are compiled as the tests' are
 COMPILED = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path(jax.config.values["jax_compilation_cache_dir"]).with_name("tests-processes")),
+    "JAX_COMPILATION_CACHE_DIR": str(KEPT.with_name("tests-processes")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 COMPILED_QUICKLY = COMPILED if OPTIMIZED else {**COMPILED, "XLA_FLAGS": QUICK}
