@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtp import checks
 from jaxtp.config import ModelConfig
-from jaxtp.generate.params import SamplingParams
+from jaxtp.engine.params import SamplingParams
 from jaxtp.model import Llama
 
 

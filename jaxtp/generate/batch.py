@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtp import buckets
-from jaxtp.generate.programs import Programs
+from jaxtp.engine.programs import Programs
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS, Group, Made, State, begin, decode, empty, nothing, prefill
 from jaxtp.model import Cache, Llama

@@ -19,9 +19,9 @@ from jaxtp.generate.arguments import check_engine, check_ids, check_request
 from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.load import eos_of, load_model, tokenizer_of
-from jaxtp.generate.outputs import RequestOutput
-from jaxtp.generate.params import SamplingParams
-from jaxtp.generate.programs import Programs
+from jaxtp.engine.outputs import RequestOutput
+from jaxtp.engine.params import SamplingParams
+from jaxtp.engine.programs import Programs
 from jaxtp.generate.prompts import Prompt, listed, token_id
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxtp.generate.outputs import CompletionOutput, Logprob
-from jaxtp.generate.params import SamplingParams
+from jaxtp.engine.outputs import CompletionOutput, Logprob
+from jaxtp.engine.params import SamplingParams
 from jaxtp.ops.sampling import Logprobs
 from jaxtp.text import Tokenizer, find_stop, held
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from jaxtp.generate.batch import Batch
 from jaxtp.generate.memory import Budget
-from jaxtp.generate.programs import Programs
+from jaxtp.engine.programs import Programs
 from jaxtp.log import logger
 
 
