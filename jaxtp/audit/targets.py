@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh
 
 from jaxtp import files
 from jaxtp.config import ModelConfig
-from jaxtp.generate.batch import batch_size
 from jaxtp.engine.programs import Programs
+from jaxtp.generate.batch import batch_size
 from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxtp import compilation_cache
 from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from jaxtp.config import ModelConfig
+from jaxtp.engine.outputs import RequestOutput
+from jaxtp.engine.params import SamplingParams
+from jaxtp.engine.programs import Programs
 from jaxtp.generate import memory
 from jaxtp.generate.arguments import check_engine, check_ids, check_request
 from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.load import eos_of, load_model, tokenizer_of
-from jaxtp.engine.outputs import RequestOutput
-from jaxtp.engine.params import SamplingParams
-from jaxtp.engine.programs import Programs
 from jaxtp.generate.prompts import Prompt, listed, token_id
 from jaxtp.generate.request import Row
 from jaxtp.generate.step import CALL_TOKENS

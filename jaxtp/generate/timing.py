@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from jaxtp.engine.programs import Programs
 from jaxtp.generate.batch import Batch
 from jaxtp.generate.memory import Budget
-from jaxtp.engine.programs import Programs
 from jaxtp.log import logger
 
 
