@@ -122,7 +122,7 @@ class Text:
 class Detokenizer:
     """Spells what arrives, tells listeners, and says which sequences a stop string has ended (`stopped`).
 
-    Without `start` it does so at once, where `put` is called; after it, in a thread, so that the device does not wait for texts.
+    Without `start` it does so at once, where `put` is called; after it, in a thread, so that no step waits for texts.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stopped: Callable[[Sequence], None]) -> None:

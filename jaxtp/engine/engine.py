@@ -35,9 +35,10 @@ STOP_STRING_STEPS = 8  # the host looks for stop strings this often
 
 @dataclass(frozen=True)
 class Stats:
-    """running, waiting: completions with and without a row. pages, pages_used: of the cache, of page_size tokens. Since the start:
-    prefix_queries, prefix_hits: tokens of prompts looked for in the prefix cache, and found; preemptions; prompt_tokens,
-    generation_tokens; steps.
+    """running, waiting: completions with and without a row. pages, pages_used: of the cache, of page_size tokens.
+
+    Since the start: prefix_queries, prefix_hits: tokens of prompts looked for in the prefix cache, and found; preemptions;
+    prompt_tokens, generation_tokens; steps.
     """
 
     running: int
@@ -124,8 +125,10 @@ class Engine:
         stream: bool = True,
         listener: Listener | None = None,
     ) -> Request:
-        """Puts a prompt into the queue. seed: where params has none. stream: whether somebody reads along. listener: is told what
-        is new, in order, in another thread once `detokenizer` has started; it must not block.
+        """Puts a prompt into the queue.
+
+        seed: where params has none. stream: whether somebody reads along. listener: is told what is new, in order, in another
+        thread once `detokenizer` has started; it must not block.
 
         Raises ValueError for what can never run, and QueueFull where too many wait.
         """
@@ -155,7 +158,8 @@ class Engine:
             raise ValueError("a prompt has no tokens")
         if len(prompt) >= self.max_model_len:
             raise ValueError(
-                f"a prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, of which one is for the completion"
+                f"a prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, of which one is for the "
+                "completion"
             )
         check_ids("a prompt", prompt, self.model.config.vocab_size)
 

@@ -32,8 +32,9 @@ class Runner:
         self._shape: Shape | None = None
 
     def run(self, plan: np.ndarray, shape: Shape, features: Features, steps: int = 1) -> tuple[step.Made, Shape]:
-        """Dispatches a step by a plan [G, shape.size]. In stages, what it makes is of the plan of so many ticks before, whose lanes
-        are those of the shape that is returned.
+        """Dispatches a step by a plan [G, shape.size].
+
+        In stages, what it makes is of the plan of so many ticks before, whose lanes are those of the shape that is returned.
         """
         if features.penalties and self.state.counts is None:
             self._set(counts=self.programs.run(step.uncounted, rows=self.rows))

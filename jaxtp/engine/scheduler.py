@@ -18,8 +18,9 @@ Policy = Literal["fcfs", "priority"]
 @dataclass(frozen=True)
 class Limits:
     """groups: of data parallelism; each has `rows` rows and `pages` pages of `size` tokens. chunk: prompt tokens of a lane.
-    tokens: of a group in one step, rows and chunks together (one chunk always goes along). stages: ticks from a token's entry to its successor. queue: requests
-    that may wait (None: any number). slab: a page holds a whole row, and row i has page i.
+    tokens: of a group in one step, rows and chunks together (one chunk always goes along). stages: ticks from a token's entry
+    to its successor. queue: completions that may wait (None: any number). caching: texts that begin alike share pages. slab: a
+    page holds a whole row, and row i has page i.
     """
 
     groups: int
@@ -59,8 +60,8 @@ class Work:
 class Scheduler:
     """The queue, the rows, and their pages.
 
-    Requests are admitted in the order of their arrival (policy "priority": of their priority, then arrival), into the group with
-    the most room. Rows that run make a token in every step; what is left of the budget goes to prompts, the earliest first, so
+    Requests are admitted in the order of their arrival (policy "priority": of their priority, then arrival), into the group
+    with the most room. Rows that run make a token in every step; what is left of the budget goes to prompts, the earliest first, so
     that nobody waits for ever. Where pages run out the last in order gives its own back, and comes again later with the tokens
     that it has.
     """

@@ -108,7 +108,7 @@ def run(
 def _tick(
     model: Llama, state: State, plan: jax.Array, shape: Shape, features: Features
 ) -> tuple[State, jax.Array, jax.Array, Logprobs | None]:
-    """One step, or one tick of all stages: (state, whether any row goes on, the lanes' new tokens [G, L] or -1, their logprobs)."""
+    """One step, or one tick of all stages: (state, whether any row goes on, the lanes' new tokens [G, L] or -1, logprobs)."""
     cache, batch = state.cache, spec_of(plan)[1]
     each = cache.pages // model.layout.parts("batch") * cache.slots
 
@@ -116,22 +116,24 @@ def _tick(
         spell = jax.vmap(lambda plan, token, done: _spelled(plan, token, done, shape, cache.slots, each))
         return jax.vmap(lambda plan: spell(plan, token, done))(plan)
 
-    out = Tokens(*[jax.P(None, batch)] * len(Tokens.__dataclass_fields__))
-    t = locally(local, plan, state.token, state.done, out=out)
+    specs: Any = [jax.P(None, batch)] * len(Tokens.__dataclass_fields__)
+    t = locally(local, plan, state.token, state.done, out=Tokens(*specs))
     if model.stacks:
         mesh = model.layout.mesh
         own = jax.tree.map(lambda a: reshard(a, jax.P("pp", batch), mesh), replace(t, ids=t.positions))
         lanes = _lanes(own, shape)
+        assert state.between is not None
         args = t.ids[0], own.positions, own.lengths, lanes, t.last[-1]
         cache, between, x = circulate.tick(model, cache, state.between, *args)
         state = replace(state, cache=cache, between=between)
     else:
         t = jax.tree.map(lambda a: a[0], t)
-        x, cache = model.hidden(t.ids, t.positions, lengths=t.lengths, cache=cache, lanes=_lanes(t, shape))
+        x, filled = model.hidden(t.ids, t.positions, lengths=t.lengths, cache=cache, lanes=_lanes(t, shape))
+        assert filled is not None
         x = model.layout.gather(x)
         if shape.chunks:
             x = locally(lambda x, last: x[0][last[0]][None], x, t.last, out=spec_of(x))
-        state = replace(state, cache=cache)
+        state = replace(state, cache=filled)
     return _emit(model, state, x, plan[-1], t.emits[-1] if model.stacks else t.emits, shape, features)
 
 
@@ -197,12 +199,13 @@ def _emit(
 
     lanes = locally(local, plan, out=jax.P(batch))
     vocab = spec_of(logits)[2]
+    over: Any = jax.P(batch, None, vocab)
     if counts is not None:
         mine = locally(
             lambda a, lanes: jax.tree.map(lambda a: a[0][jnp.maximum(lanes[0, :, AT["row"]], 0)][None], a),
             counts,
             lanes,
-            out=Counts(jax.P(batch, None, vocab), jax.P(batch, None, vocab)),
+            out=Counts(over, over),
         )
 
     def choose(logits, lanes, counts):
@@ -218,7 +221,8 @@ def _emit(
         return jax.tree.map(lambda a: a.reshape(G, L, *a.shape[1:]), (token, ends, logprobs))
 
     mesh = layout.mesh.abstract_mesh
-    by_lane, best = (NamedSharding(mesh, jax.P(batch, *[None] * n)) for n in (1, 2))
+    by_lane: Any = NamedSharding(mesh, jax.P(batch, None))
+    best: Any = NamedSharding(mesh, jax.P(batch, None, None))
     out: Any = by_lane, by_lane, None if features.logprobs is None else Logprobs(by_lane, by_lane, best, best)
     with jax.named_scope("sampling"):
         token, ends, logprobs = jax.sharding.auto_axes(choose, out_sharding=out)(
@@ -281,7 +285,8 @@ def abstract(model: Llama, *, pages: int, size: int, rows: int) -> State:
 def uncounted(model: Llama, *, rows: int) -> Counts:
     """Counts of nothing yet."""
     shape, sharding = (model.layout.parts("batch"), rows, model.vocab_held), _counted(model)
-    return zeros(Counts(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))))
+    seen, output = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
+    return Counts(*zeros((seen, output)))
 
 
 def _counted(model: Llama) -> NamedSharding:

@@ -49,8 +49,8 @@ class LLM:
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
-    gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what the
-    cache takes of each device (default: what the weights leave of that share; on CPUs 1 GiB, or what one request needs).
+    gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
+    the cache takes of each device (default: what the weights leave of that share; on CPUs 1 GiB, or what one request needs).
     max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
     takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
     "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, kernel: see
@@ -194,12 +194,12 @@ class LLM:
         asked = self._asked(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         timer = self.timing = Timing(self.programs, self.budget)
-        with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
-            with self._submitted(asked, stream=False) as requests, timer.watch(self.engine):
-                rows = [output for request in requests for output in request.outputs]
-                task = bar.add_task("", total=len(rows))
-                while self.engine.step():
-                    bar.update(task, completed=sum(row.finish_reason is not None for row in rows))
+        bar = Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console)
+        with bar, self._submitted(asked, stream=False) as requests, timer.watch(self.engine):
+            rows = [output for request in requests for output in request.outputs]
+            task = bar.add_task("", total=len(rows))
+            while self.engine.step():
+                bar.update(task, completed=sum(row.finish_reason is not None for row in rows))
         timer.report()
         return [self._output(request, prompt) for request, (prompt, _, _) in zip(requests, asked, strict=True)]
 

@@ -62,8 +62,8 @@ def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) 
     """What the devices of a model leave for its cache.
 
     `utilization` is the share of a GPU that weights and cache may take, as far as JAX's pool reaches (see `reserve`); on
-    CPUs the share of the memory that is free now, over the devices that it is shared by. cache_bytes: what the cache is to take,
-    if that is said.
+    CPUs the share of the memory that is free now, over the devices that it is shared by. cache_bytes: what the cache is to
+    take, if that is said.
     """
     found = {weight.path: weight.device_bytes for weight in weights(model)}
     total = sum(found.values())

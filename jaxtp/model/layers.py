@@ -106,7 +106,8 @@ class Attention(nnx.Module):
             out = [
                 attend_pages(
                     q[0, tokens].reshape(len(table), -1, *q.shape[2:]),
-                    *cache,
+                    cache[0],
+                    cache[1],
                     table,
                     positions[0, tokens].reshape(len(table), -1),
                     lengths,

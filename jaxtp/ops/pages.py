@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxtp.ops.attention import Kernel, attend_seen, visible
 
-# How the keys and values of rows are read. gather: their pages are copied out side by side (the reference). rows: row by row and
-# page by page, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so that a
-# slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks of prompts are gathered.
+# How the keys and values of rows are read. gather: their pages are copied out side by side (the reference). rows: row by row
+# and page by page, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so that
+# a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
 Read = Literal["gather", "rows", "slab", "cudnn"]
 
 

@@ -64,8 +64,8 @@ def tick(
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Every rank's tokens through its stage: (cache, what is on its way now, what left the last rank [G, L, D]).
 
-    x [P, G, T, D]: what is on its way. entering [G, T]: the tokens that come to the first rank. positions, lengths [P, G, T] and
-    lanes [P, G, …]: of the tokens that each rank has now. last [G, L]: which of those that leave are asked for.
+    x [P, G, T, D]: what is on its way. entering [G, T]: the tokens that come to the first rank. positions, lengths [P, G, T]
+    and lanes [P, G, …]: of the tokens that each rank has now. last [G, L]: which of those that leave are asked for.
     """
     x = locally(_enter, x, model.embedded(after(entering, x)), out=spec_of(x))
     blocks = [nnx.split(block) for block in model.layers]
