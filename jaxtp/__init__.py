@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtp.config import ModelConfig
     from jaxtp.draw import draw_schedule, draw_shardings
-    from jaxtp.generate import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from jaxtp.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxtp.engine.params import SamplingParams
+    from jaxtp.generate import LLM
     from jaxtp.mesh import AXES, make_mesh, use_virtual_devices
     from jaxtp.model import Cache, Llama
     from jaxtp.parallel.schedules import Circulation, Schedule
@@ -51,7 +53,9 @@ __all__ = [
 _ROOMS = {  # where each name lives; a room is entered when one of its names is asked for, so that importing jaxtp is free
     "config": ("ModelConfig",),
     "draw": ("draw_schedule", "draw_shardings"),
-    "generate": ("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"),
+    "engine.outputs": ("CompletionOutput", "Logprob", "RequestOutput"),
+    "engine.params": ("SamplingParams",),
+    "generate": ("LLM",),
     "mesh": ("AXES", "make_mesh", "use_virtual_devices"),
     "model": ("Cache", "Llama"),
     "parallel.schedules": ("Circulation", "Schedule"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jaxtp import files
-from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
+from jaxtp.buckets import MAX_NUM_SEQS
 
 if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
     from jaxtp import LLM, SamplingParams
@@ -62,10 +62,18 @@ class Engine:
     """Tokens of prompt and completion together; default the model's own."""
     gpu_memory_utilization: float = 0.9
     """Share of each device's memory for weights and KV cache."""
+    kv_cache_memory_bytes: int | None = None
+    """What the KV cache takes of each device; default what the weights leave of that share (on CPUs 1 GiB)."""
     max_num_seqs: int = MAX_NUM_SEQS
     """Rows that run together."""
-    max_num_batched_tokens: int = MAX_BATCHED_TOKENS
-    """Prompt tokens that one prefill call takes."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; default as many as it can have before it takes longer."""
+    enable_prefix_caching: bool = True
+    """Prompts that begin alike share what was computed."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who runs first: in the order of arrival, or of priority."""
+    max_num_queued: int | None = None
+    """Requests that may wait; default any number."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """dummy: random weights; MODEL may then be a preset such as llama-3.1-8b."""
     tp_plan: str = "auto"

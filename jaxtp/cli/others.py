@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 _SERVER = "is a server's, and there is no server here yet: `jaxtp generate --prompts-file` runs a batch, `jaxtp chat` talks"
-_PAGES = "is of vLLM's cache in pages; here a batch's cache grows with it, within --gpu-memory-utilization: leave it out"
-_SCHEDULER = "is of vLLM's scheduler; here --max-num-seqs and --max-num-batched-tokens say what runs together: leave it out"
+_PAGES = (
+    "is not there: pages of the KV cache stay on the devices, as many as fit or as --kv-cache-memory-bytes says: leave it out"
+)
+_SCHEDULER = "is not needed: prompts go along in chunks; --max-num-seqs and --max-num-batched-tokens say what runs together"
 _COMPILED = "is not needed: every program is compiled, once for its shapes (--no-compilation-cache does not keep them)"
 _PROCESSES = "is not needed: one process drives all devices of a node, and --nnodes joins nodes"
 _CONFIG = "goes by config.json here: --hf-overrides '{\"rope_scaling\": {...}}' lays keys over it"
@@ -15,9 +17,9 @@ _GROUPS = {
     _SERVER: "host port api-key served-model-name uvicorn-log-level root-path allow-credentials allowed-origins ssl-keyfile "
     "ssl-certfile response-role disable-log-requests enable-log-requests disable-log-stats max-log-len "
     "disable-fastapi-docs enable-auto-tool-choice tool-call-parser reasoning-parser api-server-count",
-    _PAGES: "swap-space block-size num-gpu-blocks-override cpu-offload-gb kv-cache-memory-bytes enable-prefix-caching "
+    _PAGES: "swap-space block-size num-gpu-blocks-override cpu-offload-gb "
     "prefix-caching-hash-algo calculate-kv-scales use-v2-block-manager",
-    _SCHEDULER: "enable-chunked-prefill num-scheduler-steps scheduling-policy scheduler-delay-factor preemption-mode "
+    _SCHEDULER: "enable-chunked-prefill num-scheduler-steps scheduler-delay-factor preemption-mode "
     "async-scheduling max-num-partial-prefills long-prefill-token-threshold disable-async-output-proc",
     _COMPILED: "enforce-eager compilation-config max-seq-len-to-capture cuda-graph-sizes optimization-level",
     _PROCESSES: "distributed-executor-backend worker-use-ray ray-workers-use-nsight disable-custom-all-reduce worker-cls "

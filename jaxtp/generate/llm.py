@@ -179,6 +179,7 @@ class LLM:
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
         self._hidden_said: set[str] = set()  # stop strings that no text shows
+        self._idle_said: set[int] = set()  # numbers of stages that are kept busy
         self._report(time.perf_counter() - start)
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -290,6 +291,7 @@ class LLM:
     ) -> Iterator[list[Request]]:
         """The requests, longest prompts first into the queue; what has not ended at the end is given up."""
         requests: dict[int, Request] = {}
+        self._say_idle(sum(params.n for _, _, params in asked))
         try:
             for i in sorted(range(len(asked)), key=lambda i: -len(asked[i][1])):
                 _, ids, params = asked[i]
@@ -302,6 +304,17 @@ class LLM:
 
     def _output(self, request: Request, prompt: str | None) -> RequestOutput:
         return RequestOutput(next(self._requests), prompt, request.prompt, request.outputs, request.finished)
+
+    def _say_idle(self, rows: int) -> None:
+        """Says what so few rows waste that they do not fill the stages."""
+        stages, groups = self.model.stages, self.model.layout.parts("batch")
+        busy = -(-rows // groups)
+        if self._progress and busy < stages and busy not in self._idle_said:
+            self._idle_said.add(busy)
+            few, enough = f"{rows} row{'s' * (rows > 1)}", stages * groups
+            logger.warning(
+                f"{few} on pp={stages}: each stage works in {busy} of {stages} ticks, {enough} rows would keep all busy"
+            )
 
     def _say_hidden(self, params: SamplingParams) -> None:
         """Says of stop strings that no text will show. Once each."""

@@ -184,15 +184,17 @@ class Llama(nnx.Module):
 
         Outside of `jax.jit` this compiles once per shape, and a given cache is donated.
         """
-        B, T = tokens.shape if tokens.ndim == 2 else (0, 0)
         if not isinstance(self.embed.get_value(), jax.core.Tracer):
             tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
             groups = self.layout.parts("batch")
-            if tokens.ndim != 2 or B % groups:
+            if tokens.ndim != 2 or tokens.shape[0] % groups:
                 raise ValueError(f"tokens of shape {tokens.shape} must be [B, T], and B a multiple of dp={groups}")
-            if cache is not None and (cache.pages != B or segment_ids is not None):
-                raise ValueError(f"a cache of {cache.pages} pages is for as many rows without segment_ids; given: {B} rows")
+            if cache is not None and (cache.pages != tokens.shape[0] or segment_ids is not None):
+                raise ValueError(
+                    f"a cache of {cache.pages} pages is for as many rows without segment_ids; given: {tokens.shape[0]} rows"
+                )
             return _compiled(self, tokens, positions, segment_ids, cache)
+        B, T = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         if cache is None:

@@ -1,22 +1,18 @@
-"""LLM over pp: groups of rows circulate through the stages, and every one gets the tokens that one device gives it."""
+"""LLM over pp: rows follow each other through the stages, and every one gets the tokens that one device gives it."""
 
 import dataclasses
-import itertools
 import logging
 
 import numpy as np
 import pytest
 import tiny
 
-from jaxtp import LLM, Llama, Rules, SamplingParams, describe, draw_schedule, make_mesh
-from jaxtp.buckets import filling
-from jaxtp.generate.batch import Batch, batch_size, slots_needed
+from jaxtp import LLM, Llama, Rules, SamplingParams, describe, make_mesh
 from jaxtp.parallel.circulate import staged
-from jaxtp.parallel.schedules import Circulation
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import layers_of, variables
 
-# a row alone, fewer rows than stages, a group that is not full, and full ones
+# a row alone, fewer rows than stages, rows that the stages do not divide, and many
 MESHES = [
     ({"pipeline_parallel_size": 2}, (1, 16)),
     ({"pipeline_parallel_size": 4}, (2, 7)),
@@ -73,18 +69,18 @@ def llm(folder):
 
 @pytest.mark.parametrize(("more", "count"), [({}, 2), ({"tensor_parallel_size": 2, "sequence_parallel": True}, 6)], ids=str)
 def test_prompts_go_through_the_stages_in_chunks(folder, plain, more, count):
-    chunked = LLM(folder, progress=False, pipeline_parallel_size=4, max_num_batched_tokens=32 * 8, **more)
+    chunked = LLM(folder, progress=False, pipeline_parallel_size=4, max_num_batched_tokens=64, **more)
     asked = several(count, seed=3, longest=300)
-    asked[0][0] = [7] * 300  # chunks of 128, or of 32
+    asked[0][0] = [7] * 300  # ten chunks, at most two a tick
     assert tokens(chunked.generate(*asked)) == tokens(plain.generate(*asked))
 
 
 @pytest.mark.slow
-def test_the_cache_grows_while_tokens_are_on_their_way(llm, plain):
+def test_pages_are_added_while_tokens_are_on_their_way(llm, plain):
     asked = [[5, 6, 7], [9] * 40, [8, 8]], SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     found = tokens(llm.generate(*asked))
     assert found == tokens(plain.generate(*asked))
-    assert all(len(row) == 300 for (row,) in found)  # 128, then 256, then 512 slots
+    assert all(len(row) == 300 for (row,) in found)  # five pages each
 
 
 def test_everything_that_requests_can_ask_for(llm, plain):
@@ -146,14 +142,6 @@ def test_stages_of_given_sizes(folder, plain):
     assert tokens(llm.generate(*asked)) == tokens(plain.generate(*asked))
 
 
-def test_chunks_that_are_alike_count_whole_in_the_budget(folder):
-    llm = LLM(folder, progress=False, pipeline_parallel_size=4)
-    _, rows = llm._requests_of([[5] * 400] * 8, SamplingParams(max_tokens=1))
-    batch = Batch(llm.model, llm.programs, rows, chunk_tokens=8 * 32)
-    start, count = batch.chunks[-1]
-    assert slots_needed(llm.model, rows, 8 * 32) >= batch.size * max(batch.slots, start + count)
-
-
 def test_interleaved_stages_are_not_generated_with(folder):
     config = tiny.config(num_layers=4)
     layout = staged(Stages.split(4, ranks=2, chunks=2), rules=Rules())
@@ -205,57 +193,3 @@ def test_random_weights_do_not_depend_on_stages():
         for name, row in zip(layers_of(path, weight), array if "layers" in path else [array], strict=True):
             expected = np.zeros_like(row) if name is None else np.asarray(one[name].get_value())
             np.testing.assert_array_equal(row[: len(expected)], expected)
-
-
-# -- the table -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranks", range(1, 9))
-def test_circulation(ranks):
-    for count in range(1, 2 * ranks + 1):
-        groups = Circulation.groups_of(count, ranks)
-        assert ranks % groups == 0
-        assert groups >= min(count, ranks)
-        for ring in (Circulation.decode(ranks, groups), Circulation.prefill(ranks, groups)):
-            steady = range(ranks - 1, ranks - 1 + 4 * ring.period)
-            work = {(tick, rank): ring.group(tick, rank) for tick in range(steady.stop + ranks) for rank in range(ranks)}
-            # from one rank to the next from one tick to the next, and each group into the same place of a rank every time
-            assert all(work[t, r] == work[t + 1, r + 1] for t, r in work if r + 1 < ranks and (t + 1, r + 1) in work)
-            places = {(rank, group): {ring.place(t) for t, r in work if r == rank and work[t, r] == group} for rank, group in
-                      itertools.product(range(ranks), range(groups))}  # fmt: skip
-            assert all(len(found) == 1 for found in places.values())
-            assert all(
-                len({*places[rank, g]} | {*places[rank, h]}) == 2
-                for rank in range(ranks)
-                for g in range(groups)
-                for h in range(g)
-            )
-            idle = sum(work[t, r] is None for t in steady for r in range(ranks)) / len(steady) / ranks
-            assert idle == pytest.approx(ring.idle)
-        assert Circulation.decode(ranks, groups).idle == (0 if count >= ranks else 1 - groups / ranks)
-        assert Circulation.prefill(ranks, groups).idle == 0
-
-
-def test_groups_that_would_not_keep_their_places():
-    with pytest.raises(ValueError, match="3 groups that come every 4 ticks: the groups must divide the ticks"):
-        Circulation.decode(4, 3)
-
-
-def test_the_picture_of_a_circulation():
-    pytest.importorskip("matplotlib")
-    (axes,) = draw_schedule(Circulation.decode(4, 2)).axes
-    bars = {(int(bar.get_y() + 0.5), round(bar.get_x())) for bar in axes.patches}
-    assert bars == {(r, t) for r in range(4) for t in range(15) if Circulation.decode(4, 2).group(t, r) is not None}
-
-
-def test_a_group_comes_back_when_its_token_is_known():
-    ring = Circulation.decode(4, 4)
-    assert [ring.group(tick, 0) for tick in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert [ring.group(tick, 3) for tick in range(8)] == [None, None, None, 0, 1, 2, 3, 0]
-
-
-def test_rows_and_chunks_fill_the_stages(llm):
-    assert [batch_size(llm.model, rows) for rows in (1, 2, 3, 5, 16)] == [(1, 1), (2, 2), (4, 2), (8, 2), (16, 2)]
-    assert filling(8192, 4, 1, 1) == 768  # 12 chunks wanted; 683 is no bucket
-    assert filling(100, 4, 4, 1) == 512  # a chunk is no smaller than what keeps a GPU busy
-    assert filling(8192, 2, 2, 8) == 4096

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import spellings
+from completions import Completion
 from spellings import KINDS, right, save, spelled, text
 from tokenizers import decoders
 from tokenizers.decoders import DecodeStream
 
 import jaxtp.checkpoint.hf as hf
 from jaxtp import SamplingParams
-from jaxtp.generate.request import Row
 from jaxtp.text import GrowingText, Tokenizer
 from jaxtp.text.grow import Spelling
 
@@ -49,15 +49,15 @@ def case(tokenizer, rng):
 
 
 def answer(tokenizer, prompt, completion, params, rng, *, show):
-    """(the text, all texts shown on the way) of a row that gets the completion in calls of some tokens."""
-    row = Row(prompt, params, index=0, seed=0, limit=len(prompt) + len(completion), eos=(), tokenizer=tokenizer)
-    shown, done = [], 0
+    """(the text, all texts shown on the way) of a completion that comes in steps of some tokens."""
+    grows, shown, done = Completion(tokenizer, prompt, params, most=len(completion), show=bool(show)), [], 0
     while done < len(completion):
         step = 1 if show == "each" else rng.randint(1, 5) if show else len(completion)
-        row.take(completion[done : done + step], None, show=bool(show))
-        shown.append(row.output.text)
+        grows.take(completion[done : done + step])
+        shown.append(grows.output.text)
         done += step
-    return row.output.text, shown
+    assert grows.told == grows.output.text
+    return grows.output.text, shown
 
 
 @pytest.mark.parametrize("kind", CASES)

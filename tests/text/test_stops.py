@@ -7,10 +7,10 @@ import random
 import pytest
 import spellings
 import tiny
+from completions import Completion
 
 from jaxtp import SamplingParams
 from jaxtp.generate.load import eos_of
-from jaxtp.generate.request import Row
 from jaxtp.text import Tokenizer, find_stop, held
 
 
@@ -20,15 +20,15 @@ def tokenizer(tmp_path_factory):
 
 
 def run(tokenizer, said, **params):
-    """(the row, what it showed) of `said`, which comes token by token after a prompt."""
-    prompt, ids = [300], tokenizer.encode(said)
+    """(the output, what it showed) of `said`, which comes token by token after a prompt."""
+    ids = tokenizer.encode(said)
     asked = SamplingParams(max_tokens=len(ids), ignore_eos=True, **params)
-    row = Row(prompt, asked, index=0, seed=0, limit=10**6, eos=(), tokenizer=tokenizer)
-    shown = []
+    completion, shown = Completion(tokenizer, [300], asked, most=len(ids), show=True), []
     for token in ids:
-        row.take([token], None, show=True)
-        shown.append(row.output.text)
-    return row.output, shown
+        completion.take([token])
+        shown.append(completion.output.text)
+    assert completion.told == completion.output.text
+    return completion.output, shown
 
 
 def test_random_texts_and_stops_against_a_search_of_every_beginning(tokenizer):
