@@ -16,6 +16,7 @@ import numpy as np
 from jaxtp.engine.arguments import check_ids, check_request
 from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.detokenizer import Alternatives, Arrival, Detokenizer
+from jaxtp.engine.features import EVERYTHING, RANDOM, features, level, union
 from jaxtp.engine.outputs import CompletionOutput
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.plan import Cards, Shape
@@ -357,41 +358,6 @@ class Engine:
             sequence.request.finished_at = time.monotonic()
 
 
-RANDOM = Features(random=True)
-EVERYTHING = Features(random=True, min_p=True, truncate=True, penalties=True, bias=True, min_tokens=True, logprobs=20)
-
-
-def level(found: Features) -> Features:
-    """The least of three that holds it: greedy, at a temperature, everything."""
-    if found == Features():
-        return found
-    return RANDOM if found == RANDOM else union([EVERYTHING, found])
-
-
 def _alternatives(found: list[np.ndarray], group: int, step: int, lane: int) -> Alternatives:
     chosen, rank, ids, best = (a[group, step, lane] for a in found)
     return Alternatives(float(chosen), int(rank), ids.tolist(), best.tolist())
-
-
-def features(params: SamplingParams) -> Features:
-    """What a request asks of the sampler."""
-    hot = params.temperature > 0
-    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-    return Features(
-        random=hot,
-        min_p=hot and params.min_p > 0,
-        truncate=hot and (params.top_k > 0 or params.top_p < 1),
-        penalties=penalised,
-        bias=bool(params.logit_bias),
-        min_tokens=params.min_tokens > 0,
-        logprobs=params.logprobs,
-    )
-
-
-def union(each: Seq[Features]) -> Features:
-    """What all of them ask for."""
-    flags = ("random", "min_p", "truncate", "penalties", "bias", "min_tokens")
-    logprobs = [found.logprobs for found in each if found.logprobs is not None]
-    return Features(
-        **{flag: any(getattr(found, flag) for found in each) for flag in flags}, logprobs=max(logprobs, default=None)
-    )
