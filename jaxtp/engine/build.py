@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.engine import Engine
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.read import PAGE, choose_read
 from jaxtp.engine.scheduler import Limits, Policy
 from jaxtp.log import logger
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
-from jaxtp.ops.pages import Read, attend_pages
+from jaxtp.ops.pages import Read
 from jaxtp.text import Tokenizer
 
-PAGE = 64  # slots
 ONE_SHOT_BYTES = 4 << 20  # the largest all-reduce that XLA:GPU does in one kernel of its own; beyond it calls NCCL
 CHUNK = {"cpu": 32, "gpu": 128}
 TOKENS = {"cpu": 512, "gpu": 2048}
@@ -68,56 +65,6 @@ def build(
     logger.info("the cache has %d pages of %d tokens, read by %s%s", pages * groups, size, read, _cached(limits))
     buckets = Buckets(limits, read, width)
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
-
-
-def choose_read(model: Llama) -> Read:
-    """How the cache is read on the model's devices."""
-    mesh, config = model.layout.mesh, model.config
-    if platform(mesh) == "cpu":
-        return "rows"
-    fits = jnp.dtype(model.layout.dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-    device = mesh.devices.flat[0]
-    if fits and (device.process_index != jax.process_index() or _cudnn_reads(device, layout_of(model))):
-        return "cudnn"
-    return "gather" if model.stacks else "slab"
-
-
-def layout_of(model: Llama) -> tuple[str, int, int, int]:
-    """What cuDNN is asked for: dtype, KV heads of a device, query heads of each, head_dim."""
-    heads = model.empty_cache(model.layout.parts("batch"), 1).layers[0][0]
-    held = heads.sharding.shard_shape(heads.shape)[-3]
-    return str(model.layout.dtype), held, model.config.num_heads // heads.shape[-3], model.config.head_dim
-
-
-@functools.cache
-def _cudnn_reads(device: jax.Device, layout: tuple[str, int, int, int]) -> bool:
-    """Whether cuDNN's attention over pages runs on this device and gives what the reference does: it is run once."""
-    dtype, K, G, H = layout
-    rng, (B, N) = np.random.default_rng(0), (3, 4)
-    draw = functools.partial(rng.standard_normal, dtype=np.float32)
-    q, keys, values = (draw(shape) for shape in ((B, 1, K, G, H), (B * N, K, PAGE, H), (B * N, K, PAGE, H)))
-    table = rng.permutation(B * N).astype(np.int32).reshape(B, N)
-    lengths = np.array([1, PAGE + 7, N * PAGE], np.int32)
-
-    def run(q: jax.Array, keys: jax.Array, values: jax.Array, *, read: Read) -> jax.Array:
-        q, keys, values = (a.astype(dtype) for a in (q, keys, values))
-        return attend_pages(
-            q, keys, values, table, lengths[:, None] - 1, lengths, read=read, reach=N * PAGE, kernel="xla"
-        ).astype(jnp.float32)
-
-    found = {}
-    try:
-        with jax.default_device(device):
-            for read in ("gather", "cudnn"):
-                found[read] = np.asarray(jax.jit(functools.partial(run, read=read))(q, keys, values))
-    except Exception as error:  # whatever it is that the driver, cuDNN or this JAX do not know
-        logger.warning("cuDNN does not read pages here: %s", str(error).splitlines()[0])
-        return False
-    worst = float(np.abs(found["gather"] - found["cudnn"]).max())
-    if not worst < 0.02:  # 16-bit results around 1
-        logger.warning("cuDNN reads pages wrongly here (off by %.3g); the cache is read otherwise", worst)
-        return False
-    return True
 
 
 def step_tokens(model: Llama) -> int:
