@@ -117,7 +117,6 @@ def test_every_step_is_compiled_ahead(folder):
     engine._features = EVERYTHING
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told[-1][0] + 1 == told[-1][1] == len(list(engine.buckets.all(stops=4, biases=0)))
-    engine.cards.widen(stops=4, biases=0)
     before = engine.programs.compile_seconds
     rng = random.Random(3)
     for ids, params in load():
