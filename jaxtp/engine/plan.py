@@ -7,6 +7,7 @@ lanes, C tokens of a chunk, N pages of a table.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,37 +66,33 @@ class Cards:
         self.groups, self.rows, self.pages, self.slab = groups, rows, pages, slab
         self.stops, self.biases = 4, 0
         self._cards = self._empty()
-        self._placed: dict[tuple[int, int], tuple[Sequence, int]] = {}  # whose card it is, in which epoch
 
     def _empty(self) -> np.ndarray:
         return np.zeros((self.groups, self.rows, len(AT) + self.stops + 2 * self.biases + self.pages), np.int32)
 
-    def widen(self, *, stops: int, biases: int) -> None:
-        """Room for longer lists of stop ids and biases, in powers of two."""
+    def widen(self, running: Iterable[Sequence], *, stops: int, biases: int) -> None:
+        """Room for longer lists of stop ids and biases, in powers of two; the cards of who is running are written anew."""
         stops, biases = max(self.stops, _power(stops)), max(self.biases, _power(biases))
         if (stops, biases) != (self.stops, self.biases):
             self.stops, self.biases = stops, biases
             self._cards = self._empty()
-            self._placed.clear()
+            for sequence in running:
+                sequence.tabled = 0
 
     def card(self, sequence: Sequence) -> np.ndarray:
         """The card of a sequence that has a row."""
-        at = sequence.group, sequence.row
-        card = self._cards[at]
-        table = card[-self.pages :]
-        if (known := self._placed.get(at)) is None or known != (sequence, sequence.epoch):
+        card = self._cards[sequence.group, sequence.row]
+        if not sequence.tabled:
             self._write(card, sequence)
-            self._placed[at] = sequence, sequence.epoch
-        elif len(sequence.pages) == sequence.tabled:
-            return card
-        table[sequence.tabled : len(sequence.pages)] = sequence.pages[sequence.tabled :]
-        sequence.tabled = len(sequence.pages)
+        if sequence.tabled < len(sequence.pages):
+            at = len(card) - self.pages
+            card[at + sequence.tabled : at + len(sequence.pages)] = sequence.pages[sequence.tabled :]
+            sequence.tabled = len(sequence.pages)
         return card
 
     def _write(self, card: np.ndarray, sequence: Sequence) -> None:
         params, floats = sequence.request.params, card.view(np.float32)
         card[:] = 0
-        sequence.tabled = 0
         for name, value in {
             "row": sequence.row,
             "count": 1,
@@ -132,7 +129,8 @@ class Cards:
         for group, mine in enumerate(work):
             if mine.rows:
                 for sequence in mine.rows:
-                    self.card(sequence)
+                    if sequence.tabled != len(sequence.pages):
+                        self.card(sequence)
                 rows = [sequence.row for sequence in mine.rows]
                 at = np.array(rows) if self.slab else np.arange(len(rows))
                 lanes[group, at] = self._cards[group, rows, : lanes.shape[-1]]
