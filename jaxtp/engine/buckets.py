@@ -30,16 +30,16 @@ class Buckets:
         chunks = max(len(mine.chunks) for mine in work)
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
-        rows = rows if rows or chunks else 1
+        rows = rows if chunks else max(rows, self._fewest())
         reach = self._reach(max(ends, default=1), bool(chunks))
         return self._shape(self._up(rows), self._up(chunks), reach, stops=stops, biases=biases)
 
     def all(self, *, stops: int, biases: int) -> Iterator[Shape]:
         """Every shape that a step may have."""
         limits = self.limits
-        rows = self._sizes(limits.rows)
+        rows = self._sizes(max(limits.rows, self._fewest()))
         for chunks in (0, *self._sizes(max(1, limits.tokens // limits.chunk))):
-            for count in rows if not chunks else (0, *rows):
+            for count in (0, *rows) if chunks else [count for count in rows if count >= self._fewest()]:
                 if count and chunks > self._up(max(1, (limits.tokens - count // self.factor) // limits.chunk)):
                     continue
                 reaches = {self._reach(length, bool(chunks)) for length in range(1, self.pages * limits.size + 1, 64)}
@@ -64,6 +64,10 @@ class Buckets:
         if self.read == "rows" or (self.read == "cudnn" and not chunks):
             return most
         return min(most, bucket(length, least=MIN_REACH))
+
+    def _fewest(self) -> int:
+        """Rows of a step without chunks. In stages, of a single token to write XLA makes two writes, each with a copy of the pool."""
+        return 2 if self.limits.stages > 1 else 1
 
     def _sizes(self, most: int) -> list[int]:
         sizes = [1]
