@@ -66,7 +66,7 @@ class Buckets:
         return min(most, bucket(length, least=MIN_REACH))
 
     def _fewest(self) -> int:
-        """Rows of a step without chunks. In stages XLA makes two writes of one that has a single token, each into a pool of its own."""
+        """Rows of a step without chunks. A single token would be written twice in stages, each time into a copy of the pool (XLA)."""
         return 2 if self.limits.stages > 1 else 1
 
     def _sizes(self, most: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Generation: one compiled step, two drivers (a device loop and a stream), and `LLM` on top."""
+"""Generation: `LLM`, prompts in and text out, on top of the engine."""
 
 from jaxtp.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxtp.engine.params import SamplingParams
