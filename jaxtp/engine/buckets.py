@@ -66,7 +66,7 @@ class Buckets:
         return min(most, bucket(length, least=MIN_REACH))
 
     def _fewest(self) -> int:
-        """Rows of a step without chunks. A single token would be written twice in stages, each time into a copy of the pool (XLA)."""
+        """Rows of a step without chunks. XLA would write a single token twice in stages, each time into a copy of the pool."""
         return 2 if self.limits.stages > 1 else 1
 
     def _sizes(self, most: int) -> list[int]:
