@@ -44,7 +44,7 @@ class Settings:
     access_log: bool = False
     """Log every request."""
     log_seconds: float = 10.0
-    """Seconds between lines that say how busy the engine is."""
+    """Seconds between lines that say how busy the engine is; 0: none."""
 
     def __post_init__(self) -> None:
         checks.whole("port", self.port, least=0, most=65535)

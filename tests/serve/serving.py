@@ -51,8 +51,8 @@ def served(engine, *, names=("tiny",), defaults=None, priorities=False) -> Serve
 @contextlib.contextmanager
 def serving(model: Served, **settings) -> Iterator[Server]:
     """A server that takes requests. Whatever it runs in raises, the test raises at the end."""
-    server = Server(model, Settings(port=0, log_seconds=0, **settings))
-    raised: list[BaseException] = []
+    server = Server(model, Settings(port=0, **settings))
+    raised = server.raised = []
 
     def work() -> None:
         try:
@@ -72,7 +72,6 @@ def serving(model: Served, **settings) -> Iterator[Server]:
             server.stop()
         thread.join(20)
         assert not thread.is_alive()
-    server.raised = raised
     if raised and not isinstance(raised[0], RuntimeError):
         raise raised[0]
 
