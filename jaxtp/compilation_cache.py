@@ -8,12 +8,14 @@ stays; JAXTP_COMPILATION_CACHE=0 leaves everything as JAX has it. The folder may
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -72,3 +74,14 @@ def processor() -> str:
         told = None
     known = " ".join(sorted(told[1].split())) if told else platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def not_cached() -> Iterator[None]:
+    """Keeps programs for devices that are not there out of it: nothing could load them again."""
+    before = jax.config.values[_SECONDS]
+    jax.config.update(_SECONDS, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(_SECONDS, before)

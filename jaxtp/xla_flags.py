@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtp.compilation_cache import not_cached
 from jaxtp.log import logger
 from jaxtp.mesh import platform
 
@@ -93,7 +94,8 @@ def known(flag: Flag, mesh: Mesh) -> bool:
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, PartitionSpec())).lower()
     try:
-        lowered.compile(compiler_options={flag.name: flag.value})
+        with not_cached():
+            lowered.compile(compiler_options={flag.name: flag.value})
     except jax.errors.JaxRuntimeError as error:
         logger.debug("without %s: %s", flag.name, error)
         return False

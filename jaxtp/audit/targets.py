@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxtp import files
+from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
 from jaxtp.engine.programs import Programs
 from jaxtp.generate.batch import batch_size
@@ -120,15 +119,3 @@ def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: st
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-@contextlib.contextmanager
-def not_cached() -> Iterator[None]:
-    """Keeps programs for devices that are not there out of JAX's persistent cache, which could not load them again."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[name]
-    jax.config.update(name, float("inf"))
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)

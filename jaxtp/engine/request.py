@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtp.engine.outputs import CompletionOutput, Logprob
 from jaxtp.engine.params import SamplingParams
@@ -39,7 +40,8 @@ class Request:
     """A prompt and its `params.n` completions on their way through the engine.
 
     priority: lower ones first. arrived, scheduled, first_token, finished_at: `time.monotonic()` of when it came, got its first
-    row, had its first token and its last. cached_tokens: of the prompt, which the prefix cache had.
+    row, had its first token and its last. cached_tokens: of the prompt, which the prefix cache had. stream: whether somebody
+    reads along. sequences: its completions, as the engine has them.
     """
 
     id: str
@@ -47,7 +49,9 @@ class Request:
     params: SamplingParams
     seed: int = 0
     priority: int = 0
+    stream: bool = False
     listener: Listener | None = None
+    sequences: list[Any] = field(default_factory=list)
     outputs: list[CompletionOutput] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     scheduled: float | None = None

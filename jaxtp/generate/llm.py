@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +13,20 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtp import compilation_cache
-from jaxtp.buckets import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
+from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.config import ModelConfig
+from jaxtp.engine.arguments import check_engine, check_ids, check_request
+from jaxtp.engine.build import build
+from jaxtp.engine.engine import Engine
 from jaxtp.engine.outputs import RequestOutput
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.request import Listener, Request
+from jaxtp.engine.scheduler import Policy
 from jaxtp.generate import memory
-from jaxtp.generate.arguments import check_engine, check_ids, check_request
 from jaxtp.generate.auto import Choice, split_of
-from jaxtp.generate.batch import Batch, slots_needed
 from jaxtp.generate.load import eos_of, load_model, tokenizer_of
 from jaxtp.generate.prompts import Prompt, listed, token_id
-from jaxtp.generate.request import Row
-from jaxtp.generate.step import CALL_TOKENS
 from jaxtp.generate.timing import Timing
 from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import told
@@ -47,8 +49,11 @@ class LLM:
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
-    gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. max_num_seqs: rows that run
-    together. max_num_batched_tokens: prompt tokens that one prefill call takes. tp_plan, sequence_parallel, kernel: see
+    gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
+    the cache takes of each device (default: what the weights leave of that share; on CPUs 1 GiB, or what one request needs).
+    max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
+    takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
+    "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, kernel: see
     `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
     makes the same calls; tp stays within a process unless tp_across_nodes. Raises FileNotFoundError or ValueError, before any
     device work where it can be known then.
@@ -69,8 +74,12 @@ class LLM:
         lora: str | Path | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        kv_cache_memory_bytes: int | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
-        max_num_batched_tokens: int = MAX_BATCHED_TOKENS,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        scheduling_policy: Policy = "fcfs",
+        max_num_queued: int | None = None,
         load_format: str = "auto",
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
@@ -83,6 +92,11 @@ class LLM:
     ) -> None:
         if progress:
             show()
+        optional = {
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_num_queued": max_num_queued,
+        }
         check_engine(
             model,
             counts={
@@ -90,7 +104,7 @@ class LLM:
                 "pipeline_parallel_size": pipeline_parallel_size,
                 "data_parallel_size": data_parallel_size,
                 "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
+                **{name: value for name, value in optional.items() if value is not None},
             },
             layers_per_stage=layers_per_stage,
             max_model_len=max_model_len,
@@ -98,7 +112,13 @@ class LLM:
             load_format=load_format,
             hf_overrides=hf_overrides,
             seed=seed,
-            switches={"sequence_parallel": sequence_parallel, "tp_across_nodes": tp_across_nodes, "progress": progress},
+            switches={
+                "sequence_parallel": sequence_parallel,
+                "tp_across_nodes": tp_across_nodes,
+                "enable_prefix_caching": enable_prefix_caching,
+                "progress": progress,
+            },
+            policy=scheduling_policy,
         )
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
@@ -142,14 +162,23 @@ class LLM:
         self.tokenizer = source if isinstance(source, Tokenizer) else tokenizer_of(source, asked=tokenizer is not None)
         self.eos = eos_of(self.config, self.model.source, hf_overrides or {}, self.tokenizer)
         self.programs = Programs(self.model)
-        self.budget = memory.budget(self.model, utilization=gpu_memory_utilization)
+        self.budget = memory.budget(self.model, utilization=gpu_memory_utilization, cache_bytes=kv_cache_memory_bytes)
         self.max_model_len = memory.context(self.config, self.budget, max_model_len)
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        asked = kv_cache_memory_bytes is not None
+        self.cache_tokens = memory.pool_tokens(self.model, self.budget, self.max_model_len, asked=asked)
+        self.max_num_seqs = max_num_seqs
+        self._engine = functools.partial(
+            build,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_caching=enable_prefix_caching,
+            policy=scheduling_policy,
+            max_num_queued=max_num_queued,
+        )
         self.timing = Timing(self.programs, self.budget)  # of the last call of `generate`
         self._progress, self._seeds = progress, itertools.count(seed * 1_000_003)
         self._requests = itertools.count()
-        self._idle_said: set[int] = set()  # what was said of stages that idle
-        self._hidden_said: set[str] = set()  # and of stop strings that no text shows
+        self._hidden_said: set[str] = set()  # stop strings that no text shows
         self._report(time.perf_counter() - start)
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -162,34 +191,35 @@ class LLM:
         sampling_params: one for all, or one for each. Raises ValueError for an empty batch, an empty prompt, one that leaves no
         room in `max_model_len`, and text without a tokenizer.
         """
-        requests, rows = self._requests_of(prompts, sampling_params)
+        asked = self._asked(prompts, sampling_params)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         timer = self.timing = Timing(self.programs, self.budget)
-        with Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console) as bar:
+        bar = Progress(*columns, disable=not (self._progress and interactive()), transient=True, console=console)
+        with bar, self._submitted(asked, stream=False) as requests, timer.watch(self.engine):
+            rows = [output for request in requests for output in request.outputs]
             task = bar.add_task("", total=len(rows))
-            for batch in self._batches(rows):
-                for _ in timer.watch(batch, steps=CALL_TOKENS):
-                    bar.update(task, completed=sum(row.finished for row in rows))
+            while self.engine.step():
+                bar.update(task, completed=sum(row.finish_reason is not None for row in rows))
         timer.report()
-        for request in requests:
-            request.finished = True
-        return requests
+        return [self._output(request, prompt) for request, (prompt, _, _) in zip(requests, asked, strict=True)]
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
         """The same token by token: yields a request whenever it has grown. Its outputs are updated in place."""
-        requests, rows = self._requests_of(prompts, sampling_params)
-        owner = {id(output): request for request in requests for output in request.outputs}
-        for batch in self._batches(rows):
-            grown = [0] * len(batch.rows)
-            for _ in batch.run(steps=1, show=True):
-                for i, row in enumerate(batch.rows):
-                    if len(row.output.token_ids) > grown[i]:
-                        grown[i] = len(row.output.token_ids)
-                        request = owner[id(row.output)]
-                        request.finished = all(output.finish_reason for output in request.outputs)
-                        yield request
+        asked = self._asked(prompts, sampling_params)
+        grown: list[Request] = []
+        with self._submitted(asked, stream=True, listener=lambda request, updates: grown.append(request)) as requests:
+            outputs = {
+                id(request): self._output(request, prompt) for request, (prompt, _, _) in zip(requests, asked, strict=True)
+            }
+            while not all(request.finished for request in requests):
+                self.engine.step()
+                for request in grown:
+                    output = outputs[id(request)]
+                    output.finished = request.finished
+                    yield output
+                grown.clear()
 
     def chat(
         self,
@@ -221,49 +251,57 @@ class LLM:
         texts = [self.tokenizer.chat(turns, **(template or {})) for turns in (messages if several else [messages])]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
-    def compile(
-        self, *, batch: int, prompt_tokens: int, max_tokens: int, sampling_params: SamplingParams | None = None
-    ) -> float:
-        """Compiles ahead of time what `generate` needs for `batch` prompts, the longest of `prompt_tokens` tokens.
-
-        Shapes come in buckets (see `buckets`): other numbers that fall into the same ones need nothing more.
-
-        `sampling_params` says which parts of sampling to compile in. Returns the seconds that it took.
-        """
-        before = self.programs.compile_seconds
-        params = dataclasses.replace(sampling_params or SamplingParams(), max_tokens=max_tokens, n=1, seed=0)
-        prompt = [0] * min(prompt_tokens, self.max_model_len - 1)
-        _, rows = self._requests_of([prompt] * batch, params)
-        for group in self._batches(rows):
-            group.warm_up()
-        return self.programs.compile_seconds - before
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What runs requests, with its KV cache: made when it is first asked for."""
+        return self._engine(
+            self.model,
+            self.programs,
+            cache_tokens=self.cache_tokens,
+            max_model_len=self.max_model_len,
+            tokenizer=self.tokenizer,
+            eos=self.eos,
+        )
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _requests_of(
+    def _asked(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[RequestOutput], list[Row]]:
+    ) -> list[tuple[str | None, list[int], SamplingParams]]:
+        """Each prompt as text and as ids, and its parameters; all are looked at before any of them runs."""
         each = listed(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(each)
         if len(params) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params)} sampling parameters")
-        requests, rows = [], []
+        asked = []
         for prompt, wanted in zip(each, params, strict=True):
             ids = self._ids(prompt)
             if wanted.stop and self.tokenizer is None:
                 raise ValueError("stop strings need a tokenizer, which this checkpoint has not: LLM(..., tokenizer=folder)")
             check_request(wanted, self.config, self.max_model_len)
             self._say_hidden(wanted)
-            seed = wanted.seed if wanted.seed is not None else next(self._seeds) % 2**32
-            mine = [
-                Row(ids, wanted, index=i, seed=seed, limit=self.max_model_len, eos=self.eos, tokenizer=self.tokenizer)
-                for i in range(wanted.n)
-            ]
-            rows += mine
-            text = prompt if isinstance(prompt, str) else None
-            requests.append(RequestOutput(next(self._requests), text, ids, [row.output for row in mine]))
-        return requests, rows
+            asked.append((prompt if isinstance(prompt, str) else None, ids, wanted))
+        return asked
+
+    @contextlib.contextmanager
+    def _submitted(
+        self, asked: list[tuple[str | None, list[int], SamplingParams]], *, stream: bool, listener: Listener | None = None
+    ) -> Iterator[list[Request]]:
+        """The requests, longest prompts first into the queue; what has not ended at the end is given up."""
+        requests: dict[int, Request] = {}
+        try:
+            for i in sorted(range(len(asked)), key=lambda i: -len(asked[i][1])):
+                _, ids, params = asked[i]
+                seed = next(self._seeds) % 2**32
+                requests[i] = self.engine.submit(ids, params, seed=seed, stream=stream, listener=listener)
+            yield [requests[i] for i in range(len(asked))]
+        finally:
+            for request in requests.values():
+                self.engine.abort(request)
+
+    def _output(self, request: Request, prompt: str | None) -> RequestOutput:
+        return RequestOutput(next(self._requests), prompt, request.prompt, request.outputs, request.finished)
 
     def _say_hidden(self, params: SamplingParams) -> None:
         """Says of stop strings that no text will show. Once each."""
@@ -296,32 +334,6 @@ class LLM:
         check_ids("a prompt", ids, self.config.vocab_size)
         return ids
 
-    def _batches(self, rows: list[Row]) -> Iterator[Batch]:
-        """Rows in batches that fit the KV cache, the longest prompts first."""
-        waiting = sorted(rows, key=lambda row: -len(row.prompt))
-        while waiting:
-            count = 1
-            while count < min(len(waiting), self.max_num_seqs) and self._fits(waiting[: count + 1]):
-                count += 1
-            batch = Batch(self.model, self.programs, waiting[:count], chunk_tokens=self.max_num_batched_tokens)
-            self._say_idle(batch)
-            yield batch
-            waiting = waiting[count:]
-
-    def _say_idle(self, batch: Batch) -> None:
-        """What a batch wastes that is too small for the stages."""
-        stages, rows = self.model.stages, len(batch.rows)
-        groups = -(-rows * batch.groups // batch.size)  # those that hold any row
-        if self._progress and groups < stages and groups not in self._idle_said:
-            self._idle_said.add(groups)
-            few, enough = f"{rows} row{'s' * (rows > 1)}", stages * self.model.layout.parts("batch")
-            logger.warning(
-                f"{few} on pp={stages}: each stage works in {groups} of {stages} ticks, {enough} rows would keep all busy"
-            )
-
-    def _fits(self, rows: Sequence[Row]) -> bool:
-        return slots_needed(self.model, rows, self.max_num_batched_tokens) <= self.budget.cache_tokens
-
     def _report(self, seconds: float) -> None:
         budget, where = self.budget, told(self.model.layout.mesh.shape)
         logger.info("loaded %s in %.1f s on %s", self.model.source or "random weights", seconds, where)
@@ -329,6 +341,7 @@ class LLM:
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:
             logger.info("%s", stages_of(self.model).told())
-        logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{budget.cache_tokens:,}", budget.cache_bytes / 2**30)
-        concurrency = budget.cache_tokens / self.max_model_len
+        size = self.cache_tokens // budget.groups * budget.slot_bytes
+        logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{self.cache_tokens:,}", size / 2**30)
+        concurrency = self.cache_tokens / self.max_model_len
         logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtp.config import ModelConfig
+from jaxtp.engine.build import PAGE
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.sharding import weights
@@ -54,11 +55,15 @@ def reserve(utilization: float) -> None:
         os.environ.setdefault(POOL, f"{min(utilization + WORKSPACE, 0.97):.2f}")
 
 
-def budget(model: Llama, *, utilization: float) -> Budget:
+CPU_CACHE = 1 << 30  # bytes of the cache where the device is a CPU, whose memory others need, too
+
+
+def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) -> Budget:
     """What the devices of a model leave for its cache.
 
     `utilization` is the share of a GPU that weights and cache may take, as far as JAX's pool reaches (see `reserve`); on
-    CPUs the share of the memory that is free now, over the devices that it is shared by.
+    CPUs the share of the memory that is free now, over the devices that it is shared by. cache_bytes: what the cache is to
+    take, if that is said.
     """
     found = {weight.path: weight.device_bytes for weight in weights(model)}
     total = sum(found.values())
@@ -72,6 +77,9 @@ def budget(model: Llama, *, utilization: float) -> Budget:
             f"the weights take {total / 2**30:.2f} GiB on each device and leave no room for a KV cache; "
             "use more devices (tensor_parallel_size), a smaller dtype, quantization, or a higher gpu_memory_utilization"
         )
+    if cache_bytes is not None and not slot <= cache_bytes <= free:
+        raise ValueError(f"kv_cache_memory_bytes={cache_bytes} must be in [{slot}, {free}]: one token, and what is free")
+    free = free if cache_bytes is None else cache_bytes
     embedding = 0 if model.head is None else found["embed"]
     return Budget(total, (total - embedding) * model.stages, free, slot, model.layout.parts("batch"))
 
@@ -88,6 +96,14 @@ def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
     if wanted > holds or wanted < 2:
         raise ValueError(f"max_model_len={wanted} must be in [2, {holds}], the tokens that the KV cache holds")
     return wanted
+
+
+def pool_tokens(model: Llama, budget: Budget, max_model_len: int, *, asked: bool) -> int:
+    """Tokens of the engine's cache: all that fit; on CPUs, unless that was `asked` for, a GiB's or what one request needs."""
+    if asked or platform(model.layout.mesh) != "cpu":
+        return budget.cache_tokens
+    each = max(CPU_CACHE // budget.slot_bytes, max_model_len + PAGE)
+    return min(budget.cache_tokens, each * budget.groups)
 
 
 def longer(config: ModelConfig, tokens: int) -> str:

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
+from jaxtp.engine.engine import Engine, Landing
 from jaxtp.engine.programs import Programs
-from jaxtp.generate.batch import Batch
 from jaxtp.generate.memory import Budget
 from jaxtp.log import logger
 
 
 class Timing:
-    """Tokens and seconds of a call of `generate`, compilation apart: prompt_tokens in `prefill` seconds, tokens in `decode`
-    seconds and `steps` steps, in which each device read `bytes`.
+    """Tokens and seconds of a call of `generate`, compilation apart: of steps that took prompts along (`prompt_tokens` in
+    `prefill` seconds), and of those with rows alone (`tokens` in `decode` seconds and `steps` steps, in which each device read
+    `bytes`).
     """
 
     def __init__(self, programs: Programs, budget: Budget) -> None:
         self._programs, self._budget = programs, budget
-        self._compiling = programs.compile_seconds
+        self._compiling = self._compiled = programs.compile_seconds
+        self._clock = time.perf_counter()
         self.prompt_tokens = self.tokens = self.steps = self.bytes = 0
         self.prefill = self.decode = 0.0
 
-    def watch(self, batch: Batch, *, steps: int) -> Iterator[None]:
-        """Runs the batch; the first yield ends its prefill."""
-        programs, first = self._programs, True
-        self.prompt_tokens += sum(len(row.prompt) for row in batch.rows)
-        clock, compiled, made, before = time.perf_counter(), programs.compile_seconds, 0, 0
-        for _ in batch.run(steps=steps):
-            took = time.perf_counter() - clock - (programs.compile_seconds - compiled)
-            now = sum(len(row.output.token_ids) for row in batch.rows)
-            if first:
-                self.prefill += took
-            else:
-                self.decode += took
-                self.tokens += now - made
-                longest = max(len(row.output.token_ids) for row in batch.rows)
-                self.steps += longest - before
-                self.bytes += (longest - before) * self._budget.step_bytes(batch.size, batch.slots)
-            before = max(len(row.output.token_ids) for row in batch.rows)
-            first, made = False, now
+    @contextlib.contextmanager
+    def watch(self, engine: Engine) -> Iterator[None]:
+        """Counts what lands inside."""
+        self._clock, self._compiled = time.perf_counter(), self._programs.compile_seconds
+        engine.on_land.append(self._landed)
+        try:
             yield
-            clock, compiled = time.perf_counter(), programs.compile_seconds
+        finally:
+            engine.on_land.remove(self._landed)
+
+    def _landed(self, landing: Landing) -> None:
+        now, compiled = time.perf_counter(), self._programs.compile_seconds
+        took = now - self._clock - (compiled - self._compiled)
+        self._clock, self._compiled = now, compiled
+        self.prompt_tokens += landing.prompt_tokens
+        if landing.prompt_tokens:
+            self.prefill += took
+            return
+        self.decode += took
+        self.tokens += landing.tokens
+        self.steps += landing.steps
+        budget = self._budget
+        self.bytes += landing.steps * budget.read_bytes + landing.slots * budget.slot_bytes // budget.groups
 
     def report(self) -> None:
         """Logs the rates."""

@@ -1,74 +1,86 @@
-"""The KV cache: for each layer one array of keys and one of values, [B, K, S, H], sharded over rows (dp) and heads (tp).
+"""The KV cache: for each layer a pool of pages of keys and one of values, [P, K, S, H], sharded over pages (dp) and heads (tp).
 
-Where blocks are stacks, one layer for each of P ranks of pp, its arrays are too: [P, B, K, S, H], sharded over pp. Rows then go
-through the stages in M groups, and there are M times as many arrays: all blocks' of one place, then of the next
-(`parallel.schedules.Circulation.place`).
+Where blocks are stacks, one layer for each rank of pp, its pools are too: [ranks, P, K, S, H], sharded over pp.
 
-B batch (of a group), K KV heads (as held: at least tp), S slots, H head_dim.
+P pages, K KV heads (as held: at least tp), S slots of a page, H head_dim; B groups of dp, T tokens of each, R rows with one new
+token, C tokens of a chunk, N pages of a table.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxtp.ops.pages import Read
 from jaxtp.sharding import Layout, zeros
 
 LayerCache = tuple[jax.Array, jax.Array]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=["fresh"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers.
-
-    lengths [B] int32 ([M, B] for groups): tokens of each row that are known (a prompt counts whole from the start of its
-    prefill).
-    fresh: nothing is written yet, so the first tokens attend among themselves only and never read it.
-    """
+    """Keys and values of all layers."""
 
     layers: tuple[LayerCache, ...]
-    lengths: jax.Array
-    fresh: bool = field(default=False)
 
     @property
     def slots(self) -> int:
-        """Tokens that fit in each row."""
+        """Tokens that fit in a page."""
         return self.layers[0][0].shape[-2]
+
+    @property
+    def pages(self) -> int:
+        """Pages of all groups together."""
+        return self.layers[0][0].shape[-4]
 
     @staticmethod
     def abstract(
-        layout: Layout, *, dtype: jnp.dtype, blocks: int, kv_heads: int, head_dim: int, batch: int, slots: int, groups: int
+        layout: Layout, *, dtype: jnp.dtype, blocks: int, kv_heads: int, head_dim: int, pages: int, slots: int
     ) -> Cache:
-        """Shapes and shardings, no arrays. layout: of a block's keys and values; batch: rows of all groups together."""
-        dims = {"batch": batch // groups, "heads": kv_heads, "cached": slots, "head_dim": head_dim}
-        count = {}
-        if layout.stack:
-            dims, count = {"layers": len(layout.stack), **dims}, {None: groups}
+        """Shapes and shardings, no arrays. layout: of a block's keys and values; pages: of all groups together."""
+        dims = {"batch": pages, "heads": kv_heads, "cached": slots, "head_dim": head_dim}
+        dims = {"layers": len(layout.stack), **dims} if layout.stack else dims
         array: Any = jax.ShapeDtypeStruct(tuple(dims.values()), dtype, sharding=layout.sharding(*dims))
-        shape, sharding = (*count.values(), batch // groups), layout.sharding(*count, "batch")
-        lengths: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        return Cache(layers=((array, array),) * (blocks * groups), lengths=lengths, fresh=True)
+        return Cache(layers=((array, array),) * blocks)
 
     def zeros(self) -> Cache:
         """The arrays that an abstract cache describes; inside a program over its mesh."""
         return zeros(self)
 
-    def grown(self, slots: int) -> Cache:
-        """This cache with more slots. Each array is copied once and freed, layer by layer, so little is held twice."""
-        return replace(self, layers=tuple((_grow(k, slots), _grow(v, slots)) for k, v in self.layers))
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slots", "tables", "lengths"],
+    meta_fields=["rows", "chunk", "read", "reach"],
+)
+@dataclass(frozen=True)
+class Lanes:
+    """Which tokens of a step belong together, and where their keys and values lie. Of a group's T tokens the first R are of a
+    row each; C at a time, the others are chunks of prompts.
 
-def _grow(array: jax.Array, slots: int) -> jax.Array:
-    grown = _padded(array, slots)
-    array.delete()
-    return grown
+    slots [B, T]: where each token goes, page · S + place in it (P · S and above: nowhere). tables [B, R + chunks, N]: the pages
+    of each row or chunk. lengths [B, R + chunks]: how far what its tokens see reaches; 0: an idle one. rows: R; chunk: C; read,
+    reach: see `ops.pages`. Pages count within a group.
+    """
 
+    slots: jax.Array
+    tables: jax.Array
+    lengths: jax.Array
+    rows: int
+    chunk: int
+    read: Read
+    reach: int
 
-@functools.partial(jax.jit, static_argnums=1)
-def _padded(array: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, slots - array.shape[-2]), (0, 0)))
+    def parts(self) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
+        """For each form of lane, in one group: its tokens, tables [lanes, N] and lengths [lanes]."""
+        table, lengths = self.tables[0], self.lengths[0]
+        if self.rows:
+            yield slice(0, self.rows), table[: self.rows], lengths[: self.rows]
+        if len(lengths) > self.rows:
+            yield slice(self.rows, None), table[self.rows :], lengths[self.rows :]

@@ -14,13 +14,16 @@ from flax import nnx
 
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
-from jaxtp.model.cache import LayerCache
-from jaxtp.ops.attention import Kernel, attend_cached, attend_fresh, choose_kernel, write_cache
+from jaxtp.model.cache import Lanes, LayerCache
+from jaxtp.ops.attention import Kernel, attend_fresh, choose_kernel
 from jaxtp.ops.linear import linear
 from jaxtp.ops.norm import rms_norm
+from jaxtp.ops.pages import attend_pages, write_pages
 from jaxtp.ops.rope import rotate
 from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import Layout, Region, beside
+
+FEW_TOKENS = 256  # of a step whose time is that of reading the weights
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +31,15 @@ from jaxtp.sharding import Layout, Region, beside
 class Step:
     """What every layer needs to know of the tokens at hand.
 
-    cos, sin [B, T, H/2] float32; positions [B, T] int32; segment_ids [B, T] int32 or None.
+    cos, sin [B, T, H/2] float32; positions [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it
+    the tokens go and what they see.
     """
 
     cos: jax.Array
     sin: jax.Array
     positions: jax.Array
     segment_ids: jax.Array | None = None
+    lanes: Lanes | None = None
 
 
 class Norm(nnx.Module):
@@ -66,9 +71,7 @@ class Attention(nnx.Module):
         self.qk_norm, self.window, self.layout, self.region = config.qk_norm, config.windows[index], layout, region
         self.kernel = choose_kernel(platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, override=kernel)
 
-    def __call__(
-        self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout, and the cache with these tokens in it."""
         heads = self.layout.at("qkv")
         y = linear(x, self.qkv[...], out=heads.sharding("batch", "tokens", "heads", None, None))
@@ -80,31 +83,45 @@ class Attention(nnx.Module):
             qk = jnp.concatenate([q, k], axis=3)
         qk = rotate(qk, step.cos, step.sin)
         q, k = jax.lax.split(qk, (qk.shape[3] - 1, 1), axis=3)
-        out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache, fresh)
+        out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache)
         residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
         z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None, fresh: bool
+        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """Every device attends with its own rows and heads: a region without communication."""
         # bound here, so that the region closes over plain values only
         window, kernel = self.window, self.kernel
+        if cache is None:
 
-        def local(q, k, v, positions, segment_ids, cache):
-            if cache is not None:
-                start = positions[:, 0]
-                cache = write_cache(cache[0], k, start), write_cache(cache[1], v, start)
-            if cache is None or fresh:
-                out = attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids)
-                # nothing reads the cache in this program: without the barrier XLA:GPU writes it at the very end, and keeps
-                # the partial sums that it needs for that of every layer
-                return (out, None) if cache is None else jax.lax.optimization_barrier((out, cache))
-            return attend_cached(q, cache[0], cache[1], positions, kernel=kernel, window=window), cache
+            def among(q, k, v, segment_ids):
+                return attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids)
 
-        args = (q, k, v, step.positions, step.segment_ids, cache)
-        return self.region(local, args, lambda q, k, v, positions, segment_ids, cache: (q, cache))
+            return self.region(among, (q, k, v, step.segment_ids), lambda q, *_: q), None
+
+        def local(q, k, v, positions, lanes, cache):
+            cache = write_pages(cache[0], k[0], lanes.slots[0]), write_pages(cache[1], v[0], lanes.slots[0])
+            out = [
+                attend_pages(
+                    q[0, tokens].reshape(len(table), -1, *q.shape[2:]),
+                    cache[0],
+                    cache[1],
+                    table,
+                    positions[0, tokens].reshape(len(table), -1),
+                    lengths,
+                    read=lanes.read,
+                    reach=lanes.reach,
+                    kernel=kernel,
+                    window=window,
+                ).reshape(1, -1, *q.shape[2:])
+                for tokens, table, lengths in lanes.parts()
+            ]
+            return jnp.concatenate(out, axis=1), cache
+
+        args = (q, k, v, step.positions, step.lanes, cache)
+        return self.region(local, args, lambda q, k, v, positions, lanes, cache: (q, cache))
 
 
 class Mlp(nnx.Module):
@@ -141,12 +158,10 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, layout=layout.at("mlp"))
         self.layout = layout
 
-    def __call__(
-        self, x: jax.Array, step: Step, cache: LayerCache | None, *, fresh: bool
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] in the residual stream's layout, both ways."""
         with jax.named_scope("attention"):  # what a profile tells apart
-            y, cache = self.attention(self.attention_norm(x), step, cache, fresh=fresh)
+            y, cache = self.attention(self.attention_norm(x), step, cache)
             x = _settled(x + y)
         with jax.named_scope("mlp"):
             return _settled(x + self.mlp(self.mlp_norm(x))), cache
@@ -155,9 +170,9 @@ class Block(nnx.Module):
 def _settled(x: jax.Array) -> jax.Array:
     """The residual stream, computed here: XLA:GPU would keep the outputs of several layers and add them up at every norm.
 
-    For a single token that is the faster way (fewer kernels, little to read).
+    For a few tokens that is the faster way (fewer kernels, little to read).
     """
-    return x if x.shape[1] == 1 else jax.lax.optimization_barrier(x)
+    return x if x.shape[0] * x.shape[1] <= FEW_TOKENS else jax.lax.optimization_barrier(x)
 
 
 def kv_heads_held(config: ModelConfig, layout: Layout) -> int:

@@ -24,7 +24,7 @@ from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
-from jaxtp.model.cache import Cache, LayerCache
+from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.linear import embed, linear
@@ -178,35 +178,67 @@ class Llama(nnx.Module):
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """tokens [B, T] int32 -> logits [B, T, V] float32; with a cache: (logits, cache).
 
-        positions [B, T] (default 0…T-1) turn the queries and keys and, with a cache, say which slots the tokens take: they
-        must follow one another in each row. segment_ids [B, T]: attention stays inside a segment (packed documents).
+        positions [B, T] (default 0…T-1) turn the queries and keys and, with a cache of B pages (`empty_cache`), say which slots
+        of its row's page each token takes. segment_ids [B, T]: attention stays inside a segment (packed documents; without a
+        cache).
 
         Outside of `jax.jit` this compiles once per shape, and a given cache is donated.
         """
+        B, T = tokens.shape if tokens.ndim == 2 else (0, 0)
         if not isinstance(self.embed.get_value(), jax.core.Tracer):
             tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
             groups = self.layout.parts("batch")
-            if tokens.ndim != 2 or tokens.shape[0] % groups:
+            if tokens.ndim != 2 or B % groups:
                 raise ValueError(f"tokens of shape {tokens.shape} must be [B, T], and B a multiple of dp={groups}")
+            if cache is not None and (cache.pages != B or segment_ids is not None):
+                raise ValueError(f"a cache of {cache.pages} pages is for as many rows without segment_ids; given: {B} rows")
             return _compiled(self, tokens, positions, segment_ids, cache)
-        x, cache = self.hidden(tokens, positions, segment_ids, cache)
-        logits = self.logits(x)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        if cache is None:
+            logits = self.logits(self.hidden(tokens, positions, segment_ids)[0])
+        else:
+            lengths = self._flat(jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, (B, T)))
+            lanes = self._pages(positions, cache)
+            x, cache = self.hidden(self._flat(tokens), self._flat(positions), lengths=lengths, cache=cache, lanes=lanes)
+            logits = self.logits(x)
+            dims = self.layout.sharding("batch", "tokens", "logits")
+            logits = logits.reshape(B, T, -1, out_sharding=dims)
         if logits.shape[-1] != self.config.vocab_size:  # padded for the mesh
             logits = self.layout.place(logits, "batch", "tokens", None)[..., : self.config.vocab_size]
         return logits if cache is None else (logits, cache)
+
+    def _flat(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """[B, T] of all rows: [groups, tokens of a group]."""
+        x = self.layout.place(jnp.asarray(x, jnp.int32), "batch", None)
+        return x.reshape(self.layout.parts("batch"), -1, out_sharding=self.layout.sharding("batch", None))
+
+    def _pages(self, positions: jax.Array, cache: Cache) -> Lanes:
+        """Row i has page i of the cache for itself."""
+        groups, (B, T) = self.layout.parts("batch"), positions.shape
+        each, S = B // groups, cache.slots
+        row = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32)[:, None], (each, T)).reshape(-1)
+        flat = self._flat(positions)
+        slots = jnp.where(flat < S, row * S + flat, each * S)
+        tables = self.layout.place(jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32)[:, None], (groups, each, 1)), "batch")
+        lengths = self._flat(positions.max(axis=1, keepdims=True)) + 1
+        return Lanes(slots, tables, lengths, rows=each if T == 1 else 0, chunk=T, read="slab", reach=S)
 
     def hidden(
         self,
         tokens: jax.Array | np.ndarray,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: Cache | None = None,
         *,
+        lengths: jax.Array | None = None,
+        cache: Cache | None = None,
+        lanes: Lanes | None = None,
         run: Callable[[jax.Array, Step], jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The same up to the last norm: [B, T, D] in the residual stream's layout.
 
-        run: another way to go through the blocks than one after another (without a cache), as training has.
+        lengths: see `step`. lanes: with a cache, where in it the tokens go and what they see. run: another way to go through
+        the blocks than one after another (without a cache), as training has.
         """
         if self.stacks:
             raise ValueError(
@@ -218,17 +250,16 @@ class Llama(nnx.Module):
         positions = place(positions, "batch", "tokens")
         if segment_ids is not None:
             segment_ids = place(segment_ids, "batch", "tokens")
-        step = self.step(positions, segment_ids, lengths=None if cache is None else cache.lengths)
+        step = self.step(positions, segment_ids, lengths=lengths, lanes=lanes)
         x = self.embedded(tokens)
         if run is not None:
             return self.norm(run(x, step)), None
-        fresh = cache is not None and cache.fresh
         layers: list[LayerCache | None] = []
         for i, block in enumerate(self.layers):
-            x, layer = block(x, step, None if cache is None else cache.layers[i], fresh=fresh)
+            x, layer = block(x, step, None if cache is None else cache.layers[i])
             layers.append(layer)
         x = self.norm(x)
-        return x, None if cache is None else Cache(tuple(layers), cache.lengths)  # type: ignore[arg-type]
+        return x, None if cache is None else Cache(tuple(layers))  # type: ignore[arg-type]
 
     @jax.named_scope("embedding")
     def embedded(self, tokens: jax.Array | np.ndarray) -> jax.Array:
@@ -238,17 +269,27 @@ class Llama(nnx.Module):
             self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens.shape[1], self.layout), None)
         )
 
-    def step(self, positions: jax.Array, segment_ids: jax.Array | None, *, lengths: jax.Array | None = None) -> Step:
-        """What every layer needs to know of tokens at `positions` [B, T] of rows that are `lengths` [B] long."""
-        lengths = positions.max(axis=1) + 1 if lengths is None else lengths
+    def step(
+        self,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        *,
+        lengths: jax.Array | None = None,
+        lanes: Lanes | None = None,
+    ) -> Step:
+        """What every layer needs to know of tokens at `positions` [B, T].
+
+        lengths [B, T] or [B, 1]: tokens of each one's row so far, a prompt counting whole from the start (default: of a row
+        that ends here).
+        """
         cos, sin = rotation(
             self.config.rope,
             positions,
-            lengths,
+            positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths,
             head_dim=self.config.head_dim,
             max_position=self.config.max_position_embeddings,
         )
-        return Step(cos, sin, positions, segment_ids)
+        return Step(cos, sin, positions, segment_ids, lanes)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
@@ -267,10 +308,9 @@ class Llama(nnx.Module):
         """How many stages the blocks stand in, one on each rank of pp."""
         return len(self.stacks[0]) if self.stacks else 1
 
-    def empty_cache(self, batch: int, slots: int, *, groups: int = 1) -> Cache:
-        """An abstract cache for `batch` rows of `slots` tokens; its `.zeros()`, inside a program, makes it.
-
-        groups: in how many groups the rows go through stages (1 where the blocks are no stacks).
+    def empty_cache(self, pages: int, slots: int) -> Cache:
+        """An abstract cache of `pages` pages, of all groups together, of `slots` tokens each: for `__call__` a page is a row's.
+        Its `.zeros()`, inside a program, makes it.
         """
         config, first = self.config, self.layers[0].attention.layout.at("qkv")
         return Cache.abstract(
@@ -280,9 +320,8 @@ class Llama(nnx.Module):
             blocks=len(self.layers),
             kv_heads=kv_heads_held(config, first),
             head_dim=config.head_dim,
-            batch=batch,
+            pages=pages,
             slots=slots,
-            groups=groups,
         )
 
 

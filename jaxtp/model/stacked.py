@@ -130,7 +130,7 @@ class Stacked:
             def body(x: jax.Array, part: tuple[Params, jax.Array | None], graph: Any = graph) -> tuple[jax.Array, None]:
                 ready, here = bring(part[0]), part[1]
                 block = nnx.merge(graph, jax.tree.unflatten(self._tree, [ready[BLOCK + name] for name in self._weights]))
-                y = block(x, step, None, fresh=False)[0]
+                y = block(x, step, None)[0]
                 return (y if here is None else jnp.where(here, y, x)), None
 
             if remat != "none":

@@ -1,7 +1,7 @@
 """Grouped-query attention, on one device or on that device's share of heads and rows.
 
 B batch, T query tokens, S cached tokens, K KV heads, G query heads per KV head, H head_dim.
-Queries are [B, T, K, G, H]; fresh keys and values [B, T, K, H]; the cache of a layer [B, K, S, H].
+Queries are [B, T, K, G, H]; fresh keys and values [B, T, K, H]; those of a cache [B, K, S, H].
 
 No function here communicates: attention splits by rows (dp) and by KV heads (tp).
 """
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
 # reference: the formula, all at once. xla: the same in blocks of queries, which leaves out what stands after a block (on a
 # CPU 1.5 to 2 times faster than the XLA form of jax.nn.dot_product_attention). cudnn: flash attention on GPUs.
@@ -62,16 +61,12 @@ def attend_fresh(
     return _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, block, window)
 
 
-def attend_cached(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, kernel: Kernel, window: int | None = None
-) -> jax.Array:
-    """Attention over the cache: q [B, T, K, G, H], k and v [B, K, S, H], positions [B, T] -> [B, T, K, G, H].
+def attend_seen(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, kernel: Kernel) -> jax.Array:
+    """Attention where `seen` [B, T, S] says so: q [B, T, K, G, H], k and v [B, K, S, H] -> [B, T, K, G, H].
 
-    The query at position p sees the slots 0…p (the last `window` of them). A single token is a matter of reading the
-    cache once, which plain products do; a chunk of a prompt goes through `kernel`.
+    A single token is a matter of reading keys and values once, which plain products do; more go through `kernel`.
     """
     B, T, K, G, H = q.shape
-    seen = _visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     if T == 1 or kernel != "cudnn":
         return _attend(q, k, v, seen, dims="BTKGH")[0]
     heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -79,24 +74,8 @@ def attend_cached(
     return out.reshape(q.shape)
 
 
-def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """The cache [B, K, S, H] with new [B, T, K, H] in each row's slots start … start+T-1 (start [B]), in place if donated.
-    A row without that many slots stays as it is.
-    """
-    window = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
-    )
-
-    def row(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        new, mode = new.astype(cache.dtype), jax.lax.GatherScatterMode.FILL_OR_DROP
-        return jax.lax.scatter(cache, start[None], new, window, indices_are_sorted=True, unique_indices=True, mode=mode)
-
-    cache = jax.vmap(row)(cache, new.swapaxes(1, 2), start)
-    # left to itself, XLA:GPU turns a cache of one row around for the next product, and back: two copies a layer
-    return with_layout_constraint(cache, Layout(major_to_minor=(0, 1, 2, 3)))
-
-
-def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+def visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """Which positions of keys a query at its position sees."""
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
@@ -136,7 +115,7 @@ def _blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | Non
     for start in range(0, T, block):
         stop = min(start + block, T)
         queries, keys = slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
-        seen = _visible(place[queries, None], place[None, keys], window)[None]
+        seen = visible(place[queries, None], place[None, keys], window)[None]
         if segment_ids is not None:
             seen = seen & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
         yield queries, keys, seen

@@ -35,8 +35,8 @@ def rotation(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, H/2] float32 for `positions` [B, T] int32.
 
-    `lengths` [B] int32: tokens in each row so far. Only `dynamic` reads it: past `max_position` the base grows with the
-    length of the row (NTK-aware scaling; each row of a batch by its own length).
+    `lengths` int32, [B, T] or [B, 1]: tokens in each token's row so far. Only `dynamic` reads it: past `max_position` the base
+    grows with the length of the row (NTK-aware scaling; each row of a batch by its own length).
     """
     inv, scale = frequencies(rope, head_dim)
     if rope.kind == "dynamic":
@@ -44,7 +44,7 @@ def rotation(
         stretch = jnp.maximum(lengths, max_position).astype(jnp.float32) / max_position
         base = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
         exponent = jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
-        angles = positions[..., None].astype(jnp.float32) * (base[:, None] ** -exponent)[:, None, :]
+        angles = positions[..., None].astype(jnp.float32) * (base[:, :, None] ** -exponent)
     else:
         angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

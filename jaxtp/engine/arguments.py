@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxtp import checks
 from jaxtp.config import ModelConfig
 from jaxtp.engine.params import SamplingParams
+from jaxtp.engine.scheduler import Policy
 from jaxtp.model import Llama
 
 
@@ -23,6 +24,7 @@ def check_engine(
     hf_overrides: Any,
     seed: Any,
     switches: Mapping[str, Any],
+    policy: Any,
 ) -> None:
     """Raises TypeError for arguments of another type than they must be and ValueError for those out of bounds, by name."""
     if not isinstance(model, str | Path | Llama):
@@ -41,6 +43,8 @@ def check_engine(
         raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must be in (0, 1]")
     if hf_overrides is not None and not isinstance(hf_overrides, Mapping):
         raise TypeError(f"hf_overrides={hf_overrides!r} must be a dict of keys of config.json")
+    if policy not in get_args(Policy):
+        raise ValueError(f"scheduling_policy={policy!r} is none of {', '.join(get_args(Policy))}")
     checks.seed("seed", seed)
     checks.flags(**switches)
 

@@ -1,0 +1,90 @@
+"""An engine for a model: how many pages there are, how they are read, how large a step is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxtp.engine.buckets import Buckets
+from jaxtp.engine.engine import Engine
+from jaxtp.engine.programs import Programs
+from jaxtp.engine.scheduler import Limits, Policy
+from jaxtp.log import logger
+from jaxtp.mesh import platform
+from jaxtp.model import Llama
+from jaxtp.ops.pages import Read
+from jaxtp.text import Tokenizer
+
+PAGE = 64  # slots
+ONE_SHOT_BYTES = 4 << 20  # the largest all-reduce that XLA:GPU does in one kernel of its own; beyond it calls NCCL
+CHUNK = {"cpu": 32, "gpu": 128}
+TOKENS = {"cpu": 512, "gpu": 2048}
+
+
+def build(
+    model: Llama,
+    programs: Programs,
+    *,
+    cache_tokens: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int | None = None,
+    page_size: int = PAGE,
+    read: Read | None = None,
+    policy: Policy = "fcfs",
+    max_num_queued: int | None = None,
+    prefix_caching: bool = True,
+    tokenizer: Tokenizer | None = None,
+    eos: Sequence[int] = (),
+) -> Engine:
+    """cache_tokens: that the pages of all groups may hold. max_num_batched_tokens: of a step, of all groups (default: what a
+    step can have before it takes longer). read: how the cache is read (default: `choose_read`).
+    """
+    groups, where = model.layout.parts("batch"), platform(model.layout.mesh)
+    read = read or choose_read(model)
+    rows = -(-max_num_seqs // groups)
+    size = max_model_len if read == "slab" else page_size
+    width = -(-max_model_len // size)
+    pages = min(cache_tokens // groups // size, rows * width)
+    if read == "slab":
+        rows = min(rows, pages)
+    limits = Limits(
+        groups=groups,
+        rows=rows,
+        pages=pages,
+        size=size,
+        chunk=CHUNK.get(where, 128),
+        tokens=-(-max_num_batched_tokens // groups) if max_num_batched_tokens else step_tokens(model),
+        stages=model.stages,
+        policy=policy,
+        queue=max_num_queued,
+        caching=prefix_caching and read != "slab",
+        slab=read == "slab",
+    )
+    logger.info("the cache has %d pages of %d tokens, read by %s%s", pages * groups, size, read, _cached(limits))
+    buckets = Buckets(limits, read, width)
+    return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
+
+
+def choose_read(model: Llama) -> Read:
+    """How the cache is read on the model's devices."""
+    mesh, config = model.layout.mesh, model.config
+    if platform(mesh) == "cpu":
+        return "rows"
+    fits = jnp.dtype(model.layout.dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    if fits and not any(config.windows):
+        return "cudnn"
+    return "gather" if model.stacks else "slab"
+
+
+def step_tokens(model: Llama) -> int:
+    """Tokens of a group in one step: on GPUs that share layers so many that what they send each other stays one kernel."""
+    layout, where = model.layout, platform(model.layout.mesh)
+    if where == "gpu" and layout.parts("mlp") > 1:
+        return ONE_SHOT_BYTES // (model.config.hidden_size * jnp.dtype(layout.dtype).itemsize)
+    return TOKENS.get(where, 2048)
+
+
+def _cached(limits: Limits) -> str:
+    return ", shared by texts that begin alike" if limits.caching else ""

@@ -1,0 +1,363 @@
+"""The engine: requests come and go; each step takes along what fits, and the host is one step ahead of what it has read."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxtp.engine.arguments import check_ids, check_request
+from jaxtp.engine.buckets import Buckets
+from jaxtp.engine.detokenizer import Alternatives, Arrival, Detokenizer
+from jaxtp.engine.outputs import CompletionOutput
+from jaxtp.engine.params import SamplingParams
+from jaxtp.engine.plan import Cards, Shape
+from jaxtp.engine.programs import Programs
+from jaxtp.engine.request import Listener, Request
+from jaxtp.engine.runner import Runner
+from jaxtp.engine.scheduler import Limits, Scheduler, Work
+from jaxtp.engine.sequence import Sequence
+from jaxtp.engine.step import CALL_STEPS, Made
+from jaxtp.model import Llama
+from jaxtp.ops.sampling import Features
+from jaxtp.sharding import fetch
+from jaxtp.text import Tokenizer
+
+STOP_STRING_STEPS = 8  # the host looks for stop strings this often
+
+
+@dataclass(frozen=True)
+class Stats:
+    """running, waiting: completions with and without a row. pages, pages_used: of the cache, of page_size tokens.
+
+    Since the start: prefix_queries, prefix_hits: tokens of prompts looked for in the prefix cache, and found; preemptions;
+    prompt_tokens, generation_tokens; steps.
+    """
+
+    running: int
+    waiting: int
+    pages: int
+    pages_used: int
+    page_size: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was dispatched: what it makes, and for each lane that makes it of which sequence, in which epoch."""
+
+    made: Made
+    lanes: list[tuple[int, int, Sequence, int]]  # group, lane, sequence, epoch
+    prompt_tokens: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Of a step whose tokens came back: tokens of prompts that went along, tokens made, steps, and slots of the cache that it
+    read, of all rows in all of its steps.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    steps: int
+    slots: int
+
+
+class Engine:
+    """Runs requests on one model. `submit` and `abort` may be called from any thread, `step` from one.
+
+    ahead: steps that are dispatched before the tokens of the first are read.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        programs: Programs,
+        limits: Limits,
+        *,
+        buckets: Buckets,
+        max_model_len: int,
+        tokenizer: Tokenizer | None = None,
+        eos: Seq[int] = (),
+        ahead: int = 1,
+    ) -> None:
+        self.model, self.programs, self.limits, self.buckets = model, programs, limits, buckets
+        self.max_model_len, self.eos, self.ahead = max_model_len, tuple(eos), ahead
+        self.scheduler = Scheduler(limits)
+        self.runner = Runner(model, programs, pages=limits.pages, size=limits.size, rows=limits.rows)
+        self.cards = Cards(groups=limits.groups, rows=limits.rows, pages=buckets.pages, slab=limits.slab)
+        self.detokenizer = Detokenizer(tokenizer, self._stopped)
+        self.wake = threading.Event()
+        self.on_step: list[Callable[[int], None]] = []  # told how many tokens a step has
+        self.on_land: list[Callable[[Landing], None]] = []
+        self.most_steps = CALL_STEPS
+        self.prompt_tokens = self.generation_tokens = self.steps = 0
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self._flights: deque[Flight] = deque()
+        self._entered: deque[list[Work]] = deque(maxlen=model.stages)  # the work of the last ticks, the newest first
+        self._asked: Counter[Features] = Counter()  # of the sequences that have not ended
+        self._features = Features()
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        seed: int | None = None,
+        stream: bool = True,
+        listener: Listener | None = None,
+    ) -> Request:
+        """Puts a prompt into the queue.
+
+        seed: where params has none. stream: whether somebody reads along. listener: is told what is new, in order, in another
+        thread once `detokenizer` has started; it must not block.
+
+        Raises ValueError for what can never run, and QueueFull where too many wait.
+        """
+        self.check(prompt, params)
+        number = next(self._numbers)
+        chosen = params.seed if params.seed is not None else number if seed is None else seed
+        request = Request(id or str(number), prompt, params, seed=chosen, priority=priority, stream=stream, listener=listener)
+        request.outputs = [
+            CompletionOutput(i, "", [], logprobs=None if params.logprobs is None else []) for i in range(params.n)
+        ]
+        room = self.max_model_len - len(prompt)
+        most = room if params.max_tokens is None else min(room, params.max_tokens)
+        stops = (*(() if params.ignore_eos else self.eos), *params.stop_token_ids)
+        rank = priority if self.limits.policy == "priority" else 0
+        sequences = [Sequence(request, i, order=(rank, number, i), max_tokens=most, stop_ids=stops) for i in range(params.n)]
+        with self._lock:
+            self.scheduler.add(sequences)
+            request.sequences = sequences
+            self._asked[features(params)] += params.n
+        self.wake.set()
+        return request
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises ValueError for what can never run."""
+        check_request(params, self.model.config, self.max_model_len)
+        if not prompt:
+            raise ValueError("a prompt has no tokens")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"a prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, of which one is for the "
+                "completion"
+            )
+        check_ids("a prompt", prompt, self.model.config.vocab_size)
+
+    def abort(self, request: Request) -> None:
+        """Ends what has not ended of a request; its rows and pages are free for the next step."""
+        with self._lock:
+            mine = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+            for sequence in mine:
+                self._end(sequence, "abort")
+            self.detokenizer.put([Arrival(sequence, [], finish_reason="abort") for sequence in mine])
+        self.wake.set()
+
+    def stats(self) -> Stats:
+        """How things stand."""
+        with self._lock:
+            scheduler, limits = self.scheduler, self.limits
+            return Stats(
+                running=sum(map(len, scheduler.running)),
+                waiting=len(scheduler.waiting),
+                pages=limits.pages * limits.groups,
+                pages_used=scheduler.used,
+                page_size=limits.size,
+                prefix_queries=scheduler.queries,
+                prefix_hits=scheduler.hits,
+                preemptions=scheduler.preemptions,
+                prompt_tokens=self.prompt_tokens,
+                generation_tokens=self.generation_tokens,
+                steps=self.steps,
+            )
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Dispatches a step, and reads the one before. False: there was nothing to do; `wake` is set when there is."""
+        self.wake.clear()
+        with self._lock:
+            work, steps = self.scheduler.schedule(steps=self._most_steps())
+            active = any(mine.rows or mine.chunks for mine in work)
+            plan = self._plan(work, steps) if active or self._under_way else None
+            wanted = self._wanted()
+        if plan is not None:
+            self._dispatch(work, *plan, wanted, steps)
+        while len(self._flights) > (self.ahead if active else 0):
+            self._land(self._flights.popleft())
+            if not active:
+                break
+        with self._lock:
+            busy = self.scheduler.busy or bool(self._flights) or self._under_way
+            if not busy:
+                self.check_integrity()
+                self._features = Features()
+        return busy
+
+    def run(self) -> None:
+        """Steps until there is nothing to do."""
+        while self.step():
+            pass
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where rows or pages are lost."""
+        with self._lock:
+            self.scheduler.check_integrity()
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether anything is in the stages of a pipeline yet."""
+        before = list(self._entered)[: self.model.stages - 1]
+        return any(mine.rows or mine.chunks for work in before for mine in work)
+
+    def _most_steps(self) -> int:
+        most = self.most_steps
+        for running in self.scheduler.running:
+            for sequence in running:
+                if sequence.request.stream:
+                    return 1
+                if sequence.request.params.stop:
+                    most = min(most, STOP_STRING_STEPS)
+        return most
+
+    def _wanted(self) -> Features:
+        """What the sampler must know: of all that has not ended, and while anything runs never less than before."""
+        self._features = union([self._features, *self._asked])
+        return self._features
+
+    def _plan(self, work: list[Work], steps: int) -> tuple[np.ndarray, Shape]:
+        for mine in work:
+            for sequence in [*mine.rows, *(chunk.sequence for chunk in mine.chunks)]:
+                if sequence.request.scheduled is None:
+                    sequence.request.scheduled = time.monotonic()
+                    sequence.request.cached_tokens = sequence.published * self.limits.size
+                    self.prompt_tokens += len(sequence.request.prompt)
+                self.cards.widen(stops=len(sequence.stop_ids), biases=len(sequence.request.params.logit_bias))
+        shape = self.buckets.shape(work, steps, stops=self.cards.stops, biases=self.cards.biases)
+        return self.cards.pack(work, shape), shape
+
+    def _dispatch(self, work: list[Work], plan: np.ndarray, shape: Shape, wanted: Features, steps: int) -> None:
+        if wanted.penalties:
+            for mine in work:
+                for chunk in mine.chunks:
+                    if chunk.ends:
+                        sequence, prompt = chunk.sequence, chunk.sequence.request.prompt
+                        self.runner.recount(sequence.group, sequence.row, prompt, sequence.ids[len(prompt) :])
+        made, shape = self.runner.run(plan, shape, wanted, steps)
+        self._entered.appendleft(work)
+        if len(self._entered) == self.model.stages:
+            leaves = self._entered[-1]
+            slots = sum(start + 1 for mine in leaves for start in mine.starts)
+            cut = sum(chunk.count for mine in leaves for chunk in mine.chunks)
+            self._flights.append(Flight(made, list(self._lanes(leaves, shape)), cut, slots))
+        self.steps += 1
+        tokens = sum(len(mine.rows) * steps + sum(chunk.count for chunk in mine.chunks) for mine in work)
+        for tell in self.on_step:
+            tell(tokens)
+
+    def _lanes(self, work: list[Work], shape: Shape) -> Any:
+        for group, mine in enumerate(work):
+            for i, sequence in enumerate(mine.rows):
+                yield group, sequence.row if self.limits.slab else i, sequence, sequence.epoch
+            for i, chunk in enumerate(mine.chunks):
+                if chunk.ends:
+                    yield group, shape.rows + i, chunk.sequence, chunk.sequence.epoch
+
+    def _land(self, flight: Flight) -> None:
+        steps = int(flight.made.count)
+        tokens = fetch(flight.made.tokens)[:, :steps].swapaxes(1, 2).tolist()
+        found = flight.made.logprobs
+        logprobs = None if found is None else [fetch(a) for a in (found.chosen, found.rank, found.ids, found.best)]
+        arrivals, now = [], time.monotonic()
+        with self._lock:
+            for group, lane, sequence, epoch in flight.lanes:
+                if sequence.epoch != epoch or sequence.finish_reason is not None:
+                    continue
+                new = []
+                for token in tokens[group][lane]:
+                    if token < 0 or sequence.finish_reason is not None:
+                        break
+                    sequence.take(token)
+                    new.append(token)
+                if not new:
+                    continue
+                if sequence.request.first_token is None:
+                    sequence.request.first_token = now
+                self.generation_tokens += len(new)
+                alternatives = None
+                if logprobs is not None and sequence.request.params.logprobs is not None:
+                    alternatives = [_alternatives(logprobs, group, i, lane) for i in range(len(new))]
+                arrivals.append(Arrival(sequence, new, alternatives, sequence.finish_reason))
+                if sequence.finish_reason is not None:
+                    self._end(sequence, sequence.finish_reason)
+                else:
+                    self.scheduler.publish(sequence, upto=(len(sequence.ids) - 1) // self.limits.size)
+            self.detokenizer.put(arrivals)
+        made = sum(len(arrival.tokens) for arrival in arrivals)
+        slots = flight.slots * steps + len(flight.lanes) * steps * (steps - 1) // 2
+        for tell in self.on_land:
+            tell(Landing(flight.prompt_tokens, made, steps, slots))
+
+    def _stopped(self, sequence: Sequence) -> None:
+        """A stop string ended it."""
+        with self._lock:
+            if sequence.finish_reason is None:
+                self._end(sequence, "stop")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.finish(sequence)
+        asked = features(sequence.request.params)
+        self._asked[asked] -= 1
+        if not self._asked[asked]:
+            del self._asked[asked]
+        if all(other.finish_reason is not None for other in sequence.request.sequences):
+            sequence.request.finished_at = time.monotonic()
+
+
+def _alternatives(found: list[np.ndarray], group: int, step: int, lane: int) -> Alternatives:
+    chosen, rank, ids, best = (a[group, step, lane] for a in found)
+    return Alternatives(float(chosen), int(rank), ids.tolist(), best.tolist())
+
+
+def features(params: SamplingParams) -> Features:
+    """What a request asks of the sampler."""
+    hot = params.temperature > 0
+    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return Features(
+        random=hot,
+        min_p=hot and params.min_p > 0,
+        truncate=hot and (params.top_k > 0 or params.top_p < 1),
+        penalties=penalised,
+        bias=bool(params.logit_bias),
+        min_tokens=params.min_tokens > 0,
+        logprobs=params.logprobs,
+    )
+
+
+def union(each: Seq[Features]) -> Features:
+    """What all of them ask for."""
+    flags = ("random", "min_p", "truncate", "penalties", "bias", "min_tokens")
+    logprobs = [found.logprobs for found in each if found.logprobs is not None]
+    return Features(
+        **{flag: any(getattr(found, flag) for found in each) for flag in flags}, logprobs=max(logprobs, default=None)
+    )

@@ -1,0 +1,74 @@
+"""The device's side of the engine: what stays there, the programs, and how a plan gets there and tokens come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from jaxtp.engine import step
+from jaxtp.engine.plan import Shape, empty, fitted, joined
+from jaxtp.engine.programs import Programs
+from jaxtp.model import Llama
+from jaxtp.ops.sampling import Features
+from jaxtp.sharding import put
+
+
+class Runner:
+    """Steps of one model. Every process of a job gives it the same plans in the same order.
+
+    pages, size: of the cache of each group, and of a page. rows: of a group.
+    """
+
+    def __init__(self, model: Llama, programs: Programs, *, pages: int, size: int, rows: int) -> None:
+        self.model, self.programs, self.rows = model, programs, rows
+        self.groups = model.layout.parts("batch")
+        self.state: step.State = programs.run(step.begin, pages=pages * self.groups, size=size, rows=rows)
+        self._under_way: deque[tuple[np.ndarray, Shape]] = deque(
+            maxlen=model.stages
+        )  # plans of the last ticks, the newest first
+        self._shape: Shape | None = None
+
+    def run(self, plan: np.ndarray, shape: Shape, features: Features, steps: int = 1) -> tuple[step.Made, Shape]:
+        """Dispatches a step by a plan [G, shape.size].
+
+        In stages, what it makes is of the plan of so many ticks before, whose lanes are those of the shape that is returned.
+        """
+        if features.penalties and self.state.counts is None:
+            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+        if self.model.stacks:
+            plans, shape = self._staged(plan, shape)
+        else:
+            plans = plan[None]
+        sharding = self.model.layout.sharding(None, "batch", None)
+        self.state, made = self.programs.run(
+            step.run, self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
+        )
+        return made, shape
+
+    def recount(self, group: int, row: int, prompt: list[int], output: list[int]) -> None:
+        """Counts of a row that begins anew, for penalties."""
+        if self.state.counts is None:
+            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+        ids = [np.full(1 << max(len(each) - 1, 31).bit_length(), -1, np.int32) for each in (prompt, output)]
+        ids[0][: len(prompt)], ids[1][: len(output)] = prompt, output
+        counts = self.programs.run(step.recount, self.state.counts, np.array([group, row], np.int32), *ids, donate=(0,))
+        self._set(counts=counts)
+
+    def _staged(self, plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, Shape]:
+        """The plans of all ranks, in a shape that holds them."""
+        while len(self._under_way) < self.model.stages:
+            self._under_way.append((empty(shape, self.groups), shape))
+        self._under_way.appendleft((plan, shape))
+        larger = joined([shape for _, shape in self._under_way])
+        if self.state.between is None:
+            self._set(between=self.programs.run(step.nothing, shape=larger))
+        elif self._shape is not None and (self._shape.rows, self._shape.chunks) != (larger.rows, larger.chunks):
+            self._set(between=self.programs.run(step.moved, self.state.between, old=self._shape, new=larger))
+        self._shape = larger
+        return np.stack([fitted(plan, shape, larger) for plan, shape in self._under_way]), larger
+
+    def _set(self, **changes: Any) -> None:
+        self.state = dataclasses.replace(self.state, **changes)

@@ -1,0 +1,148 @@
+"""Attention over a pool of pages: keys and values of all rows lie in pages of S slots, and a table says which are a row's.
+
+P pages of the pool, S slots of a page, N pages of a row's table; B rows, T query tokens of each, K KV heads, G query heads per
+KV head, H head_dim. A layer's pool is [P, K, S, H], of keys and of values; queries are [B, T, K, G, H].
+
+No function here communicates: pages split by data-parallel group (dp) and by KV heads (tp).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxtp.ops.attention import Kernel, attend_seen, visible
+
+# How the keys and values of rows are read. gather: their pages are copied out side by side (the reference). rows: row by row
+# and page by page, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so that
+# a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
+Read = Literal["gather", "rows", "slab", "cudnn"]
+
+
+def write_pages(pool: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """The pool [P, K, S, H] with new [N, K, H] at slots [N] (page · S + place in it), in place if donated. What goes to a slot
+    of P · S or above is written nowhere.
+    """
+    S = pool.shape[2]
+    return pool.at[slots // S, :, slots % S].set(new.astype(pool.dtype), mode="drop")
+
+
+def attend_pages(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    *,
+    read: Read,
+    reach: int,
+    kernel: Kernel,
+    window: int | None = None,
+) -> jax.Array:
+    """q [B, T, K, G, H] over the pools [P, K, S, H], whose table [B, N] says where a row's pages are -> [B, T, K, G, H].
+
+    The query at position p of `positions` [B, T] sees its row's slots 0…p (the last `window` of them). lengths [B]: how many
+    slots of the row any of its queries sees; a row of length 0 is idle, and its result means nothing. reach: a bound on all
+    lengths; forms that read all slots alike read so many.
+    """
+    B, T, _, _, _ = q.shape
+    S = keys.shape[2]
+    if read == "rows":
+        return _row_by_row(q, keys, values, table, positions, lengths, window)
+    if read == "cudnn" and T == 1 and window is None:
+        return _cudnn(q, keys, values, table, lengths)
+    if read == "slab" and T == 1:
+        k, v = keys[:B, :, :reach], values[:B, :, :reach]
+    elif read == "slab":
+        k, v = keys[table[:, 0], :, :reach], values[table[:, 0], :, :reach]
+    else:
+        k, v = (_gathered(pool, table[:, : -(-reach // S)]) for pool in (keys, values))
+    seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
+    return attend_seen(q, k, v, seen, kernel=kernel)
+
+
+def _gathered(pool: jax.Array, table: jax.Array) -> jax.Array:
+    """The pages of each row side by side: [B, K, N·S, H]."""
+    _, K, _, H = pool.shape
+    return pool[table].swapaxes(1, 2).reshape(table.shape[0], K, -1, H)
+
+
+def _row_by_row(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others."""
+    (B, T, K, G, H), S = q.shape, keys.shape[2]
+
+    def row(i: jax.Array, out: jax.Array) -> jax.Array:
+        mine, at, pages = q[i].astype(keys.dtype), positions[i], table[i]
+
+        def page(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            top, total, acc = carry
+            k, v = keys[pages[j]], values[pages[j]]
+            seen = visible(at[:, None], j * S + jnp.arange(S)[None, :], window)
+            scores = _product("TKGH,KSH->KGTS", mine, k) * H**-0.5
+            scores = jnp.where(seen, scores, -jnp.inf)
+            new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+            weights, kept = jnp.exp(scores - new), jnp.exp(top - new)
+            total = total * kept + weights.sum(axis=-1, keepdims=True)
+            return new, total, acc * kept + _product("KGTS,KSH->KGTH", weights.astype(v.dtype), v)
+
+        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // S
+        none = jnp.zeros((K, G, T, 1), jnp.float32)
+        start = _like((none - 1e30, none, jnp.zeros((K, G, T, H), jnp.float32)), q)
+        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i] // S), page, start)
+        mixed = jnp.einsum("KGTH->TKGH", acc / jnp.maximum(total, 1e-30)).astype(q.dtype)
+        return jax.lax.dynamic_update_index_in_dim(out, mixed, i, 0)
+
+    return jax.lax.fori_loop(0, B, row, _like(jnp.zeros(q.shape, q.dtype), q))
+
+
+def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array) -> jax.Array:
+    """One query a row, [B, 1, K, G, H]. jax's own front of it wants as many pages as tables have places, which a pool that rows
+    share has not.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    B, _, K, G, H = q.shape
+    none, one, tables = jnp.zeros(0, q.dtype), jnp.ones(B, jnp.int32), table[:, None, :, None]
+    out = cudnn._dot_product_attention(
+        q.reshape(B, K * G, 1, H),
+        keys,
+        values,
+        none,
+        one,
+        jnp.maximum(lengths, 1),
+        none,
+        none,
+        tables,
+        tables,
+        H**-0.5,
+        42,
+        0.0,
+        (False, False),
+        cudnn.MaskType.PADDING,
+        cudnn.AttentionLayout.BNTH.value,
+        None,
+        cudnn.check_cudnn_version(),
+        False,
+    )
+    return (out[0] if isinstance(out, tuple | list) else out).reshape(q.shape)
+
+
+def _like(tree: Any, q: jax.Array) -> Any:
+    """Constants whose type says that they differ from device to device as q does, which a loop's carry must from its start."""
+    nought = jnp.where(q.ravel()[0] > 0, 0, 0)
+    return jax.tree.map(lambda a: a + nought.astype(a.dtype), tree)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
