@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jaxtp.serve.settings import Settings
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "serve"]
 
 
-def serve(llm: LLM, settings: Settings | None = None) -> None:
-    """Serves a model until SIGTERM or SIGINT.
+def serve(load: Callable[[], LLM], settings: Settings | None = None) -> None:
+    """Serves the model that `load` gives until SIGTERM or SIGINT. Nothing is loaded before the address is taken.
 
-    Raises OSError where the address cannot be had, and RuntimeError where the engine fails.
+    Raises OSError where the address cannot be had, and RuntimeError (`jaxtp.serve.stream.EngineFailed`) where the engine fails.
     """
     from jaxtp.serve.run import run
     from jaxtp.serve.served import Served
 
-    settings = settings or Settings()
-    run(Served.of(llm, settings), settings)
+    found = settings or Settings()
+    run(lambda: Served.of(load(), found), found)

@@ -133,7 +133,7 @@ class _OfEngine(Collector):
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
             ("num_preemptions", "Completions that lost their row for a time.", stats.preemptions),
             ("prompt_tokens", "Prompt tokens.", stats.prompt_tokens),
-            ("prompt_tokens_cached", "Prompt tokens that were cached.", stats.cached_tokens),
+            ("prompt_tokens_cached", "Prompt tokens that were cached.", stats.prefix_hits),
             ("generation_tokens", "Tokens made.", stats.generation_tokens),
         ):
             yield self._filled(CounterMetricFamily(f"vllm:{name}", said, labels=_LABELS), value)

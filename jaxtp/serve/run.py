@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,7 @@ from jaxtp.serve.served import Served
 from jaxtp.serve.server import application
 from jaxtp.serve.service import Service
 from jaxtp.serve.settings import Settings, bound
+from jaxtp.serve.stream import EngineFailed
 
 CLOSING = 3  # seconds for what has been answered to reach its clients
 
@@ -34,9 +35,9 @@ class _Uvicorn(uvicorn.Server):
 class Server:
     """Serves on a socket until it is told to stop. Signals are taken in the main thread alone. ready: set when requests are."""
 
-    def __init__(self, served: Served, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         """Takes the address, so that nothing is loaded for one that is in use. Raises OSError."""
-        self._served, self._settings = served, settings
+        self._settings = settings
         self.socket = bound(settings.host, settings.port)
         self.service: Service
         self.error: BaseException | None = None
@@ -49,9 +50,9 @@ class Server:
         host, port = self.socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def run(self) -> None:
-        """Serves, until a signal or `stop`. Raises RuntimeError where the engine fails."""
-        app = application(self._served, self._settings)
+    def run(self, served: Served) -> None:
+        """Serves, until a signal or `stop`. Raises EngineFailed."""
+        app = application(served, self._settings)
         self.service = app.state.service
         config = uvicorn.Config(
             app,
@@ -65,7 +66,7 @@ class Server:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(self._run(_Uvicorn(config)))
         if self.error:
-            raise RuntimeError(f"the engine failed: {type(self.error).__name__}: {self.error}") from self.error
+            raise EngineFailed(f"the engine failed: {type(self.error).__name__}: {self.error}") from self.error
 
     async def _run(self, server: uvicorn.Server) -> None:
         loop = asyncio.get_running_loop()
@@ -77,7 +78,7 @@ class Server:
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         helpers = [asyncio.ensure_future(work) for work in (self._end(server), self._log_lines())]
-        logger.info("serving %s at %s", ", ".join(self._served.names), self.url)
+        logger.info("serving %s at %s", ", ".join(self.service.served.names), self.url)
         self.ready.set()
         if self._settings.open:
             logger.warning("other machines may ask, and no key is needed: --api-key asks for one")
@@ -118,10 +119,11 @@ class Server:
         server.should_exit = True
 
     async def _log_lines(self) -> None:
-        seconds, before = self._settings.log_seconds, self._served.engine.stats()
+        seconds, engine = self._settings.log_seconds, self.service.served.engine
+        before = engine.stats()
         while seconds:
             await asyncio.sleep(seconds)
-            now = self._served.engine.stats()
+            now = engine.stats()
             if now.running or now.waiting or now.steps != before.steps:
                 logger.info(line(before, now, seconds))
             before = now
@@ -149,10 +151,12 @@ def line(before: Any, now: Any, seconds: float) -> str:
     )
 
 
-def run(served: Served, settings: Settings) -> None:
-    """Serves in this thread. Raises as `serve`."""
+def run(load: Callable[[], Served], settings: Settings) -> None:
+    """Takes the address, loads, and serves, in this thread. Raises as `serve`."""
+    server = Server(settings)
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.INFO if name.endswith("access") else logging.WARNING)
         for handler in logger.handlers:
             logging.getLogger(name).addHandler(handler)
-    Server(served, settings).run()
+    with server.socket:
+        server.run(load())

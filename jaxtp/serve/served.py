@@ -67,14 +67,16 @@ class Served:
 
     @classmethod
     def of(cls, llm: LLM, settings: Settings) -> Served:
-        """That of an LLM, its engine made."""
-        source = llm.model.source
+        """That of an LLM, its engine made, and its texts in a thread."""
+        source, engine = llm.model.source, llm.engine
+        defaults = defaults_of(source)
+        engine.detokenizer.start()
         return cls(
-            names=settings.served_model_name or (str(source or "random"),),
-            engine=llm.engine,
+            names=settings.served_model_name or (source or "random",),
+            engine=engine,
             tokenizer=llm.tokenizer,
-            defaults=defaults_of(source),
-            priorities=llm.scheduling_policy == "priority",
+            defaults=defaults,
+            priorities=engine.limits.policy == "priority",
         )
 
 

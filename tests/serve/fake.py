@@ -27,7 +27,6 @@ class Stats:
     prefix_hits: int
     preemptions: int
     prompt_tokens: int
-    cached_tokens: int
     generation_tokens: int
     steps: int
 
@@ -198,7 +197,7 @@ class FakeEngine:
         with self._lock:
             used = sum(-(-(len(row.request.prompt) + row.at) // PAGE) for row in self.running)
             counts = (len(self.running), len(self.waiting), 64, min(used, 64), PAGE, self.prompted, self.hits, 0)
-            return Stats(*counts, self.prompted, self.hits, self.made, self.steps)
+            return Stats(*counts, self.prompted, self.made, self.steps)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A server in a thread, over HTTP on a port of its own, with a fake engine; also as a process of its own (`python serving.py`)."""
+"""A server in a thread, on a port of its own, with a fake engine; also as a process (`python serving.py`)."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def served(engine, *, names=("tiny",), defaults=None, priorities=False) -> Serve
 @contextlib.contextmanager
 def serving(model: Served, **settings) -> Iterator[Server]:
     """A server that takes requests. Whatever it runs in raises, the test raises at the end."""
-    server = Server(model, Settings(port=0, **settings))
+    server = Server(Settings(port=0, **settings))
     raised = server.raised = []
 
     def work() -> None:
         try:
-            server.run()
+            server.run(model)
         except BaseException as error:
             raised.append(error)
             server.ready.set()
@@ -102,6 +102,6 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 if __name__ == "__main__":
     folder, engine, settings = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     try:
-        run(served(fake.FakeEngine(Tokenizer(Path(folder)), **engine)), Settings(**settings))
+        run(lambda: served(fake.FakeEngine(Tokenizer(Path(folder)), **engine)), Settings(**settings))
     except RuntimeError as error:
         raise SystemExit(f"jaxtp: {error}") from None

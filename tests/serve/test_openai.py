@@ -19,6 +19,12 @@ def client(server):
         yield made
 
 
+def chunks_of(stream):
+    """All of them, the connection left in order."""
+    with stream:
+        return list(stream)
+
+
 def expected(prompt, *, index=0, seed=0, **params):
     """The tokens and the text of a completion, made without a server."""
     tokenizer = serving.tokenizer()
@@ -61,7 +67,7 @@ def test_n_completions_of_several_prompts_are_numbered_through(client):
 
 def test_a_stream_of_completions(client):
     whole = client.completions.create(model="tiny", prompt="Hello", n=2, seed=3, max_tokens=30)
-    chunks = list(client.completions.create(model="tiny", prompt="Hello", n=2, seed=3, max_tokens=30, stream=True))
+    chunks = chunks_of(client.completions.create(model="tiny", prompt="Hello", n=2, seed=3, max_tokens=30, stream=True))
     for i in range(2):
         mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == i]
         assert "".join(choice.text for choice in mine) == whole.choices[i].text
@@ -76,7 +82,7 @@ def test_chat_whole_and_streamed(client):
     _, text = expected("user: Hi there assistant: ", temperature=0, max_tokens=20)
     assert (whole.object, whole.choices[0].message.role) == ("chat.completion", "assistant")
     assert whole.choices[0].message.content == text
-    chunks = list(
+    chunks = chunks_of(
         client.chat.completions.create(
             model="tiny",
             messages=MESSAGES,
@@ -103,7 +109,7 @@ def test_a_chat_goes_to_the_end_of_the_context_by_default(client):
 
 def test_usage_in_every_chunk(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = list(
+    chunks = chunks_of(
         client.completions.create(
             model="tiny", prompt="Hello", temperature=0, max_tokens=5, stream=True, stream_options=options
         )
@@ -134,7 +140,7 @@ def test_echo_and_what_vllm_has_beside_openai(client):
         done = client.completions.create(
             model="tiny", prompt="Hello", temperature=0, echo=True, max_tokens=9, stream=stream, extra_body=more
         )
-        choices = [chunk.choices[0] for chunk in done] if stream else [done.choices[0]]
+        choices = [chunk.choices[0] for chunk in chunks_of(done)] if stream else [done.choices[0]]
         tokens, text = expected("llo", temperature=0, max_tokens=9, min_tokens=2)
         assert "".join(choice.text for choice in choices) == "llo" + text
         assert [token for choice in choices for token in choice.token_ids] == tokens
@@ -170,7 +176,9 @@ def test_logprobs_of_completions(client):
     assert found.text_offset == list(range(6))
     assert [len(top) for top in found.top_logprobs] == [2] * 6
     assert found.top_logprobs[0][names[0]] == -0.5
-    chunks = list(client.completions.create(model="tiny", prompt="Hello", temperature=0, logprobs=2, max_tokens=6, stream=True))
+    chunks = chunks_of(
+        client.completions.create(model="tiny", prompt="Hello", temperature=0, logprobs=2, max_tokens=6, stream=True)
+    )
     assert [offset for chunk in chunks for offset in chunk.choices[0].logprobs.text_offset] == found.text_offset
     assert "".join(chunk.choices[0].text for chunk in chunks) == text
 
@@ -216,7 +224,8 @@ def test_many_at_once_with_the_asynchronous_client(server, engine):
         stream = await client.completions.create(
             model="tiny", prompt=f"Prompt {i}", seed=i, max_tokens=20 + i, stream=True, extra_body={"ignore_eos": True}
         )
-        return "".join([chunk.choices[0].text async for chunk in stream])
+        async with stream:
+            return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def all_of_them():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

@@ -1,5 +1,6 @@
 """What cannot be is refused: by name, in one form, with the right status, and never after the engine was asked."""
 
+import contextlib
 import http.client
 import json
 from urllib.parse import urlsplit
@@ -36,10 +37,10 @@ def ask(server, method, path, body=None, *, headers=None, json_body=True):
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
     sent = json.dumps(body) if json_body and body is not None else body
     sent_headers = {"content-type": "application/json"} if body is not None and json_body else {}
-    connection.request(method, path, sent, {**sent_headers, **(headers or {})})
-    answer = connection.getresponse()
-    found = answer.read()
-    connection.close()
+    with contextlib.closing(connection):
+        connection.request(method, path, sent, {**sent_headers, **(headers or {})})
+        with connection.getresponse() as answer:
+            found = answer.read()
     return answer.status, answer.headers, json.loads(found) if found else None
 
 

@@ -124,8 +124,13 @@ def test_a_request_that_takes_too_long_is_ended_with_what_it_has(engine):
         choice = ask(server, "POST", "/v1/completions", body)[2]["choices"][0]
         assert choice["finish_reason"] == "abort"
         assert 0 < len(choice["text"]) < 100
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            *_, last = client.completions.create(model="tiny", prompt="Hi", max_tokens=500, stream=True)
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+            client.completions.create(
+                model="tiny", prompt="Hi", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+            ) as stream,
+        ):
+            *_, last = stream
         assert last.choices[0].finish_reason == "abort"
 
 
@@ -178,8 +183,8 @@ def test_metrics_have_the_names_and_values_that_dashboards_read(server, engine):
 
 
 def test_the_log_line():
-    before = fake.Stats(0, 0, 64, 0, 16, 100, 50, 0, 100, 50, 40, 10)
-    now = fake.Stats(3, 2, 64, 16, 16, 300, 100, 0, 300, 100, 140, 60)
+    before = fake.Stats(0, 0, 64, 0, 16, 100, 50, 0, 100, 40, 10)
+    now = fake.Stats(3, 2, 64, 16, 16, 300, 100, 0, 300, 140, 60)
     assert line(before, now, 10.0) == (
         "Avg prompt throughput: 20.0 tokens/s, Avg generation throughput: 10.0 tokens/s, Running: 3 reqs, Waiting: 2 reqs, "
         "KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
@@ -239,7 +244,7 @@ def test_an_address_that_is_taken():
             OSError, match=rf"cannot listen on port {port} of 127.0.0.1: .*in use; --host and --port name another"
         ):
             bound("127.0.0.1", port)
-    with pytest.raises(OSError, match="cannot listen on port 80 of nowhere.invalid"):
+    with pytest.raises(OSError, match="cannot listen on port 80 of nowhere"):
         bound("nowhere.invalid", 80)
 
 
