@@ -33,7 +33,7 @@ def _described(found: dict[str, Any], *, keys: bool) -> dict[str, Any]:
             if not keys:
                 method["responses"].pop("401", None)
             if path.endswith("completions"):
-                method["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                method["responses"]["200"]["content"]["text/event-stream"] = {}
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return found

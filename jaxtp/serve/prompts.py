@@ -91,14 +91,16 @@ def chat_ids(body: Conversation, served: Served, settings: Settings, *, special:
             f"chat_template_kwargs cannot set {taken[0]}: it is what the template is given anyway, or is asked for by its field"
         )
         raise Failure(400, said, param="chat_template_kwargs")
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        said = "add_generation_prompt does not go with continue_final_message: it begins a new message"
+        raise Failure(400, said, param="add_generation_prompt", code="invalid_value")
     try:
         text = tokenizer.chat(
             [message.model_dump(exclude_none=True) for message in body.messages],
             chat_template=template,
-            add_generation_prompt=body.add_generation_prompt is not False
-            if not body.continue_final_message
-            else bool(body.add_generation_prompt),
-            continue_final_message=bool(body.continue_final_message),
+            add_generation_prompt=not goes_on and body.add_generation_prompt is not False,
+            continue_final_message=goes_on,
             **values,
         )
     except (ValueError, TypeError) as error:

@@ -177,7 +177,7 @@ def test_completions_that_cannot_be(server, changes, param, message):
         ({"chat_template": "{{ 1 }}"}, "chat_template", "which --trust-request-chat-template lets requests bring"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "cannot set chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot set messages"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "messages", "continue_final_message=True goes with"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt", "does not go with"),
         ({"prompt": "x"}, "prompt", "prompt is no field of this request"),
         ({"echo": True}, "echo", "echo is not supported"),
     ],
