@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.engine import Engine
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.read import PAGE, choose_read
 from jaxtp.engine.scheduler import Limits, Policy
 from jaxtp.log import logger
 from jaxtp.mesh import platform
@@ -16,7 +17,6 @@ from jaxtp.model import Llama
 from jaxtp.ops.pages import Read
 from jaxtp.text import Tokenizer
 
-PAGE = 64  # slots
 ONE_SHOT_BYTES = 4 << 20  # the largest all-reduce that XLA:GPU does in one kernel of its own; beyond it calls NCCL
 CHUNK = {"cpu": 32, "gpu": 128}
 TOKENS = {"cpu": 512, "gpu": 2048}
@@ -65,17 +65,6 @@ def build(
     logger.info("the cache has %d pages of %d tokens, read by %s%s", pages * groups, size, read, _cached(limits))
     buckets = Buckets(limits, read, width)
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
-
-
-def choose_read(model: Llama) -> Read:
-    """How the cache is read on the model's devices."""
-    mesh, config = model.layout.mesh, model.config
-    if platform(mesh) == "cpu":
-        return "rows"
-    fits = jnp.dtype(model.layout.dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-    if fits and not any(config.windows):
-        return "cudnn"
-    return "gather" if model.stacks else "slab"
 
 
 def step_tokens(model: Llama) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtp.engine.arguments import check_ids, check_request
 from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.detokenizer import Alternatives, Arrival, Detokenizer
+from jaxtp.engine.features import EVERYTHING, RANDOM, features, level, union
 from jaxtp.engine.outputs import CompletionOutput
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.plan import Cards, Shape
@@ -79,7 +80,9 @@ class Landing:
 class Engine:
     """Runs requests on one model. `submit` and `abort` may be called from any thread, `step` from one.
 
-    ahead: steps that are dispatched before the tokens of the first are read.
+    ahead: steps that are dispatched before the tokens of the first are read. patience: seconds that who comes may wait for
+    steps that were dispatched together (None: any number of them). levels: what the sampler can do comes in three levels, which
+    can all be compiled before; else exactly what is asked for.
     """
 
     def __init__(
@@ -93,9 +96,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos: Seq[int] = (),
         ahead: int = 1,
+        patience: float | None = None,
+        levels: bool = False,
     ) -> None:
         self.model, self.programs, self.limits, self.buckets = model, programs, limits, buckets
         self.max_model_len, self.eos, self.ahead = max_model_len, tuple(eos), ahead
+        self.patience, self.levels = patience, levels
         self.scheduler = Scheduler(limits)
         self.runner = Runner(model, programs, pages=limits.pages, size=limits.size, rows=limits.rows)
         self.cards = Cards(groups=limits.groups, rows=limits.rows, pages=buckets.pages, slab=limits.slab)
@@ -103,7 +109,6 @@ class Engine:
         self.wake = threading.Event()
         self.on_step: list[Callable[[int], None]] = []  # told how many tokens a step has
         self.on_land: list[Callable[[Landing], None]] = []
-        self.most_steps = CALL_STEPS
         self.prompt_tokens = self.generation_tokens = self.steps = 0
         self._lock = threading.RLock()
         self._numbers = itertools.count()
@@ -111,6 +116,7 @@ class Engine:
         self._entered: deque[list[Work]] = deque(maxlen=model.stages)  # the work of the last ticks, the newest first
         self._asked: Counter[Features] = Counter()  # of the sequences that have not ended
         self._features = Features()
+        self._landed, self._step_seconds = time.monotonic(), 0.0
 
     # -- from any thread -----------------------------------------------------------------------------------------------
 
@@ -218,6 +224,17 @@ class Engine:
         while self.step():
             pass
 
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Compiles every step that may come, and returns the seconds that it took. progress: told (programs done, of all)."""
+        before = self.programs.compile_seconds
+        shapes = list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
+        wanted = (Features(), RANDOM, EVERYTHING) if self.levels else (self._features,)
+        for i, (found, shape) in enumerate(itertools.product(wanted, shapes)):
+            if progress:
+                progress(i, len(shapes) * len(wanted))
+            self.runner.compile(shape, found)
+        return self.programs.compile_seconds - before
+
     def check_integrity(self) -> None:
         """Raises AssertionError where rows or pages are lost."""
         with self._lock:
@@ -230,7 +247,9 @@ class Engine:
         return any(mine.rows or mine.chunks for work in before for mine in work)
 
     def _most_steps(self) -> int:
-        most = self.most_steps
+        most = CALL_STEPS
+        if self.patience is not None:
+            most = min(most, int(self.patience / self._step_seconds)) if self._step_seconds else 1
         for running in self.scheduler.running:
             for sequence in running:
                 if sequence.request.stream:
@@ -241,6 +260,8 @@ class Engine:
 
     def _wanted(self) -> Features:
         """What the sampler must know: of all that has not ended, and while anything runs never less than before."""
+        if self.levels:
+            return level(union(list(self._asked)))
         self._features = union([self._features, *self._asked])
         return self._features
 
@@ -288,6 +309,9 @@ class Engine:
         found = flight.made.logprobs
         logprobs = None if found is None else [fetch(a) for a in (found.chosen, found.rank, found.ids, found.best)]
         arrivals, now = [], time.monotonic()
+        if self._flights or self._step_seconds:  # one behind another
+            self._step_seconds = (now - self._landed) / steps
+        self._landed = now
         with self._lock:
             for group, lane, sequence, epoch in flight.lanes:
                 if sequence.epoch != epoch or sequence.finish_reason is not None:
@@ -337,27 +361,3 @@ class Engine:
 def _alternatives(found: list[np.ndarray], group: int, step: int, lane: int) -> Alternatives:
     chosen, rank, ids, best = (a[group, step, lane] for a in found)
     return Alternatives(float(chosen), int(rank), ids.tolist(), best.tolist())
-
-
-def features(params: SamplingParams) -> Features:
-    """What a request asks of the sampler."""
-    hot = params.temperature > 0
-    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-    return Features(
-        random=hot,
-        min_p=hot and params.min_p > 0,
-        truncate=hot and (params.top_k > 0 or params.top_p < 1),
-        penalties=penalised,
-        bias=bool(params.logit_bias),
-        min_tokens=params.min_tokens > 0,
-        logprobs=params.logprobs,
-    )
-
-
-def union(each: Seq[Features]) -> Features:
-    """What all of them ask for."""
-    flags = ("random", "min_p", "truncate", "penalties", "bias", "min_tokens")
-    logprobs = [found.logprobs for found in each if found.logprobs is not None]
-    return Features(
-        **{flag: any(getattr(found, flag) for found in each) for flag in flags}, logprobs=max(logprobs, default=None)
-    )

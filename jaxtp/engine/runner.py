@@ -6,6 +6,7 @@ import dataclasses
 from collections import deque
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtp.engine import step
@@ -13,6 +14,7 @@ from jaxtp.engine.plan import Shape, empty, fitted, joined
 from jaxtp.engine.programs import Programs
 from jaxtp.model import Llama
 from jaxtp.ops.sampling import Features
+from jaxtp.parallel import circulate
 from jaxtp.sharding import put
 
 
@@ -47,6 +49,19 @@ class Runner:
             step.run, self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
         )
         return made, shape
+
+    def compile(self, shape: Shape, features: Features) -> None:
+        """Compiles the step of a shape, without running it."""
+        if features.penalties and self.state.counts is None:
+            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+        state = self.state
+        if self.model.stacks:
+            between: Any = circulate.between(self.model, shape.tokens)
+            state = dataclasses.replace(state, between=between)
+        sharding = self.model.layout.sharding(None, "batch", None)
+        plan = jax.ShapeDtypeStruct((self.model.stages, self.groups, shape.size), np.int32, sharding=sharding)
+        args = state, plan, jax.ShapeDtypeStruct((), np.int32)
+        self.programs.compile(step.run, *args, donate=(0,), shape=shape, features=features)
 
     def recount(self, group: int, row: int, prompt: list[int], output: list[int]) -> None:
         """Counts of a row that begins anew, for penalties."""

@@ -61,9 +61,9 @@ class Scheduler:
     """The queue, the rows, and their pages.
 
     Requests are admitted in the order of their arrival (policy "priority": of their priority, then arrival), into the group
-    with the most room. Rows that run make a token in every step; what is left of the budget goes to prompts, the earliest first, so
-    that nobody waits for ever. Where pages run out the last in order gives its own back, and comes again later with the tokens
-    that it has.
+    with the most room. Rows that run make a token in every step; what is left of the budget goes to prompts, the earliest
+    first, so that nobody waits for ever. Where pages run out the last in order gives its own back, and comes again later with
+    the tokens that it has.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -127,8 +127,9 @@ class Scheduler:
         steps = max(1, min(steps, max((s.max_tokens - s.sent for s in self._making(tick)), default=1)))
         while steps > 1 and not all(map(self._has_room, range(limits.groups), [steps] * limits.groups)):
             steps //= 2
+        together = self._together()
         for group, mine in enumerate(work):
-            making = [s for s in self.running[group] if self._makes(s, tick)]
+            making = [] if together else [s for s in self.running[group] if self._makes(s, tick)]
             share = -(-sum(not s.prefilling for s in self.running[group]) // limits.stages)
             for sequence in making[:share]:
                 if sequence.running and self._reach(
@@ -154,6 +155,15 @@ class Scheduler:
 
     def _makes(self, sequence: Sequence, tick: int) -> bool:
         return not sequence.prefilling and sequence.ready <= tick and sequence.sent < sequence.max_tokens
+
+    def _together(self) -> bool:
+        """Whether rows wait for the prompts that came with them: where nobody reads along, and none is further than its first
+        token. So those go through by themselves, in fewer and smaller programs.
+        """
+        running = [s for mine in self.running for s in mine]
+        if not self._admissible() and not any(s.prefilling for s in running):
+            return False
+        return not any(s.request.stream or s.sent > s.made_before + 1 for s in running)
 
     def _making(self, tick: int) -> Iterator[Sequence]:
         return (s for running in self.running for s in running if self._makes(s, tick))
@@ -223,7 +233,8 @@ class Scheduler:
             need = -(-len(sequence.ids) // pages.size) - len(found)
             sequence.pages = [*found, *(pages.take() for _ in range(need))]
         sequence.group, sequence.row, sequence.target = group, row, len(sequence.ids)
-        sequence.computed, sequence.sent, sequence.published = len(found) * pages.size, sequence.made, len(found)
+        sequence.computed, sequence.published = len(found) * pages.size, len(found)
+        sequence.sent = sequence.made_before = sequence.made
         self.queries += len(sequence.ids)
         self.hits += sequence.computed
         insort(self.running[group], sequence)

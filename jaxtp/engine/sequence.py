@@ -15,7 +15,8 @@ class Sequence:
 
     While it has a row: group and row, its pages, and of its tokens `computed`, whose keys and values are in the cache once what
     was dispatched is done; the first `target` of them are known to the host and go in as chunks. sent: tokens of the completion
-    that are made then. epoch: what was dispatched before it last lost its row is not waited for.
+    that are made then; made_before: those that it came with. epoch: what was dispatched before it last lost its row is not
+    waited for. published, tabled: of its pages, which others may find, and which stand in its card (see `plan`).
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.group = self.row = -1
         self.pages: list[int] = []
-        self.computed = self.target = self.sent = self.ready = self.epoch = self.published = self.tabled = 0
+        self.computed = self.target = self.sent = self.ready = self.epoch = self.published = self.tabled = self.made_before = 0
         self._keys: list[bytes] = []
 
     def __lt__(self, other: Sequence) -> bool:

@@ -74,6 +74,7 @@ def run(
 
     The cache must have room for them: a row's table holds the pages of all the tokens that it is to make.
     """
+    features = replace(features, bias=features.bias and shape.biases > 0)
     if shape.chunks or model.stacks:
         state, _, *new = _tick(model, state, plan, shape, features)
         tokens, logprobs = jax.tree.map(lambda a: a[:, None], tuple(new))

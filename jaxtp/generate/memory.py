@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtp.config import ModelConfig
-from jaxtp.engine.build import PAGE
+from jaxtp.engine.read import PAGE
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.sharding import weights

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxtp.ops.attention import Kernel, attend_seen, visible
 
-# How the keys and values of rows are read. gather: their pages are copied out side by side (the reference). rows: row by row
-# and page by page, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so that
-# a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
+# How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
+# few pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
+# that a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
 Read = Literal["gather", "rows", "slab", "cudnn"]
 
 
@@ -52,7 +52,7 @@ def attend_pages(
     B, T, _, _, _ = q.shape
     S = keys.shape[2]
     if read == "rows":
-        return _row_by_row(q, keys, values, table, positions, lengths, window)
+        return _row_by_row(q, keys, values, table, positions, lengths, window).astype(q.dtype)
     if read == "cudnn" and T == 1 and window is None:
         return _cudnn(q, keys, values, table, lengths)
     if read == "slab" and T == 1:
@@ -80,31 +80,36 @@ def _row_by_row(
     lengths: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others."""
-    (B, T, K, G, H), S = q.shape, keys.shape[2]
+    """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others.
+
+    Several pages at a time make products that are large enough for XLA:CPU; more of them for a chunk, whose queries are many.
+    """
+    (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
+    span = many * S
+    q = (jnp.einsum("BTKGH->BKGTH", q).reshape(B, K, G * T, H) * H**-0.5).astype(keys.dtype)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
     def row(i: jax.Array, out: jax.Array) -> jax.Array:
-        mine, at, pages = q[i].astype(keys.dtype), positions[i], table[i]
+        mine, at, pages = q[i], positions[i], table[i]
 
-        def page(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def block(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             top, total, acc = carry
-            k, v = keys[pages[j]], values[pages[j]]
-            seen = visible(at[:, None], j * S + jnp.arange(S)[None, :], window)
-            scores = _product("TKGH,KSH->KGTS", mine, k) * H**-0.5
-            scores = jnp.where(seen, scores, -jnp.inf)
+            k, v = (jnp.concatenate([a[pages[j * many + n]] for n in range(many)], axis=1) for a in (keys, values))
+            seen = visible(jnp.tile(at, G)[:, None], j * span + jnp.arange(span)[None, :], window)
+            scores = jnp.where(seen, _product("KQH,KSH->KQS", mine, k), -jnp.inf)
             new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - new), jnp.exp(top - new)
             total = total * kept + weights.sum(axis=-1, keepdims=True)
-            return new, total, acc * kept + _product("KGTS,KSH->KGTH", weights.astype(v.dtype), v)
+            return new, total, acc * kept + _product("KQS,KSH->KQH", weights.astype(v.dtype), v)
 
-        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // S
-        none = jnp.zeros((K, G, T, 1), jnp.float32)
-        start = _like((none - 1e30, none, jnp.zeros((K, G, T, H), jnp.float32)), q)
-        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i] // S), page, start)
-        mixed = jnp.einsum("KGTH->TKGH", acc / jnp.maximum(total, 1e-30)).astype(q.dtype)
-        return jax.lax.dynamic_update_index_in_dim(out, mixed, i, 0)
+        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // span
+        none = jnp.zeros((K, G * T, 1), jnp.float32)
+        start = _like((none - 1e30, none, jnp.zeros((K, G * T, H), jnp.float32)), q)
+        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i] // span), block, start)
+        return jax.lax.dynamic_update_index_in_dim(out, acc / jnp.maximum(total, 1e-30), i, 0)
 
-    return jax.lax.fori_loop(0, B, row, _like(jnp.zeros(q.shape, q.dtype), q))
+    out = jax.lax.fori_loop(0, B, row, _like(jnp.zeros(q.shape, jnp.float32), q))
+    return jnp.einsum("BKGTH->BTKGH", out.reshape(B, K, G, T, H))
 
 
 def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array) -> jax.Array:

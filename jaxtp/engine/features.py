@@ -1,0 +1,40 @@
+"""What the sampler of a step must know, from what requests ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtp.engine.params import SamplingParams
+from jaxtp.ops.sampling import Features
+
+RANDOM = Features(random=True)
+EVERYTHING = Features(random=True, min_p=True, truncate=True, penalties=True, bias=True, min_tokens=True, logprobs=20)
+
+
+def features(params: SamplingParams) -> Features:
+    """What a request asks of the sampler."""
+    hot = params.temperature > 0
+    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return Features(
+        random=hot,
+        min_p=hot and params.min_p > 0,
+        truncate=hot and (params.top_k > 0 or params.top_p < 1),
+        penalties=penalised,
+        bias=bool(params.logit_bias),
+        min_tokens=params.min_tokens > 0,
+        logprobs=params.logprobs,
+    )
+
+
+def union(each: Sequence[Features]) -> Features:
+    """What all of them ask for."""
+    flags = ("random", "min_p", "truncate", "penalties", "bias", "min_tokens")
+    logprobs = max((found.logprobs for found in each if found.logprobs is not None), default=None)
+    return Features(**{flag: any(getattr(found, flag) for found in each) for flag in flags}, logprobs=logprobs)
+
+
+def level(found: Features) -> Features:
+    """The least of three that holds it: greedy, at a temperature, everything."""
+    if found == Features():
+        return found
+    return RANDOM if found == RANDOM else union([EVERYTHING, found])

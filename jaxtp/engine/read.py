@@ -1,0 +1,66 @@
+"""How the cache is read on a model's devices: one choice, made once."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtp.log import logger
+from jaxtp.mesh import platform
+from jaxtp.model import Llama
+from jaxtp.ops.pages import Read, attend_pages
+
+PAGE = 64  # slots
+
+
+def choose_read(model: Llama) -> Read:
+    """How the cache is read on the model's devices."""
+    mesh, config = model.layout.mesh, model.config
+    if platform(mesh) == "cpu":
+        return "rows"
+    fits = jnp.dtype(model.layout.dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    here = [device for device in mesh.devices.flat if device in jax.local_devices()]
+    if fits and (not here or cudnn_reads(here[0], layout_of(model))):  # GPUs that are only compiled for are taken at their word
+        return "cudnn"
+    return "gather" if model.stacks else "slab"
+
+
+def layout_of(model: Llama) -> tuple[str, int, int, int]:
+    """What cuDNN is asked for: dtype, KV heads of a device, query heads of each, head_dim."""
+    heads = model.empty_cache(model.layout.parts("batch"), 1).layers[0][0]
+    held = heads.sharding.shard_shape(heads.shape)[-3]
+    return str(model.layout.dtype), held, model.config.num_heads // heads.shape[-3], model.config.head_dim
+
+
+@functools.cache
+def cudnn_reads(device: jax.Device, layout: tuple[str, int, int, int]) -> bool:
+    """Whether cuDNN's attention over pages runs on this device and gives what the reference does: it is run once."""
+    dtype, K, G, H = layout
+    rng, (B, N) = np.random.default_rng(0), (3, 4)
+    draw = functools.partial(rng.standard_normal, dtype=np.float32)
+    q, keys, values = (draw(shape) for shape in ((B, 1, K, G, H), (B * N, K, PAGE, H), (B * N, K, PAGE, H)))
+    table = rng.permutation(B * N).astype(np.int32).reshape(B, N)
+    lengths = np.array([1, PAGE + 7, N * PAGE], np.int32)
+
+    def run(q: jax.Array, keys: jax.Array, values: jax.Array, read: Read) -> jax.Array:
+        q, keys, values = (a.astype(dtype) for a in (q, keys, values))
+        places = jnp.asarray(table), jnp.asarray(lengths[:, None] - 1), jnp.asarray(lengths)
+        return attend_pages(q, keys, values, *places, read=read, reach=N * PAGE, kernel="xla").astype(jnp.float32)
+
+    found: dict[Read, np.ndarray] = {}
+    reads: tuple[Read, ...] = "gather", "cudnn"
+    try:
+        with jax.default_device(device):
+            for read in reads:
+                found[read] = np.asarray(jax.jit(run, static_argnames="read")(q, keys, values, read=read))
+    except Exception as error:  # whatever it is that the driver, cuDNN or this JAX do not know
+        logger.warning("cuDNN does not read pages here: %s", str(error).splitlines()[0])
+        return False
+    worst = float(np.abs(found["gather"] - found["cudnn"]).max())
+    if not worst < 0.02:  # 16-bit results around 1
+        logger.warning("cuDNN reads pages wrongly here (off by %.3g); the cache is read otherwise", worst)
+        return False
+    return True
