@@ -32,7 +32,7 @@ class Args:
     dtype: str = "auto"
     virtual_devices: int | None = None
     """CPU devices, on a machine without GPUs."""
-    server: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    server: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Settings]] = field(default_factory=Settings)
 
 
 def load(args: Args) -> LLM:

@@ -40,7 +40,7 @@ class Serve:
     config: Path | None = None
     """YAML file of these flags (max-model-len: 8192); flags given beside it come first."""
     engine: tyro.conf.OmitArgPrefixes[Serving] = field(default_factory=Serving)
-    server: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    server: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Settings]] = field(default_factory=Settings)
 
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT; exit code 1 where the engine fails."""

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.request import Listener, Request
 from jaxtp.files import read_object
+from jaxtp.log import console, interactive, logger
 from jaxtp.serve.settings import Settings
 from jaxtp.text import Tokenizer
 
 if TYPE_CHECKING:
     from jaxtp import LLM
 
+PATIENCE = 0.02  # seconds that who comes may wait for steps that were dispatched together
 _NAMES = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     "max_new_tokens": "max_tokens",
@@ -70,6 +74,9 @@ class Served:
         """That of an LLM, its engine made, and its texts in a thread."""
         source, engine = llm.model.source, llm.engine
         defaults = defaults_of(source)
+        engine.patience, engine.levels = PATIENCE, True
+        if settings.warm_up:
+            _warm_up(engine)
         engine.detokenizer.start()
         return cls(
             names=settings.served_model_name or (source or "random",),
@@ -78,6 +85,15 @@ class Served:
             defaults=defaults,
             priorities=engine.limits.policy == "priority",
         )
+
+
+def _warm_up(engine: Any) -> None:
+    """Compiles ahead, with a bar where somebody watches."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not interactive(), transient=True, console=console) as bar:
+        task = bar.add_task("")
+        seconds = engine.warm_up(lambda done, of: bar.update(task, completed=done, total=of))
+    logger.info("compiled ahead in %.1f s", seconds)
 
 
 def defaults_of(folder: str | None) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Settings:
     stall_seconds: float = 300.0
     """Seconds without a step while there is work, after which /health says that the engine hangs. Compiling counts: --warm-up
     does it ahead."""
+    warm_up: bool = False
+    """Compile all that may be needed before requests are taken."""
     trust_request_chat_template: bool = False
     """Let requests bring the source of a chat template, which is a program; without it they name one of the model's."""
     access_log: bool = False
