@@ -204,10 +204,17 @@ def mistakes() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+_SERVES = "serving needs more libraries: pip install 'jaxtp[serve]'"
+_EXTRAS = {
+    "matplotlib": "pictures need matplotlib: pip install 'jaxtp[notebook]'",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), _SERVES),
+}
+
+
 def _told(error: Exception) -> str | None:
     """What to say of an error; None for one that is no user's."""
     if isinstance(error, ModuleNotFoundError):
-        return "pictures need matplotlib: pip install 'jaxtp[notebook]'" if error.name == "matplotlib" else None
+        return _EXTRAS.get(error.name or "")
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     templates = sys.modules.get("jinja2")  # a chat template refuses, or is none

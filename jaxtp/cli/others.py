@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-_SERVER = "is a server's, and there is no server here yet: `jaxtp generate --prompts-file` runs a batch, `jaxtp chat` talks"
+_SERVER = "is a server's: `jaxtp serve MODEL` has it"
+_PROXY = "is not there: what stands before a server (nginx, Caddy, an ingress) does that"
+_CALLS = "is of tools that a model calls, and of its thoughts apart: not there yet"
+_LOGS = "is not needed: requests are not logged (--access-log does it); --log-seconds says how often the state is"
 _PAGES = "is of vLLM's cache in pages; here a batch's cache grows with it, within --gpu-memory-utilization: leave it out"
 _SCHEDULER = "is of vLLM's scheduler; here --max-num-seqs and --max-num-batched-tokens say what runs together: leave it out"
 _COMPILED = "is not needed: every program is compiled, once for its shapes (--no-compilation-cache does not keep them)"
@@ -12,15 +15,18 @@ _TEXT_ONLY = "is of images and sound; the models here take text alone"
 _TOKENIZER = "is not needed: --tokenizer names a folder or hub id, and its own files say the rest"
 
 _GROUPS = {
-    _SERVER: "host port api-key served-model-name uvicorn-log-level root-path allow-credentials allowed-origins ssl-keyfile "
-    "ssl-certfile response-role disable-log-requests enable-log-requests disable-log-stats max-log-len "
-    "disable-fastapi-docs enable-auto-tool-choice tool-call-parser reasoning-parser api-server-count",
+    _SERVER: "host port api-key served-model-name allowed-origins trust-request-chat-template access-log",
+    _PROXY: "root-path ssl-keyfile ssl-certfile ssl-ca-certs allow-credentials disable-fastapi-docs",
+    _CALLS: "enable-auto-tool-choice tool-call-parser tool-parser-plugin reasoning-parser",
+    _LOGS: "uvicorn-log-level disable-log-requests enable-log-requests disable-log-stats max-log-len "
+    "disable-uvicorn-access-log",
     _PAGES: "swap-space block-size num-gpu-blocks-override cpu-offload-gb kv-cache-memory-bytes enable-prefix-caching "
     "prefix-caching-hash-algo calculate-kv-scales use-v2-block-manager",
     _SCHEDULER: "enable-chunked-prefill num-scheduler-steps scheduling-policy scheduler-delay-factor preemption-mode "
     "async-scheduling max-num-partial-prefills long-prefill-token-threshold disable-async-output-proc",
     _COMPILED: "enforce-eager compilation-config max-seq-len-to-capture cuda-graph-sizes optimization-level",
     _PROCESSES: "distributed-executor-backend worker-use-ray ray-workers-use-nsight disable-custom-all-reduce worker-cls "
+    "api-server-count "
     "max-parallel-loading-workers data-parallel-backend",
     _CONFIG: "rope-scaling rope-theta",
     _TEXT_ONLY: "limit-mm-per-prompt mm-processor-kwargs mm-processor-cache-gb",
@@ -59,7 +65,6 @@ _RENAMED = {
     "lora-modules": "lora",
 }
 _VERBS = {
-    "serve": "a server is to come; `jaxtp generate --prompts-file FILE` runs a batch, `jaxtp chat MODEL` talks",
     "run-batch": "it is `jaxtp generate MODEL --prompts-file FILE --output FILE` here",
     "complete": "it is `jaxtp generate` here",
     "run": "it is `jaxtp generate` here",

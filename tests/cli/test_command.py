@@ -53,7 +53,12 @@ def test_alone_it_lists_its_verbs_and_an_example(jaxtp):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("serve m", "there is no jaxtp serve: a server is to come"),
+        ("serve", "which model? jaxtp serve MODEL"),
+        ("serve m --tool-call-parser hermes", "--tool-call-parser is of tools that a model calls"),
+        ("serve m --ssl-keyfile k", "--ssl-keyfile is not there: what stands before a server"),
+        ("serve m --port 70000", "port=70000 must be at most 65535"),
+        ("serve m --api-key=", "api_key holds an empty key"),
+        ("serve m --config none.yaml", "none.yaml"),
         ("genrate", "there is no jaxtp genrate; there is generate"),
         ("--prompt x", "the verb comes first: jaxtp generate --prompt"),
         ("generate --prompt x --enforce-eager", "--enforce-eager is not needed: every program is compiled"),
@@ -63,7 +68,7 @@ def test_alone_it_lists_its_verbs_and_an_example(jaxtp):
         ("generate --prompt x --no-enable-prefix-caching", "--no-enable-prefix-caching is of vLLM's cache in pages"),
         ("generate --prompt x --enable-chunked-prefill", "--enable-chunked-prefill is of vLLM's scheduler"),
         ("generate --prompt x --distributed-executor-backend ray", "--distributed-executor-backend is not needed"),
-        ("chat m --port 8000", "--port is a server's, and there is no server here yet"),
+        ("chat m --port 8000", "--port is a server's: `jaxtp serve MODEL` has it"),
         ("bench latency m --tokenizer-mode slow", "--tokenizer-mode is not needed"),
         ("generate --promt x", "jaxtp generate has no --promt; there is --prompt"),
         ("generate --prompt x --max-new-tokens 5", "has no --max-new-tokens; it is --max-tokens here"),

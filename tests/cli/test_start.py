@@ -12,6 +12,7 @@ import jaxtp
 UNUSED = {
     *("grain", "orbax", "tensorboardX", "pydantic", "matplotlib", "scipy", "pandas", "pyarrow"),
     *("transformers", "torch", "sentencepiece", "tiktoken", "huggingface_hub"),
+    *("fastapi", "starlette", "uvicorn", "prometheus_client"),
 }
 HEAVY = UNUSED | {"jax", "jaxlib", "flax", "numpy", "optax", "safetensors", "tokenizers", "jinja2", "yaml"}
 ROOMS = {"jaxtp.train", "jaxtp.audit", "jaxtp.draw"}  # that generating does not enter
@@ -31,6 +32,7 @@ seen["import jaxtp"] = sorted(sys.modules)
 stage("jaxtp --version", "--version")
 stage("jaxtp", )
 stage("jaxtp generate --help", "generate", "--help")
+stage("jaxtp serve --help", "serve", "--help")
 import jax
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
@@ -62,7 +64,7 @@ def test_importing_jaxtp_loads_nothing_else(starts):
     assert [m for m in starts[0]["modules"]["import jaxtp"] if m.startswith("jaxtp")] == ["jaxtp"], modules
 
 
-@pytest.mark.parametrize("stage", ["jaxtp --version", "jaxtp", "jaxtp generate --help"])
+@pytest.mark.parametrize("stage", ["jaxtp --version", "jaxtp", "jaxtp generate --help", "jaxtp serve --help"])
 def test_what_needs_no_device_loads_no_jax(starts, stage):
     assert loaded(starts[0], stage, HEAVY) == []
 
