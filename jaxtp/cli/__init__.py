@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtp.cli import others
 from jaxtp.cli.evaluate import Eval
+from jaxtp.cli.load import BenchServe
 from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
@@ -72,6 +73,8 @@ def command(arguments: list[str]) -> Any:
         given, rest = given[:1], given[1:]  # what follows the file are settings of the run
     elif name == "profile":
         given, rest = _apart(given)
+    elif name == "bench" and given[:1] == ["serve"]:
+        return parse(BenchServe, given[1:], prog="jaxtp bench serve")
     found = parse(VERBS[name], given, prog=f"jaxtp {name}")
     return dataclasses.replace(found, overrides=tuple(rest)) if rest else found
 

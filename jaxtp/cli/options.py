@@ -23,6 +23,10 @@ Alias = tyro.conf.arg
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # --flag alone, no --no-flag
 Model = Annotated[tyro.conf.Positional[str | None], Alias(metavar="MODEL")]
 ModelFlag = Annotated[str | None, Alias(name="model", metavar="MODEL")]  # vLLM's way to say it
+EXTRAS = {
+    "matplotlib": "pictures need matplotlib: pip install 'jaxtp[notebook]'",
+    "aiohttp": "load on a server needs aiohttp: pip install 'jaxtp[bench]'",
+}
 
 
 def one_model(positional: str | None, flag: str | None, *, verb: str, default: str | None = None) -> str:
@@ -207,7 +211,7 @@ def mistakes() -> Iterator[None]:
 def _told(error: Exception) -> str | None:
     """What to say of an error; None for one that is no user's."""
     if isinstance(error, ModuleNotFoundError):
-        return "pictures need matplotlib: pip install 'jaxtp[notebook]'" if error.name == "matplotlib" else None
+        return EXTRAS.get(str(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     templates = sys.modules.get("jinja2")  # a chat template refuses, or is none
