@@ -114,7 +114,7 @@ class TextPrompts:
             for _ in range(ROUNDS):
                 more = rng.integers(0, self.tokenizer.size, max(missing, 1)).tolist()
                 ids = ids[:missing] if missing < 0 else ids + more
-                text = self.tokenizer.decode(ids).strip()
+                text = "".join(filter(str.isprintable, self.tokenizer.decode(ids))).replace("\ufffd", "").strip()
                 missing = length - self.count(text)
                 if not missing and text:
                     return text
