@@ -78,7 +78,9 @@ class BenchServe:
         if self.json:
             found.save(self.json)
         if self.picture:
-            found.draw().savefig(self.picture, dpi=150)
+            from jaxtp.load.picture import curves
+
+            curves(found).savefig(self.picture, dpi=150)
         for level in found.levels:
             if not level.record["completed"]:
                 kind, (_, said) = next(iter(level.errors.items()))

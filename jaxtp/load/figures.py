@@ -8,16 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from jaxtp.load.client import Answer
 from jaxtp.tables import Shown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PERCENTILES = (50, 90, 99)
 # name in a record: what it is
@@ -129,12 +126,6 @@ class Levels(Shown):
     def save(self, path: Path) -> None:
         """Writes them as JSON."""
         path.write_text(json.dumps(self.json(), indent=1) + "\n")
-
-    def draw(self) -> Figure:
-        """Throughput and latencies against the load. Needs matplotlib."""
-        from jaxtp.load.picture import curves
-
-        return curves(self)
 
 
 def _summary(name: str, times: Sequence[float]) -> dict[str, float | None]:

@@ -92,6 +92,8 @@ def test_the_table_has_a_column_for_each_level(answers):
 @pytest.mark.parametrize("rates", [None, (1.0, 2.0, math.inf)], ids=["concurrency", "rates"])
 def test_the_picture_draws_what_the_record_holds(answers, rates):
     pytest.importorskip("matplotlib")
+    from jaxtp.load.picture import curves
+
     if rates:
         levels = [figures(answers, concurrency=None, rate=rate) for rate in rates]
         loads = [levels[2].record["request_throughput"], 1.0, 2.0]  # without a limit: what the server made of it
@@ -100,7 +102,7 @@ def test_the_picture_draws_what_the_record_holds(answers, rates):
             figures([answer(3, error="timeout")], concurrency=64)  # has no point
         ]
         loads = [1, 4, 16]
-    drawn = Levels({"model": "tiny"}, levels).draw()
+    drawn = curves(Levels({"model": "tiny"}, levels))
     throughput, ttft, itl, e2el = drawn.axes
     order = sorted(range(3), key=lambda i: ([*rates[:2], loads[0]] if rates else loads)[i])
     for axes, names in [
@@ -114,5 +116,7 @@ def test_the_picture_draws_what_the_record_holds(answers, rates):
 
 def test_a_picture_of_one_level_or_of_none_that_completed_can_be_drawn(answers):
     pytest.importorskip("matplotlib")
+    from jaxtp.load.picture import curves
+
     for level in (figures(answers), figures([answer(3, error="timeout")])):
-        Levels({"model": "tiny"}, [level]).draw().canvas.draw()
+        curves(Levels({"model": "tiny"}, [level])).canvas.draw()
