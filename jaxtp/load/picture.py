@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = ("ttft", "itl", "e2el")
+TICKS = 8  # levels up to which each has its own
 
 
 def curves(found: Levels) -> Figure:
@@ -50,6 +51,8 @@ def curves(found: Levels) -> Figure:
         at.spines[["top", "right"]].set_visible(False)
         at.tick_params(labelsize=8)
     for at in axes[1]:
+        if len(loads) <= TICKS:
+            at.set_xticks([load for load in loads if load])
         at.set_xlabel("requests a second" if rates else "requests at once", fontsize=8)
     figure.suptitle(", ".join(f"{name} {value}" for name, value in found.settings.items() if name != "url"), fontsize=9)
     plt.close(figure)
