@@ -90,7 +90,6 @@ def main(args: Args) -> None:
         for server in servers:
             with started(server, folder / "logs", args.start_timeout) as url:
                 found[server.name].append(loaded(url, folder, args))
-            print(f"{server.name}: {os.getloadavg()[0]:.1f} processes ran on average", flush=True)
             found[server.name][-1].print()
     print_ratios(found, args)
     if args.json:
@@ -172,6 +171,7 @@ def loaded(url: str, folder: Path, args: Args) -> Levels:
     source = TextPrompts(Tokenizer(folder), Lengths(args.prompt_tokens), Lengths(args.output_tokens))
     levels = [Level(several, args.num_prompts or max(8, 4 * several)) for several in args.concurrency]
     found = measure(Endpoint(url), source, levels)
+    found.settings["load average"] = f"{os.getloadavg()[1]:.1f}"  # of five minutes: what else ran here
     for level in found.levels:
         record = level.record
         expected = (record["num_prompts"], record["num_prompts"] * args.output_tokens)

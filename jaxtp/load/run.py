@@ -57,8 +57,7 @@ def arrivals(level: Level, rng: np.random.Generator) -> np.ndarray:
     """
     if math.isinf(level.rate):
         return np.zeros(level.prompts)
-    gaps = rng.gamma(level.burstiness, 1 / (level.rate * level.burstiness), level.prompts)
-    times = np.cumsum(gaps)
+    times = np.cumsum(rng.gamma(level.burstiness, size=level.prompts))
     return times * (level.prompts / level.rate / times[-1])
 
 

@@ -21,6 +21,7 @@ class Fake:
     delay: float = 0.0
     usage: bool = True
     key: str | None = None
+    bundled: int = 1  # tokens that a chunk stands for, by the count of the server
     together: int | None = None  # so many requests are answered only once all of them are there
     bodies: list[dict] = field(default_factory=list)
     came: list[float] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Fake:
             await response.write(b'data: {"choices": ["a"]}\n\n')
         if act == "error":
             await response.write(b'data: {"error": {"message": "the engine ended"}}\n\n')
-        usage = {"prompt_tokens": 7, "completion_tokens": count}
+        usage = {"prompt_tokens": 7, "completion_tokens": count * self.bundled}
         if act == "last":  # all in the last chunk, and no [DONE]: transformers' way
             await response.write(event({**choice(text="", finish_reason="length"), "usage": usage}))
             return response

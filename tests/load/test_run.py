@@ -80,11 +80,11 @@ def test_as_many_run_at_once_as_were_asked():
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
 def test_times_are_those_of_the_tokens(chat, usage):
     source = Hi() if chat else TextPrompts(Tokenizer(DEMO), Lengths(4), Lengths(6))
-    with serving(delay=0.02, usage=usage) as fake:
+    with serving(delay=0.02, usage=usage, bundled=2) as fake:
         (answer,) = ask(fake, source=source, chat=chat)
     (sent,) = fake.sent
     assert answer.error is None
-    assert (answer.output_tokens, answer.counted, answer.prompt_tokens) == (6, usage, 7 if usage else 4)
+    assert (answer.output_tokens, answer.counted, answer.prompt_tokens) == ((12, True, 7) if usage else (6, False, 4))
     # one clock: nothing is sent before it was asked for, nor seen before it was sent
     assert answer.start <= fake.came[0] <= sent[0] <= answer.first <= answer.end
     assert len(answer.gaps) == 5
