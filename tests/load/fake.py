@@ -116,10 +116,12 @@ def event(chunk):
 @contextlib.contextmanager
 def serving(**settings) -> Iterator[Fake]:
     """A fake server, in a thread of its own."""
-    fake, loop = Fake(**settings), asyncio.new_event_loop()
-    ready, done = threading.Event(), asyncio.Event()
+    fake, ready = Fake(**settings), threading.Event()
+    done, loop = asyncio.Event(), None
 
     async def serve():
+        nonlocal loop
+        loop = asyncio.get_running_loop()
         fake.barrier = asyncio.Barrier(fake.together or 1)
         app = web.Application()
         app.add_routes([web.get("/v1/models", fake.models), web.post("/v1/completions", fake.answer)])
@@ -134,7 +136,7 @@ def serving(**settings) -> Iterator[Fake]:
         await done.wait()
         await runner.cleanup()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
         assert ready.wait(20)
@@ -142,4 +144,3 @@ def serving(**settings) -> Iterator[Fake]:
     finally:
         loop.call_soon_threadsafe(done.set)
         thread.join(20)
-        loop.close()
