@@ -6,9 +6,10 @@ A step is a program of all processes, so each must dispatch the same ones in the
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from multiprocessing.connection import Client, Connection, Listener
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -44,10 +45,14 @@ class Leader:
 
         return call
 
-    def close(self) -> None:
+    def __enter__(self) -> Runner:
+        return cast(Runner, self)
+
+    def __exit__(self, *error: object) -> None:
         """Lets the others go."""
         for other in self._others:
-            other.send(None)
+            with contextlib.suppress(OSError):  # gone already: then this process ends as well
+                other.send(None)
             other.close()
 
 
