@@ -12,10 +12,12 @@ from typing import Any
 
 from jaxtp.cli import others
 from jaxtp.cli.evaluate import Eval
+from jaxtp.cli.load import BenchServe
 from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
 from jaxtp.cli.run import Chat, Export, Generate, Train
+from jaxtp.cli.serve import Serve, with_config
 from jaxtp.log import show
 
 __all__ = ["Launch", "main"]
@@ -23,6 +25,7 @@ __all__ = ["Launch", "main"]
 VERBS: dict[str, Any] = {
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "train": Train,
     "export": Export,
     "eval": Eval,
@@ -70,8 +73,12 @@ def command(arguments: list[str]) -> Any:
         raise ValueError(_no_verb(name))
     if name == "train" and given and not given[0].startswith("-"):
         given, rest = given[:1], given[1:]  # what follows the file are settings of the run
+    elif name == "serve":
+        given = with_config(given)
     elif name == "profile":
         given, rest = _apart(given)
+    elif name == "bench" and given[:1] == ["serve"]:
+        return parse(BenchServe, given[1:], prog="jaxtp bench serve")
     found = parse(VERBS[name], given, prog=f"jaxtp {name}")
     return dataclasses.replace(found, overrides=tuple(rest)) if rest else found
 

@@ -69,11 +69,11 @@ class Engine:
     max_num_batched_tokens: int | None = None
     """Tokens of one step; default as many as it can have before it takes longer."""
     enable_prefix_caching: bool = True
-    """Prompts that begin alike share what was computed."""
+    """Prompts that begin alike share what was computed for them."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    """Who runs first: in the order of arrival, or of priority."""
+    """priority: requests with a lower priority number go first."""
     max_num_queued: int | None = None
-    """Requests that may wait; default any number."""
+    """Completions that may wait; default any number."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """dummy: random weights; MODEL may then be a preset such as llama-3.1-8b."""
     tp_plan: str = "auto"
@@ -212,10 +212,18 @@ def mistakes() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+_SERVES = "serving needs more libraries: pip install 'jaxtp[serve]'"
+EXTRAS = {
+    "matplotlib": "pictures need matplotlib: pip install 'jaxtp[notebook]'",
+    "aiohttp": "load on a server needs aiohttp: pip install 'jaxtp[bench]'",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), _SERVES),
+}
+
+
 def _told(error: Exception) -> str | None:
     """What to say of an error; None for one that is no user's."""
     if isinstance(error, ModuleNotFoundError):
-        return "pictures need matplotlib: pip install 'jaxtp[notebook]'" if error.name == "matplotlib" else None
+        return EXTRAS.get(str(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     templates = sys.modules.get("jinja2")  # a chat template refuses, or is none

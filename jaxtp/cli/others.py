@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-_SERVER = "is a server's, and there is no server here yet: `jaxtp generate --prompts-file` runs a batch, `jaxtp chat` talks"
-_PAGES = (
-    "is not there: pages of the KV cache stay on the devices, as many as fit or as --kv-cache-memory-bytes says: leave it out"
-)
+_SERVER = "is a server's: `jaxtp serve MODEL` has it"
+_PROXY = "is not there: what stands before a server (nginx, Caddy, an ingress) does that"
+_CALLS = "is of tools that a model calls, and of its thoughts apart: not there yet"
+_LOGS = "is not needed: requests are not logged (--access-log does it); --log-seconds says how often the state is"
+_PAGES = "is not there: pages of the KV cache stay on the devices, as many as fit or as --kv-cache-memory-bytes says"
 _SCHEDULER = "is not needed: prompts go along in chunks; --max-num-seqs and --max-num-batched-tokens say what runs together"
 _COMPILED = "is not needed: every program is compiled, once for its shapes (--no-compilation-cache does not keep them)"
 _PROCESSES = "is not needed: one process drives all devices of a node, and --nnodes joins nodes"
@@ -14,15 +15,18 @@ _TEXT_ONLY = "is of images and sound; the models here take text alone"
 _TOKENIZER = "is not needed: --tokenizer names a folder or hub id, and its own files say the rest"
 
 _GROUPS = {
-    _SERVER: "host port api-key served-model-name uvicorn-log-level root-path allow-credentials allowed-origins ssl-keyfile "
-    "ssl-certfile response-role disable-log-requests enable-log-requests disable-log-stats max-log-len "
-    "disable-fastapi-docs enable-auto-tool-choice tool-call-parser reasoning-parser api-server-count",
+    _SERVER: "host port api-key served-model-name allowed-origins trust-request-chat-template access-log",
+    _PROXY: "root-path ssl-keyfile ssl-certfile ssl-ca-certs allow-credentials disable-fastapi-docs",
+    _CALLS: "enable-auto-tool-choice tool-call-parser tool-parser-plugin reasoning-parser",
+    _LOGS: "uvicorn-log-level disable-log-requests enable-log-requests disable-log-stats max-log-len "
+    "disable-uvicorn-access-log",
     _PAGES: "swap-space block-size num-gpu-blocks-override cpu-offload-gb "
     "prefix-caching-hash-algo calculate-kv-scales use-v2-block-manager",
     _SCHEDULER: "enable-chunked-prefill num-scheduler-steps scheduler-delay-factor preemption-mode "
     "async-scheduling max-num-partial-prefills long-prefill-token-threshold disable-async-output-proc",
     _COMPILED: "enforce-eager compilation-config max-seq-len-to-capture cuda-graph-sizes optimization-level",
     _PROCESSES: "distributed-executor-backend worker-use-ray ray-workers-use-nsight disable-custom-all-reduce worker-cls "
+    "api-server-count "
     "max-parallel-loading-workers data-parallel-backend",
     _CONFIG: "rope-scaling rope-theta",
     _TEXT_ONLY: "limit-mm-per-prompt mm-processor-kwargs mm-processor-cache-gb",
@@ -59,9 +63,18 @@ _RENAMED = {
     "adapter": "lora",
     "enable-lora": "lora",
     "lora-modules": "lora",
+    "base-url": "url",
+    "max-concurrency": "concurrency",
+    "random-input-len": "prompt-tokens",
+    "input-len": "prompt-tokens",
+    "random-output-len": "output-tokens",
+    "output-len": "output-tokens",
+    "num-warmups": "warmups",
+    "dataset-path": "dataset",
+    "rate": "request-rate",
+    "num-requests": "num-prompts",
 }
 _VERBS = {
-    "serve": "a server is to come; `jaxtp generate --prompts-file FILE` runs a batch, `jaxtp chat MODEL` talks",
     "run-batch": "it is `jaxtp generate MODEL --prompts-file FILE --output FILE` here",
     "complete": "it is `jaxtp generate` here",
     "run": "it is `jaxtp generate` here",

@@ -249,7 +249,7 @@ class Engine:
     def _most_steps(self) -> int:
         most = CALL_STEPS
         if self.patience is not None:
-            most = min(most, int(self.patience / self._step_seconds)) if self._step_seconds else 1
+            most = max(1, min(most, int(self.patience / self._step_seconds))) if self._step_seconds else 1
         for running in self.scheduler.running:
             for sequence in running:
                 if sequence.request.stream:

@@ -7,6 +7,7 @@ lanes, C tokens of a chunk, N pages of a table.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -160,21 +161,32 @@ def apart(plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joined(shapes: list[Shape]) -> Shape:
-    """The shape that holds plans of each of these, which differ in lanes and reach only."""
-    rows, chunks, reach = (max(getattr(shape, name) for shape in shapes) for name in ("rows", "chunks", "reach"))
-    return dataclasses.replace(shapes[0], rows=rows, chunks=chunks, reach=reach)
+    """The shape that holds plans of each of these."""
+    names = ("rows", "chunks", "stops", "biases", "reach")
+    return dataclasses.replace(shapes[0], **{name: max(getattr(shape, name) for shape in shapes) for name in names})
 
 
 def fitted(plan: np.ndarray, shape: Shape, larger: Shape) -> np.ndarray:
-    """A plan in a shape with more lanes."""
-    if (shape.rows, shape.chunks) == (larger.rows, larger.chunks):
+    """A plan in a shape with more lanes, or longer lists in them."""
+    if dataclasses.replace(shape, reach=larger.reach) == larger:
         return plan
     out = empty(larger, len(plan))
     (lanes, tokens), (into, ids) = apart(plan, shape), apart(out, larger)
-    into[:, : shape.rows] = lanes[:, : shape.rows]
-    into[:, larger.rows : larger.rows + shape.chunks] = lanes[:, shape.rows :]
+    wide = np.zeros((*lanes.shape[:2], into.shape[-1]), np.int32)
+    ours, theirs = _columns(shape), _columns(larger)
+    wide[:, :, theirs[1].start : theirs[2].stop] = NOBODY
+    for mine, its in zip(ours, theirs, strict=True):
+        wide[:, :, its.start : its.start + mine.stop - mine.start] = lanes[:, :, mine]
+    into[:, : shape.rows] = wide[:, : shape.rows]
+    into[:, larger.rows : larger.rows + shape.chunks] = wide[:, shape.rows :]
     ids[:, : shape.chunks] = tokens
     return out
+
+
+def _columns(shape: Shape) -> list[slice]:
+    """Where in a lane its fields are, its stop ids, the ids of its biases, these, and its table."""
+    ends = np.cumsum([0, len(AT), shape.stops, shape.biases, shape.biases, shape.pages]).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def _power(n: int) -> int:

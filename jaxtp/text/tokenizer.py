@@ -55,6 +55,11 @@ class Tokenizer:
         """The text of a completion of `prompt`, to which tokens are added."""
         return GrowingText(self._spelling, prompt, skip_special_tokens=skip_special_tokens)
 
+    def spelled(self, token: int) -> bytes:
+        """The bytes of one token as it stands within a text, a special one's too; none of an id beyond the vocabulary."""
+        piece = self._spelling.piece(token, skip_special_tokens=False) or b""
+        return piece if isinstance(piece, bytes) else piece.encode()
+
     @functools.cached_property
     def _spelling(self) -> Spelling:
         return Spelling(self.backend)

@@ -14,7 +14,7 @@ else echo "the driver $driver is too old: CUDA 12 needs 525 or newer" >&2; exit 
 venv=${1:-.venv}
 if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python3 -m venv "$venv"
 else pip install -q uv && uv venv --seed --python 3.12 "$venv"; fi
-"$venv/bin/pip" install -q -e ".[$cuda]"
+"$venv/bin/pip" install -q -e ".[$cuda,serve]"
 "$venv/bin/python" - <<'PY'
 import jax
 print(f"jax {jax.__version__} sees", ", ".join(f"{d.device_kind} ({d.id})" for d in jax.devices()))

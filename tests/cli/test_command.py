@@ -53,17 +53,23 @@ def test_alone_it_lists_its_verbs_and_an_example(jaxtp):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("serve m", "there is no jaxtp serve: a server is to come"),
+        ("serve", "which model? jaxtp serve MODEL"),
+        ("serve m --tool-call-parser hermes", "--tool-call-parser is of tools that a model calls"),
+        ("serve m --ssl-keyfile k", "--ssl-keyfile is not there: what stands before a server"),
+        ("serve m --port 70000", "port=70000 must be at most 65535"),
+        ("serve m --api-key=", "api_key holds an empty key"),
+        ("serve m --config none.yaml", "none.yaml"),
         ("genrate", "there is no jaxtp genrate; there is generate"),
         ("--prompt x", "the verb comes first: jaxtp generate --prompt"),
         ("generate --prompt x --enforce-eager", "--enforce-eager is not needed: every program is compiled"),
         ("generate --prompt x --trust-remote-code", "--trust-remote-code is not needed: no code of a checkpoint is ever run"),
-        ("generate --prompt x --swap-space 4", "--swap-space is of vLLM's cache in pages"),
-        ("generate --prompt x --block_size=16", "--block-size is of vLLM's cache in pages"),
-        ("generate --prompt x --no-enable-prefix-caching", "--no-enable-prefix-caching is of vLLM's cache in pages"),
-        ("generate --prompt x --enable-chunked-prefill", "--enable-chunked-prefill is of vLLM's scheduler"),
+        ("generate --prompt x --swap-space 4", "--swap-space is not there: pages of the KV cache stay on the devices"),
+        ("generate --prompt x --block_size=16", "--block-size is not there: pages"),
+        ("generate --prompt x --kv-cache-memory-bytes 0", "kv_cache_memory_bytes=0 must be at least 1"),
+        ("generate --prompt x --scheduling-policy lifo", "invalid choice 'lifo' for argument '--scheduling-policy'"),
+        ("generate --prompt x --enable-chunked-prefill", "--enable-chunked-prefill is not needed: prompts go along in chunks"),
         ("generate --prompt x --distributed-executor-backend ray", "--distributed-executor-backend is not needed"),
-        ("chat m --port 8000", "--port is a server's, and there is no server here yet"),
+        ("chat m --port 8000", "--port is a server's: `jaxtp serve MODEL` has it"),
         ("bench latency m --tokenizer-mode slow", "--tokenizer-mode is not needed"),
         ("generate --promt x", "jaxtp generate has no --promt; there is --prompt"),
         ("generate --prompt x --max-new-tokens 5", "has no --max-new-tokens; it is --max-tokens here"),
@@ -110,6 +116,17 @@ def test_the_compiler_is_asked_for_before_the_search(jaxtp, monkeypatch):
     assert code == 2
     assert "pip install 'jaxtp[gpu-compiler]'" in said
     assert said.count("\n") == 1
+
+
+def test_the_engine_s_flags_reach_it(jaxtp, monkeypatch):
+    asked = []
+    monkeypatch.setattr("jaxtp.LLM", lambda model, **arguments: asked.append(arguments) or stop())
+    flags = "--kv-cache-memory-bytes 4096 --no-enable-prefix-caching --scheduling-policy priority --max-num-queued 9"
+    for more in ("", f"--max-num-batched-tokens 64 {flags}"):
+        assert jaxtp("generate", "m", "--prompt", "x", *more.split())[0] == 2
+    names = ("max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching", "scheduling_policy", "max_num_queued")
+    found = [[arguments[name] for name in names] for arguments in asked]
+    assert found == [[None, None, True, "fcfs", None], [64, 4096, False, "priority", 9]]
 
 
 @pytest.mark.parametrize("how", ["-tp 2", "-tp=2", "--tensor_parallel_size 2", "--tensor_parallel_size=2"])

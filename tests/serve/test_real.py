@@ -1,0 +1,118 @@
+"""The engine itself behind the server: what clients are given is what `LLM.generate` makes, and nothing is left over."""
+
+import asyncio
+import json
+import threading
+
+import openai
+import pytest
+import serving
+import tiny
+from test_refusals import CHAT, ask
+
+from jaxtp import LLM, SamplingParams
+from jaxtp.serve.served import Served, defaults_of
+from jaxtp.serve.settings import Settings
+
+PROMPTS = ["Hello", "How are you", "Hello again", "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": serving.TEMPLATE}))
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "max_new_tokens": 9}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, max_num_seqs=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def wanted(folder, llm):
+    """The texts that the library makes, before the engine serves."""
+    params = [SamplingParams(temperature=0, max_tokens=12), SamplingParams(seed=5, max_tokens=12, n=2, logprobs=2)]
+    return [llm.generate(PROMPTS, each) for each in params]
+
+
+@pytest.fixture(scope="module")
+def server(llm, wanted):
+    with serving.serving(Served.of(llm, Settings(served_model_name=("tiny",)))) as running:
+        yield running
+
+
+def idle(llm):
+    serving.wait_for(lambda: not llm.engine.stats().running and not llm.engine.stats().waiting)
+    llm.engine.check_integrity()
+
+
+def test_whole_and_streamed_texts_are_those_of_the_library(server, llm, wanted):
+    greedy, drawn = wanted
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+
+            async def streamed(prompt):
+                stream = await client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=12, stream=True)
+                async with stream:
+                    return "".join([chunk.choices[0].text async for chunk in stream])
+
+            several = client.completions.create(
+                model="tiny", prompt=PROMPTS, seed=5, temperature=1, max_tokens=12, n=2, logprobs=2
+            )
+            return await asyncio.gather(several, *map(streamed, PROMPTS))
+
+    several, *texts = asyncio.run(ask_all())
+    assert texts == [request.outputs[0].text for request in greedy]
+    outputs = [output for request in drawn for output in request.outputs]
+    assert [choice.text for choice in several.choices] == [output.text for output in outputs]
+    for choice, output in zip(several.choices, outputs, strict=True):
+        chosen = [found[token].logprob for token, found in zip(output.token_ids, output.logprobs, strict=True)]
+        assert choice.logprobs.token_logprobs == pytest.approx(chosen, abs=1e-5)
+    idle(llm)
+
+
+def test_the_model_folders_wishes_come_before_openais_and_after_the_requests(server, llm, folder):
+    assert defaults_of(str(folder)) == {"temperature": 0.0, "max_tokens": 9}
+    plain = ask(server, "POST", "/v1/completions", {"prompt": "Hello", "ignore_eos": True})[2]
+    assert plain["usage"]["completion_tokens"] == 9
+    assert (
+        plain["choices"][0]["text"]
+        == ask(server, "POST", "/v1/completions", {"prompt": "Hello", "ignore_eos": True})[2]["choices"][0]["text"]
+    )
+    own = ask(server, "POST", "/v1/completions", {"prompt": "Hello", "ignore_eos": True, "max_tokens": 4})[2]
+    assert own["usage"]["completion_tokens"] == 4
+    assert ask(server, "POST", "/v1/chat/completions", {**CHAT, "ignore_eos": True})[2]["usage"]["completion_tokens"] == 9
+    (folder / "bad").mkdir()
+    (folder / "bad" / "generation_config.json").write_text('{"top_p": 7}')
+    with pytest.raises(ValueError, match=r"bad/generation_config.json: top_p=7 must be in"):
+        defaults_of(str(folder / "bad"))
+    idle(llm)
+
+
+def test_a_client_that_goes_away_leaves_no_page_behind(server, llm):
+    steps, made = llm.engine.stats().steps, []
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        asked = {"model": "tiny", "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+        threads = [
+            threading.Thread(target=lambda: made.append(ask(server, "POST", "/v1/completions", {"prompt": "others"})[0]))
+        ]
+        with client.completions.create(prompt="Hello", n=3, stream=True, **asked) as stream:
+            next(iter(stream))
+            threads[0].start()
+    threads[0].join()
+    assert made == [200]
+    idle(llm)
+    assert llm.engine.stats().pages_used == 0
+    assert llm.engine.stats().steps - steps < 400
+
+
+def test_what_the_engine_refuses_is_a_400(server):
+    status, _, body = ask(server, "POST", "/v1/completions", {"prompt": "Hello", "top_k": 1000})
+    assert (status, body["error"]["param"]) == (400, "top_k")
+    assert "top_k=1000 must be at most 128" in body["error"]["message"]
+    status, _, body = ask(server, "POST", "/v1/completions", {"prompt": [500]})
+    assert (status, body["error"]["param"]) == (400, "prompt")
