@@ -15,7 +15,7 @@ UNUSED = {
     *("fastapi", "starlette", "uvicorn", "prometheus_client"),
 }
 HEAVY = UNUSED | {"jax", "jaxlib", "flax", "numpy", "optax", "safetensors", "tokenizers", "jinja2", "yaml"}
-ROOMS = {"jaxtp.train", "jaxtp.audit", "jaxtp.draw", "jaxtp.load", "jaxtp.serve"}  # that generating does not enter
+ROOMS = {"jaxtp.train", "jaxtp.audit", "jaxtp.draw", "jaxtp.load"}  # that generating does not enter
 
 STAGES = """
 import contextlib, io, json, sys
