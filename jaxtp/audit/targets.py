@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from jax.sharding import AxisType, Mesh
 from jaxtp import files
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
+from jaxtp.engine import step
+from jaxtp.engine.build import PAGE, choose_read, chunk_tokens
+from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
-from jaxtp.generate.batch import batch_size
-from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
+from jaxtp.ops.pages import Read
 from jaxtp.ops.quantized import Quantization
 from jaxtp.ops.sampling import Features
-from jaxtp.parallel.circulate import between, prefill_ticks, staged
+from jaxtp.parallel.circulate import between, staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
 from jaxtp.sharding import variables
@@ -63,29 +66,70 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def compile_decode(model: Llama, *, batch: int, slots: int, features: Features = Features()) -> Any:
-    """The decode program for `batch` rows (rounded up as `LLM` does) of `slots` slots, compiled; the model may be abstract."""
-    batch, groups = batch_size(model, batch)
-    state = abstract_state(model, batch=batch, slots=slots, features=features, groups=groups)
-    stop = (jax.ShapeDtypeStruct((batch // groups,), jnp.bool_, sharding=model.layout.sharding("batch")),) * groups
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    with not_cached():
-        return Programs(model).compile(decode, state, stop, steps, donate=(0,), features=features)
+def compile_decode(
+    model: Llama, *, batch: int, slots: int, features: Features = Features(), read: Read | None = None
+) -> Any:
+    """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled; the model may
+    be abstract. slots: tokens that a row may have, for all of which the cache has pages. read: how it is read (see `ops.pages`;
+    default: as the engine does on such devices).
+    """
+    rows = -(-batch // model.layout.parts("batch"))
+    share = -(-rows // model.stages)
+    return _compiled(model, step.decode, held=rows, rows=share, tokens=0, slots=slots, features=features, read=read)
 
 
-def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None = None, fresh: bool = True) -> Any:
-    """The prefill program for `tokens` prompt tokens of each row, compiled; `fresh`: the first chunk of the prompts."""
-    layout, (batch, groups) = model.layout, batch_size(model, batch)
-    rows, D = batch // groups, model.config.hidden_size
-    cache = replace(model.empty_cache(batch, slots or tokens, groups=groups), fresh=fresh)
-    last = jax.ShapeDtypeStruct((rows, D), layout.dtype, sharding=layout.sharding("batch", None))
-    ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+def compile_prefill(
+    model: Llama,
+    *,
+    tokens: int,
+    batch: int = 0,
+    slots: int | None = None,
+    features: Features = Features(),
+    read: Read | None = None,
+) -> Any:
+    """The step that takes `tokens` tokens of prompts of each group along, beside `batch` rows that make a token, compiled.
+
+    slots (default: tokens): that any row may have; see `compile_decode`.
+    """
+    rows, slots = -(-batch // model.layout.parts("batch")), slots or tokens
+    held, share = rows + -(-tokens // slots), -(-rows // model.stages)
+    return _compiled(model, step.mixed, held=held, rows=share, tokens=tokens, slots=slots, features=features, read=read)
+
+
+def _compiled(
+    model: Llama,
+    function: Callable[..., Any],
+    *,
+    held: int,
+    rows: int,
+    tokens: int,
+    slots: int,
+    features: Features,
+    read: Read | None,
+) -> Any:
+    """held, rows: of each group, those that the cache has pages for and those of the step."""
+    layout, read = model.layout, read or choose_read(model)
+    groups, size = layout.parts("batch"), slots if read == "slab" else PAGE
+    chunk, pages, held = chunk_tokens(model), -(-slots // size), _power(held)
+    shape = Shape(
+        rows=_power(rows),
+        chunks=_power(-(-tokens // chunk)),
+        chunk=chunk,
+        pages=pages,
+        stops=4,
+        biases=0,
+        read=read,
+        reach=slots,
+    )
+    state = step.abstract(model, pages=groups * held * pages, size=size, rows=held)
+    if features.penalties:
+        state = replace(state, counts=step.abstract_counts(model, rows=held))
+    if model.stacks:
+        state = replace(state, between=between(model, shape.tokens))
+    plan = _abstract((model.stages, groups, shape.size), jnp.int32, layout.sharding(None, "batch", None))
+    args = state, plan, jax.ShapeDtypeStruct((), jnp.int32)
     with not_cached():
-        if not model.stacks:
-            return Programs(model).compile(prefill, cache, last, ids, number, donate=(0, 1))
-        args = cache, (last,) * groups, between(model, rows, tokens), (ids,) * groups, number, number
-        return Programs(model).compile(prefill_ticks, *args, donate=(0, 1, 2))
+        return Programs(model).compile(function, *args, donate=(0,), shape=shape, features=features)
 
 
 def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 1, xla_flags: bool = True) -> Any:
@@ -119,3 +163,7 @@ def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: st
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n else 0

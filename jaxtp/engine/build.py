@@ -54,7 +54,7 @@ def build(
         rows=rows,
         pages=pages,
         size=size,
-        chunk=CHUNK.get(where, 128),
+        chunk=chunk_tokens(model),
         tokens=-(-max_num_batched_tokens // groups) if max_num_batched_tokens else step_tokens(model),
         stages=model.stages,
         policy=policy,
@@ -76,6 +76,11 @@ def choose_read(model: Llama) -> Read:
     if fits and not any(config.windows):
         return "cudnn"
     return "gather" if model.stacks else "slab"
+
+
+def chunk_tokens(model: Llama) -> int:
+    """Prompt tokens of a lane."""
+    return CHUNK.get(platform(model.layout.mesh), 128)
 
 
 def step_tokens(model: Llama) -> int:
