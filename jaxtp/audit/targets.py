@@ -21,6 +21,7 @@ from jaxtp.engine import step
 from jaxtp.engine.build import PAGE, choose_read, chunk_tokens
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.scheduler import power
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
@@ -110,10 +111,10 @@ def _compiled(
     """held, rows: of each group, those that the cache has pages for and those of the step."""
     layout, read = model.layout, read or choose_read(model)
     groups, size = layout.parts("batch"), slots if read == "slab" else PAGE
-    chunk, pages, held = chunk_tokens(model), -(-slots // size), _power(held)
+    chunk, pages, held = chunk_tokens(model), -(-slots // size), power(held)
     shape = Shape(
-        rows=_power(rows),
-        chunks=_power(-(-tokens // chunk)),
+        rows=power(rows),
+        chunks=-(-tokens // chunk),
         chunk=chunk,
         pages=pages,
         stops=4,
@@ -163,7 +164,3 @@ def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: st
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jaxtp.buckets import bucket
 from jaxtp.engine.plan import Shape
-from jaxtp.engine.scheduler import Limits, Work
+from jaxtp.engine.scheduler import Limits, Work, power
 from jaxtp.ops.pages import Read
 
 MIN_REACH = 512
@@ -22,15 +22,12 @@ class Buckets:
 
     def shape(self, work: list[Work], steps: int, *, stops: int, biases: int) -> Shape:
         """The smallest shape that holds the work of every group, in so many steps."""
-        limits = self.limits
-        rows = max(len(mine.rows) for mine in work)
-        if limits.slab:
-            rows = max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0)
+        rows = self.limits.width(work)
         chunks = max(len(mine.chunks) for mine in work)
         return Shape(
-            rows=_power(rows) if rows or chunks else 1,
-            chunks=_power(chunks),
-            chunk=limits.chunk,
+            rows=rows if rows or chunks else 1,
+            chunks=max(chunks, min(power(chunks), self.limits.lanes(rows))),
+            chunk=self.limits.chunk,
             pages=self.pages,
             stops=stops,
             biases=biases,
@@ -46,7 +43,3 @@ class Buckets:
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
         return min(most, bucket(max(ends, default=1), least=MIN_REACH))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n else 0

@@ -18,8 +18,8 @@ Policy = Literal["fcfs", "priority"]
 @dataclass(frozen=True)
 class Limits:
     """groups: of data parallelism; each has `rows` rows and `pages` pages of `size` tokens. chunk: prompt tokens of a lane.
-    tokens: of a group in one step, rows and chunks together (one chunk always goes along). stages: ticks from a token's entry to its successor. queue: requests
-    that may wait (None: any number). slab: a page holds a whole row, and row i has page i.
+    tokens: of a group in one step, rows and chunks together (one chunk always goes along). stages: ticks from a token's entry
+    to its successor. queue: requests that may wait (None: any number). slab: a page holds a whole row, and row i has page i.
     """
 
     groups: int
@@ -33,6 +33,16 @@ class Limits:
     queue: int | None = None
     caching: bool = True
     slab: bool = False
+
+    def width(self, work: list[Work]) -> int:
+        """Rows that a step with this work has in each group, some of them idle: a power of two, or none."""
+        if self.slab:
+            return power(max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0))
+        return power(max(len(mine.rows) for mine in work))
+
+    def lanes(self, rows: int) -> int:
+        """Chunks that may go along with so many rows, so that a step keeps within `tokens`."""
+        return max(1, (self.tokens - rows) // self.chunk)
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class Scheduler:
                 sequence.computed += count
                 sequence.sent += count
                 sequence.ready = tick + limits.stages
-        room = [max(1, (limits.tokens - len(mine.rows)) // limits.chunk) for mine in work]
+        room = [limits.lanes(limits.width(work))] * limits.groups
         for group, mine in enumerate(work):
             for sequence in self.running[group]:
                 room[group] -= self._cut(sequence, mine, room[group], tick)
@@ -264,3 +274,8 @@ class Scheduler:
         while self._resting and self._resting[0][0] <= tick:
             _, group, row = heapq.heappop(self._resting)
             heapq.heappush(self._free[group], row)
+
+
+def power(n: int) -> int:
+    """The least power of two that is at least n; 0 for none."""
+    return 1 << (n - 1).bit_length() if n else 0
