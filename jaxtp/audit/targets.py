@@ -68,15 +68,19 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
 
 
 def compile_decode(
-    model: Llama, *, batch: int, slots: int, features: Features = Features(), read: Read | None = None
+    model: Llama,
+    *,
+    batch: int,
+    slots: int,
+    features: Features = Features(),
+    read: Read | None = None,
+    reach: int | None = None,
 ) -> Any:
     """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled; the model may
-    be abstract. slots: tokens that a row may have, for all of which the cache has pages. read: how it is read (see `ops.pages`;
-    default: as the engine does on such devices).
+    be abstract. slots: tokens that a row may have, for all of which the cache has pages. read, reach: how the cache is read, and
+    how far rows reach at most (see `ops.pages`; default: as the engine does on such devices, and all slots).
     """
-    rows = -(-batch // model.layout.parts("batch"))
-    share = -(-rows // model.stages)
-    return _compiled(model, step.decode, held=rows, rows=share, tokens=0, slots=slots, features=features, read=read)
+    return _compiled(model, step.decode, batch, 0, slots, features, read, reach)
 
 
 def compile_prefill(
@@ -87,40 +91,38 @@ def compile_prefill(
     slots: int | None = None,
     features: Features = Features(),
     read: Read | None = None,
+    reach: int | None = None,
 ) -> Any:
     """The step that takes `tokens` tokens of prompts of each group along, beside `batch` rows that make a token, compiled.
 
     slots (default: tokens): that any row may have; see `compile_decode`.
     """
-    rows, slots = -(-batch // model.layout.parts("batch")), slots or tokens
-    held, share = rows + -(-tokens // slots), -(-rows // model.stages)
-    return _compiled(model, step.mixed, held=held, rows=share, tokens=tokens, slots=slots, features=features, read=read)
+    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach)
 
 
 def _compiled(
     model: Llama,
     function: Callable[..., Any],
-    *,
-    held: int,
-    rows: int,
+    batch: int,
     tokens: int,
     slots: int,
     features: Features,
     read: Read | None,
+    reach: int | None,
 ) -> Any:
-    """held, rows: of each group, those that the cache has pages for and those of the step."""
     layout, read = model.layout, read or choose_read(model)
-    groups, size = layout.parts("batch"), slots if read == "slab" else PAGE
-    chunk, pages, held = chunk_tokens(model), -(-slots // size), power(held)
+    groups, size, chunk = layout.parts("batch"), slots if read == "slab" else PAGE, chunk_tokens(model)
+    rows, pages = -(-batch // groups), -(-slots // size)
+    held = power(rows + -(-tokens // slots))
     shape = Shape(
-        rows=power(rows),
+        rows=power(-(-rows // model.stages)),
         chunks=-(-tokens // chunk),
         chunk=chunk,
         pages=pages,
         stops=4,
         biases=0,
         read=read,
-        reach=slots,
+        reach=reach or slots,
     )
     state = step.abstract(model, pages=groups * held * pages, size=size, rows=held)
     if features.penalties:
