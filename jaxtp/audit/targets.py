@@ -15,13 +15,13 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxtp import files
+from jaxtp.buckets import PAGE, power
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
 from jaxtp.engine import step
-from jaxtp.engine.build import PAGE, choose_read, chunk_tokens
+from jaxtp.engine.build import choose_read, chunk_tokens
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
-from jaxtp.engine.scheduler import power
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
@@ -75,12 +75,14 @@ def compile_decode(
     features: Features = Features(),
     read: Read | None = None,
     reach: int | None = None,
+    cache_tokens: int | None = None,
 ) -> Any:
     """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled; the model may
-    be abstract. slots: tokens that a row may have, for all of which the cache has pages. read, reach: how the cache is read, and
-    how far rows reach at most (see `ops.pages`; default: as the engine does on such devices, and all slots).
+    be abstract. slots: tokens that a row may have. read, reach: how the cache is read, and how far rows reach at most (see
+    `ops.pages`; default: as the engine does on such devices, and all slots). cache_tokens: that the pages of all groups hold
+    (default: all slots of these rows).
     """
-    return _compiled(model, step.decode, batch, 0, slots, features, read, reach)
+    return _compiled(model, step.decode, batch, 0, slots, features, read, reach, cache_tokens)
 
 
 def compile_prefill(
@@ -92,12 +94,13 @@ def compile_prefill(
     features: Features = Features(),
     read: Read | None = None,
     reach: int | None = None,
+    cache_tokens: int | None = None,
 ) -> Any:
     """The step that takes `tokens` tokens of prompts of each group along, beside `batch` rows that make a token, compiled.
 
     slots (default: tokens): that any row may have; see `compile_decode`.
     """
-    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach)
+    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach, cache_tokens)
 
 
 def _compiled(
@@ -109,11 +112,13 @@ def _compiled(
     features: Features,
     read: Read | None,
     reach: int | None,
+    cache_tokens: int | None,
 ) -> Any:
     layout, read = model.layout, read or choose_read(model)
     groups, size, chunk = layout.parts("batch"), slots if read == "slab" else PAGE, chunk_tokens(model)
     rows, pages = -(-batch // groups), -(-slots // size)
     held = power(rows + -(-tokens // slots))
+    pool = cache_tokens // groups // size if cache_tokens else held * pages
     shape = Shape(
         rows=power(-(-rows // model.stages)),
         chunks=-(-tokens // chunk),
@@ -124,7 +129,7 @@ def _compiled(
         read=read,
         reach=reach or slots,
     )
-    state = step.abstract(model, pages=groups * held * pages, size=size, rows=held)
+    state = step.abstract(model, pages=groups * pool, size=size, rows=held)
     if features.penalties:
         state = replace(state, counts=step.abstract_counts(model, rows=held))
     if model.stacks:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtp.buckets import bucket
+from jaxtp.buckets import power, reach
 from jaxtp.engine.plan import Shape
-from jaxtp.engine.scheduler import Limits, Work, power
+from jaxtp.engine.scheduler import Limits, Work
 from jaxtp.ops.pages import Read
-
-MIN_REACH = 512
 
 
 @dataclass(frozen=True)
@@ -42,4 +40,4 @@ class Buckets:
             return most
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
-        return min(most, bucket(max(ends, default=1), least=MIN_REACH))
+        return reach(max(ends, default=1), most)

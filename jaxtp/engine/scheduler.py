@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxtp.buckets import chunk_lanes, power
 from jaxtp.engine.pages import Pages
 from jaxtp.engine.request import QueueFull
 from jaxtp.engine.sequence import Sequence
@@ -35,14 +36,16 @@ class Limits:
     slab: bool = False
 
     def width(self, work: list[Work]) -> int:
-        """Rows that a step with this work has in each group, some of them idle: a power of two, or none."""
+        """Rows that a step with this work has in each group, some of them idle: a power of two, all, or none."""
         if self.slab:
-            return power(max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0))
-        return power(max(len(mine.rows) for mine in work))
+            count = max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0)
+        else:
+            count = max(len(mine.rows) for mine in work)
+        return min(power(count), self.rows)
 
     def lanes(self, rows: int) -> int:
         """Chunks that may go along with so many rows, so that a step keeps within `tokens`."""
-        return max(1, (self.tokens - rows) // self.chunk)
+        return chunk_lanes(self.tokens, rows=rows, chunk=self.chunk)
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,3 @@ class Scheduler:
         while self._resting and self._resting[0][0] <= tick:
             _, group, row = heapq.heappop(self._resting)
             heapq.heappush(self._free[group], row)
-
-
-def power(n: int) -> int:
-    """The least power of two that is at least n; 0 for none."""
-    return 1 << (n - 1).bit_length() if n else 0

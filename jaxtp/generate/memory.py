@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtp.buckets import PAGE
 from jaxtp.config import ModelConfig
-from jaxtp.engine.build import PAGE
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.sharding import weights
