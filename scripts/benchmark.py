@@ -142,8 +142,9 @@ class Ours:
 
     def batch(self, cell: Cell, prompts: np.ndarray):
         """The rows of a cell, ready to run."""
-        from jaxtp import SamplingParams
         from jaxtp.generate.batch import Batch
+
+        from jaxtp import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=cell.new + 1, ignore_eos=True)
         _, rows = self.llm._requests_of(prompts.tolist(), params)

@@ -103,9 +103,7 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
     model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization)
     held = split.dp * split.rows(task.batch) * task.slots
     step = largest(config, split, task)
-    yield compile_prefill(
-        model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach
-    )
+    yield compile_prefill(model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach)
     yield compile_decode(model, batch=task.batch, slots=task.slots, cache_tokens=held)
 
 

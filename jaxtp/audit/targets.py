@@ -77,10 +77,11 @@ def compile_decode(
     reach: int | None = None,
     cache_tokens: int | None = None,
 ) -> Any:
-    """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled; the model may
-    be abstract. slots: tokens that a row may have. read, reach: how the cache is read, and how far rows reach at most (see
-    `ops.pages`; default: as the engine does on such devices, and all slots). cache_tokens: that the pages of all groups hold
-    (default: all slots of these rows).
+    """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled.
+
+    The model may be abstract. slots: tokens that a row may have. read, reach: how the cache is read, and how far rows reach at
+    most (see `ops.pages`; default: as the engine does on such devices, and all slots). cache_tokens: that the pages of all
+    groups hold (default: all slots of these rows).
     """
     return _compiled(model, step.decode, batch, 0, slots, features, read, reach, cache_tokens)
 

@@ -57,7 +57,8 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
         say.reduce(both, stream)  # the embedding
     if split.pp > 1:
         say("collective-permute", "pp", stream // part)
-        say.reduce(both if part > 1 else "pp", step.lanes * D * size)  # what is asked for of the last stage, for the head of all
+        # what is asked for of the last stage, for the head that all ranks hold
+        say.reduce(both if part > 1 else "pp", step.lanes * D * size)
     # the best token of each device's part of the vocabulary, and its logit
     say("all-gather", both, 8 * step.lanes * split.pp * split.tp, dtype="f32+s32")
     if not step.chunks and split.pp == 1:

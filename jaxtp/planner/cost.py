@@ -122,7 +122,7 @@ class Machine:
         return dataclasses.replace(self._layer(count), attention=max(scores, read))
 
     def chunks(self, step: Step) -> Time:
-        """One layer of the chunks of a step: what they see is gathered, then read; and the mask hides what it does not spare."""
+        """One layer of the chunks of a step. What they see is gathered, then read; what the mask hides is not spared."""
         config, tp, tokens = self.config, self.split.tp, step.prompt_tokens
         queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp) * config.head_dim
         scores = 4 * tokens * step.reach * queries / (self.flops * ATTENTION / hardware.MATMUL)

@@ -139,8 +139,8 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     """Temporary memory of a step on each device.
 
     Of rows alone a few MiB: the logits, or attention's scores, beside the residual stream. (XLA may cut the sums of products
-    into parts, which takes some more.) Of chunks what they see, gathered, beside queries and their result, or gate, up and their
-    product; beside either the residual stream and who sees what.
+    into parts, which takes some more.) Of chunks what they see, gathered, beside queries and their result, or gate, up and
+    their product; beside either the residual stream and who sees what.
     """
     size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype)
     heads, row = config.num_heads // tp, kv_heads(config, tp) * config.head_dim * size
@@ -153,7 +153,8 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     seen = step.prompt_tokens * step.reach * size
     gathered = 2 * step.chunks * step.reach * row
     mixed = 2 * step.tokens * heads * config.head_dim * size
-    return stream + seen + max(logits, gathered + mixed + scores + copied, 3 * step.tokens * config.intermediate_size // tp * size)
+    mlp = 3 * step.tokens * config.intermediate_size // tp * size
+    return stream + seen + max(logits, gathered + mixed + scores + copied, mlp)
 
 
 def products(config: ModelConfig, split: Split) -> int:

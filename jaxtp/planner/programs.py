@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtp.config import ModelConfig
 from jaxtp.planner import collectives, memory
 from jaxtp.planner.collectives import Program
-from jaxtp.planner.work import Generation, Split, Step, Task, Training, decode_step, prompt_steps
+from jaxtp.planner.work import SIZES, Generation, Split, Step, Task, Training, decode_step, prompt_steps
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Predicted:
 
 
 def programs(config: ModelConfig, split: Split, task: Task) -> list[Predicted]:
-    """Of generation the step that takes in most of the prompts, at its furthest, and a decode step (in stages, a tick of each); of
-    training the step.
+    """Of generation the step that takes in most of the prompts, at its furthest, and a decode step (in stages, a tick of
+    each); of training the step.
     """
     if isinstance(task, Training):
         held = memory.training(config, split, task)
@@ -47,10 +47,11 @@ def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: 
     heads, D = config.num_heads * config.head_dim // split.tp, config.hidden_size
     products = 2 * memory.products(config, split) * step.tokens
     scores = 4 * heads * (step.rows * task.slots + step.prompt_tokens * step.reach)
+    between = step.tokens * D * SIZES[task.dtype] if split.pp > 1 else 0  # on its way from stage to stage
     head = 2 * D * math.ceil(config.vocab_size / (split.tp * split.pp)) * step.lanes
     return Predicted(
         name,
-        memory.weights(config, split, task) + memory.cache(config, split, task),
+        memory.weights(config, split, task) + memory.cache(config, split, task) + between,
         memory.workspace(config, split, task, step),
         (products + scores) * split.stages(config).slots + head,
         collectives.step(config, split, step, dtype=task.dtype),

@@ -200,8 +200,8 @@ def decode_step(split: Split, task: Generation) -> Step:
 
 
 def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter[Step]:
-    """How prompts are taken in as long as no row makes a token yet: chunk after chunk, prompt after prompt, as many in a step as
-    it may have; and how often.
+    """How prompts are taken in as long as no row makes a token yet: chunk after chunk, prompt after prompt, as many in a step
+    as it may have; and how often.
     """
     size, each = buckets.chunk_tokens("gpu"), config.hidden_size * SIZES[task.dtype]
     tokens = buckets.step_tokens("gpu", token_bytes=each, shared=split.tp > 1)

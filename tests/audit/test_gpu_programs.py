@@ -126,8 +126,8 @@ def test_prompts_under_sequence_parallelism():
 
 @pytest.mark.skipif("WHOLE_MODELS" not in os.environ, reason="prints the table of BENCHMARKS.md: WHOLE_MODELS=1 pytest -s")
 def test_the_table_of_the_benchmarks():
-    rows = [("llama-3.1-8b", 1, 8), ("llama-3.1-8b", 8, 1), ("llama-3.1-8b", 8, 8), ("llama-3.1-8b", 8, 64), ("llama-3.1-70b", 8, 8)]
-    for name, tp, batch in rows:
+    eight, seventy = "llama-3.1-8b", "llama-3.1-70b"
+    for name, tp, batch in [(eight, 1, 8), (eight, 8, 1), (eight, 8, 8), (eight, 8, 64), (seventy, 8, 8)]:
         llama = model(name, tp)
         tokens = (step_tokens(llama) - ROWS) // chunk_tokens(llama) * chunk_tokens(llama)
         for read in ("cudnn", "slab"):
