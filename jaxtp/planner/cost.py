@@ -21,7 +21,7 @@ ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a ca
 TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by the data sheets
 SUSTAINED = 0.86  # of the rate of single products: what a training step's reach, hour after hour at full power (one H200)
 BESIDE = 0.5  # of what ZeRO 3 sends over dp: the share that XLA lays beside products (`Report.overlapped`: 0.49 to 0.61)
-KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
+KERNELS, LAUNCH = 15, 0.8e-6  # kernels of a layer (compiled decode steps have 12 to 16), seconds from one to the next
 
 
 @dataclass(frozen=True)
