@@ -24,7 +24,7 @@ def main() -> None:
         "gpipe": draw_schedule(Schedule("gpipe", 4, 8)),
         "1f1b": draw_schedule(Schedule("1f1b", 4, 8)),
         "interleaved": draw_schedule(Schedule("interleaved_1f1b", 4, 8, 2)),
-        "circulation": draw_schedule(Circulation.decode(4, 4)),
+        "circulation": draw_schedule(Circulation(4, 4)),
         "imports": draw_imports(),
     }
     for name, figure in figures.items():

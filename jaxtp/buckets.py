@@ -1,14 +1,17 @@
-"""Shapes come in buckets, so that few programs serve every request.
+"""Shapes come in buckets, so that few programs serve every request; and how large a step of generation is.
 
 A bucket is 1, 1.25, 1.5 or 1.75 times a power of two: at most a fifth of it is padding.
 """
 
 from __future__ import annotations
 
-MIN_TOKENS, MIN_SLOTS = 32, 128
 MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 256, 8192  # LLM's defaults: rows that run together, prompt tokens of a prefill call
 LOGITS_TOKENS, MIN_LOGITS_TOKENS = 512, 32  # of a row in training, whose logits exist at a time; below, all of them do
-BUSY_TOKENS = 512  # what a stage should have in one tick of prefill
+PAGE = 64  # slots of a page of the cache
+MIN_REACH = 512  # slots that are gathered for a chunk of a prompt, at least
+CHUNK = {"cpu": 32, "gpu": 128}  # tokens of a chunk of a prompt
+TOKENS = {"cpu": 512, "gpu": 2048}  # of a step, beyond which it takes longer
+ONE_KERNEL_BYTES = 4 << 20  # the largest all-reduce that XLA:GPU does in a kernel of its own; beyond it calls NCCL
 
 
 def bucket(size: int, *, least: int) -> int:
@@ -20,53 +23,37 @@ def bucket(size: int, *, least: int) -> int:
     return max(least, -(-size // quarter) * quarter)
 
 
-def rows(count: int, *, dp: int) -> int:
-    """Rows of a batch: each of dp groups holds a power of two of them."""
-    each = -(-count // dp)
-    return dp * (1 << (each - 1).bit_length())
+def power(n: int) -> int:
+    """The least power of two that is at least n; 0 for none."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
-def slots(filled: int, total: int) -> int:
-    """Slots of the cache for rows that hold `filled` tokens now and `total` at the end.
+def reach(end: int, most: int) -> int:
+    """Of rows that are read up to slot `end`, the bucket; most: slots of a row."""
+    return min(most, bucket(end, least=MIN_REACH))
 
-    Attention reads all slots, so a cache that would start mostly empty starts smaller and grows by doubling.
+
+def step_tokens(platform: str, *, token_bytes: int, shared: bool) -> int:
+    """Tokens of a group in one step: on GPUs that share layers so many that what they send each other stays one kernel.
+
+    token_bytes: of the residual stream.
     """
-    first, last = bucket(filled, least=MIN_SLOTS), bucket(total, least=MIN_SLOTS)
-    return last if last <= 2 * first else 2 * first
+    if platform == "gpu" and shared:
+        return ONE_KERNEL_BYTES // token_bytes
+    return TOKENS.get(platform, TOKENS["gpu"])
 
 
-def chunks(length: int, *, largest: int, alike: bool = False) -> list[tuple[int, int]]:
-    """How a prompt of `length` tokens is prefilled: (start, tokens) of each chunk, the last one rounded up to a bucket.
+def chunk_tokens(platform: str) -> int:
+    """Tokens of a chunk of a prompt."""
+    return CHUNK.get(platform, CHUNK["gpu"])
 
-    alike: all chunks have the same size, as those that go through stages together must.
-    """
-    if alike:
-        count = -(-length // largest)
-        size = min(largest, bucket(-(-length // count), least=MIN_TOKENS))
-        return [(i * size, size) for i in range(count)]
-    found, start = [], 0
-    while start < length:
-        size = min(largest, bucket(length - start, least=MIN_TOKENS))
-        found.append((start, size))
-        start += size
-    return found
+
+def chunk_lanes(tokens: int, *, rows: int, chunk: int) -> int:
+    """Chunks that may go along with so many rows, so that a step keeps within `tokens`; one always does."""
+    return max(1, (tokens - rows) // chunk)
 
 
 def logits_chunk(length: int, *, most: int = LOGITS_TOKENS) -> int:
     """Tokens of a row in training whose logits exist at a time: a divisor of the row's `length`, or all where that is tiny."""
     size = next(size for size in range(min(most, length), 0, -1) if length % size == 0)
     return size if size >= MIN_LOGITS_TOKENS else length
-
-
-def filling(longest: int, ranks: int, groups: int, rows: int) -> int:
-    """Prompt tokens of a row in one chunk, so that chunks fill a pipeline: its ranks idle for about a fifth of the time, as far
-    as chunks keep enough tokens for a GPU to be busy. rows: of a group, on one device.
-    """
-    chunks = -(-4 * (ranks - 1) // groups)
-    return bucket(max(-(-longest // chunks), -(-BUSY_TOKENS // rows)), least=MIN_TOKENS)
-
-
-def chunk_size(rows: int, chunk_tokens: int) -> int:
-    """Prompt tokens of each row in one prefill call: a power of two, so that all chunks but the last are alike."""
-    each = max(chunk_tokens // rows, MIN_TOKENS)
-    return 1 << (each.bit_length() - 1)

@@ -138,28 +138,16 @@ class Ours:
         import jaxtp
 
         load_format = "dummy" if model in jaxtp.PRESETS else "auto"
-        self.llm = jaxtp.LLM(model, dtype=dtype, load_format=load_format, progress=False)
-
-    def batch(self, cell: Cell, prompts: np.ndarray):
-        """The rows of a cell, ready to run."""
-        from jaxtp import SamplingParams
-        from jaxtp.generate.batch import Batch
-
-        params = SamplingParams(temperature=0, max_tokens=cell.new + 1, ignore_eos=True)
-        _, rows = self.llm._requests_of(prompts.tolist(), params)
-        return Batch(self.llm.model, self.llm.programs, rows, chunk_tokens=self.llm.max_num_batched_tokens)
+        options = {"enable_prefix_caching": False, "progress": False}  # the same prompts come again
+        self.llm = jaxtp.LLM(model, dtype=dtype, load_format=load_format, **options)
 
     def run(self, cell: Cell, prompts: np.ndarray) -> float:
-        """Seconds of the prefill, or of the decode after it."""
-        running = self.batch(cell, prompts).run()
-        start = time.perf_counter()
-        next(running)
-        if not cell.new:
-            return time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in running:
-            pass
-        return time.perf_counter() - start
+        """Seconds of the prefill, or of the decode after it, at the rate of the steps that have rows alone."""
+        from jaxtp import SamplingParams
+
+        self.llm.generate(prompts.tolist(), SamplingParams(temperature=0, max_tokens=cell.new + 1, ignore_eos=True))
+        timing = self.llm.timing
+        return timing.decode / timing.tokens * cell.batch * cell.new if cell.new else timing.prefill
 
     def bytes(self, cell: Cell) -> int:
         """What a decode step must read: all weights but the embedding, and the filled part of the cache."""

@@ -10,13 +10,12 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxtp import buckets
 from jaxtp.audit.program import Report, audit
 from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_prefill, compile_step, gpu_mesh
 from jaxtp.mesh import make_mesh
 from jaxtp.planner import Plan, Training
 from jaxtp.planner.collectives import Collective
-from jaxtp.planner.programs import Predicted, programs
+from jaxtp.planner.programs import Predicted, largest, programs
 from jaxtp.tables import Shown
 
 MARKED = 0.05  # differences above it stand out
@@ -101,11 +100,11 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         rows = task.batch // split.microbatches
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
-    tokens = split.chunks_of(task)[0][1]
     model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization)
-    slots = buckets.slots(tokens, max(task.total, tokens))
-    yield compile_prefill(model, batch=task.batch, tokens=tokens, slots=slots)
-    yield compile_decode(model, batch=task.batch, slots=task.slots)
+    held = split.dp * split.rows(task.batch) * task.slots
+    step = largest(config, split, task)
+    yield compile_prefill(model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach)
+    yield compile_decode(model, batch=task.batch, slots=task.slots, cache_tokens=held)
 
 
 def sent(collectives: Iterable[tuple[Collective, int]]) -> Sent:

@@ -114,8 +114,11 @@ def _flops(i: Instruction, shaped: dict[str, str], found: dict[str, list[Instruc
     if match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.rest):
         scores = re.search(r'intermediate_tensor_shape": \{"element_type": "\w+", "dimensions": \[([^\]]*)\]', i.rest)
         assert scores, i.rest
-        products = 5 if match[1] else 2
-        return 2 * products * math.prod(int(n) for n in re.findall(r"\d+", scores[1])) * shapes(i.shape)[0][1][-1]
+        products, count = 5 if match[1] else 2, math.prod(int(n) for n in re.findall(r"\d+", scores[1]))
+        if '"is_paged_attention": true' in i.rest:  # the scores are those of a page
+            tables = re.findall(r"s32\[\d+,1,(\d+),1\]", i.rest.partition("operand_layout_constraints")[2])
+            count *= int(tables[0])
+        return 2 * products * count * shapes(i.shape)[0][1][-1]
     if i.opcode == "while":
         return trips(i) * sum(flops(found, body) for body in re.findall(r"body=%?([\w.\-]+)", i.rest))
     if i.opcode in (*FUSIONS, "call", "async-start"):

@@ -125,8 +125,8 @@ class Profile(Shown):
 
 
 def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | None = None) -> Profile:
-    """Profiles one prefill of `batch` prompts of `input_len` random tokens and the `steps` decode steps after it, once all is
-    compiled. trace: where to keep the trace, as Perfetto reads it (.json.gz).
+    """Profiles one prefill of `batch` prompts of `input_len` random tokens (all steps that take some of them along) and the
+    `steps` decode steps after it, once all is compiled. trace: where to keep the trace, as Perfetto reads it (.json.gz).
 
     Raises ValueError for lengths that the model does not take.
     """
@@ -135,16 +135,18 @@ def profile(llm: LLM, *, batch: int, input_len: int, steps: int, trace: Path | N
             f"{batch} prompts of {input_len} tokens and {steps} steps: each must be at least 1, and the tokens at most "
             f"max_model_len={llm.max_model_len} together"
         )
-    ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, (batch, input_len)).tolist()
+    # others when it counts: the cache keeps what it has seen
+    first, second = np.random.default_rng(0).integers(0, llm.config.vocab_size, (2, batch, input_len)).tolist()
     params = SamplingParams(temperature=0, max_tokens=steps + 1, ignore_eos=True)
     if batch > llm.max_num_seqs:
         raise ValueError(f"{batch} prompts do not run at once: max_num_seqs={llm.max_num_seqs}")
-    llm.generate(ids, params)
-    records, wall = _traced(lambda: llm.generate(ids, params), trace)
+    llm.generate(first, params)
+    records, wall = _traced(lambda: llm.generate(second, params), trace)
     events = read(records, {name: parts_of(text) for name, text in llm.programs.texts().items()})
     took = {"prefill": llm.timing.prefill, "decode": llm.timing.decode}
     assert sum(took.values()) <= wall
-    seconds = {phase: _average(events, phase, took[phase], llm.timing.steps if phase == "decode" else 1) for phase in took}
+    times = {"prefill": 1.0, "decode": llm.timing.steps / llm.model.stages}
+    seconds = {phase: _average(events, phase, took[phase], times[phase]) for phase in took}
     machine = machine_of(llm.model)
     planned = cost.by_part(machine, machine.task(batch, input_len, steps)) if machine else {}
     return Profile(seconds, planned, tuple(events), steps, trace)
@@ -232,7 +234,7 @@ def read(records: Iterable[Mapping[str, Any]], programs: Mapping[str, Mapping[st
     return events
 
 
-def _average(events: list[Event], phase: str, wall: float, times: int) -> dict[str, float]:
+def _average(events: list[Event], phase: str, wall: float, times: float) -> dict[str, float]:
     """Seconds of each part, on average over devices and over so many times; the host has what is left of the wall's."""
     devices = {event.device for event in events}
     if not devices:

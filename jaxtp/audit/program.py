@@ -28,12 +28,14 @@ _NEUTRAL = ("parameter", "bitcast", "constant", "tuple", "get-tuple-element", "b
 @dataclass(frozen=True)
 class Collective(collectives.Collective):
     """One collective of a program. loops: how many loops it stands in; times: how often it is done (once in a loop whose trips
-    the compiler does not know); overlapped: matrix products run between its start and its end.
+    the compiler does not know); overlapped: matrix products run between its start and its end; kernel: that of XLA:GPU's own
+    that does it ("one-shot", "two-shot"), "" where a library does (NCCL).
     """
 
     loops: int
     times: int = 1
     overlapped: bool = False
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,4 +161,6 @@ def _collective(
     result = done or instruction
     size = result.bytes * (devices if kind == "reduce-scatter" else 1)
     dtypes = "+".join(sorted({dtype for dtype, _ in hlo.shapes(result.shape)}))
-    return Collective(kind, axes, dtypes, size, devices, loops, times)
+    own = re.search(r'"kernel_strategy":"KERNEL_STRATEGY_TRITON_(\w+)"', instruction.rest)
+    kernel = own[1].lower().replace("_", "-") if own else ""
+    return Collective(kind, axes, dtypes, size, devices, loops, times, kernel=kernel)

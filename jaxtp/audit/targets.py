@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxtp import files
+from jaxtp.buckets import PAGE, power
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
+from jaxtp.engine import step
+from jaxtp.engine.build import choose_read, chunk_tokens
+from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
-from jaxtp.generate.batch import batch_size
-from jaxtp.generate.step import abstract_state, decode, prefill
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
+from jaxtp.ops.pages import Read
 from jaxtp.ops.quantized import Quantization
 from jaxtp.ops.sampling import Features
-from jaxtp.parallel.circulate import between, prefill_ticks, staged
+from jaxtp.parallel.circulate import between, staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
 from jaxtp.sharding import variables
@@ -63,29 +67,79 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def compile_decode(model: Llama, *, batch: int, slots: int, features: Features = Features()) -> Any:
-    """The decode program for `batch` rows (rounded up as `LLM` does) of `slots` slots, compiled; the model may be abstract."""
-    batch, groups = batch_size(model, batch)
-    state = abstract_state(model, batch=batch, slots=slots, features=features, groups=groups)
-    stop = (jax.ShapeDtypeStruct((batch // groups,), jnp.bool_, sharding=model.layout.sharding("batch")),) * groups
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    with not_cached():
-        return Programs(model).compile(decode, state, stop, steps, donate=(0,), features=features)
+def compile_decode(
+    model: Llama,
+    *,
+    batch: int,
+    slots: int,
+    features: Features = Features(),
+    read: Read | None = None,
+    reach: int | None = None,
+    cache_tokens: int | None = None,
+) -> Any:
+    """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled.
+
+    The model may be abstract. slots: tokens that a row may have. read, reach: how the cache is read, and how far rows reach at
+    most (see `ops.pages`; default: as the engine does on such devices, and all slots). cache_tokens: that the pages of all
+    groups hold (default: all slots of these rows).
+    """
+    return _compiled(model, step.decode, batch, 0, slots, features, read, reach, cache_tokens)
 
 
-def compile_prefill(model: Llama, *, batch: int, tokens: int, slots: int | None = None, fresh: bool = True) -> Any:
-    """The prefill program for `tokens` prompt tokens of each row, compiled; `fresh`: the first chunk of the prompts."""
-    layout, (batch, groups) = model.layout, batch_size(model, batch)
-    rows, D = batch // groups, model.config.hidden_size
-    cache = replace(model.empty_cache(batch, slots or tokens, groups=groups), fresh=fresh)
-    last = jax.ShapeDtypeStruct((rows, D), layout.dtype, sharding=layout.sharding("batch", None))
-    ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=layout.sharding("batch", "tokens"))
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+def compile_prefill(
+    model: Llama,
+    *,
+    tokens: int,
+    batch: int = 0,
+    slots: int | None = None,
+    features: Features = Features(),
+    read: Read | None = None,
+    reach: int | None = None,
+    cache_tokens: int | None = None,
+) -> Any:
+    """The step that takes `tokens` tokens of prompts of each group along, beside `batch` rows that make a token, compiled.
+
+    slots (default: tokens): that any row may have; see `compile_decode`.
+    """
+    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach, cache_tokens)
+
+
+def _compiled(
+    model: Llama,
+    function: Callable[..., Any],
+    batch: int,
+    tokens: int,
+    slots: int,
+    features: Features,
+    read: Read | None,
+    reach: int | None,
+    cache_tokens: int | None,
+) -> Any:
+    layout, read = model.layout, read or choose_read(model)
+    groups, size, chunk = layout.parts("batch"), slots if read == "slab" else PAGE, chunk_tokens(model)
+    rows, pages = -(-batch // groups), -(-slots // size)
+    held = power(rows + -(-tokens // slots))
+    pool = cache_tokens // groups // size if cache_tokens else held * pages
+    shape = Shape(
+        rows=power(-(-rows // model.stages)),
+        chunks=-(-tokens // chunk),
+        chunk=chunk,
+        pages=pages,
+        stops=4,
+        biases=0,
+        read=read,
+        reach=reach or slots,
+    )
+    state = step.abstract(model, pages=groups * pool, size=size, rows=held)
+    if features.penalties:
+        state = replace(state, counts=step.abstract_counts(model, rows=held))
+    if model.stacks:
+        way: Any = between(model, shape.tokens)
+        state = replace(state, between=way)
+    plan = _abstract((model.stages, groups, shape.size), jnp.int32, layout.sharding(None, "batch", None))
+    args = state, plan, jax.ShapeDtypeStruct((), jnp.int32)
     with not_cached():
-        if not model.stacks:
-            return Programs(model).compile(prefill, cache, last, ids, number, donate=(0, 1))
-        args = cache, (last,) * groups, between(model, rows, tokens), (ids,) * groups, number, number
-        return Programs(model).compile(prefill_ticks, *args, donate=(0, 1, 2))
+        return Programs(model).compile(function, *args, donate=(0,), shape=shape, features=features)
 
 
 def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 1, xla_flags: bool = True) -> Any:

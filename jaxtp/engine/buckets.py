@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxtp.buckets import bucket
+from jaxtp.buckets import reach
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.scheduler import Limits, Work
 from jaxtp.ops.pages import Read
-
-MIN_REACH = 512
 
 
 @dataclass(frozen=True)
@@ -24,56 +22,41 @@ class Buckets:
 
     def shape(self, work: list[Work], steps: int, *, stops: int, biases: int) -> Shape:
         """The smallest shape that holds the work of every group, in so many steps."""
-        rows = max(len(mine.rows) for mine in work)
-        if self.limits.slab:
-            rows = max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0)
         chunks = max(len(mine.chunks) for mine in work)
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
-        rows = rows if chunks else max(rows, self._fewest())
-        reach = self._reach(max(ends, default=1), bool(chunks))
-        return self._shape(self._up(rows), self._up(chunks), reach, stops=stops, biases=biases)
+        return self._shape(self.limits.most(work), chunks, max(ends, default=1), stops=stops, biases=biases)
 
     def all(self, *, stops: int, biases: int) -> Iterator[Shape]:
         """Every shape that a step may have."""
-        limits = self.limits
-        rows = self._sizes(max(limits.rows, self._fewest()))
-        for chunks in (0, *self._sizes(max(1, limits.tokens // limits.chunk))):
-            for count in (0, *rows) if chunks else [count for count in rows if count >= self._fewest()]:
-                if count and chunks > self._up(max(1, (limits.tokens - count // self.factor) // limits.chunk)):
-                    continue
-                reaches = {self._reach(length, bool(chunks)) for length in range(1, self.pages * limits.size + 1, 64)}
-                for reach in sorted(reaches):
-                    yield self._shape(count, chunks, reach, stops=stops, biases=biases)
+        limits, found = self.limits, set()
+        ends = range(1, self.pages * limits.size + 1, 64) if self.read != "rows" else (1,)
+        for rows in range(limits.rows + 1):
+            for chunks in range(limits.lanes(limits.up(rows)) + 1):
+                found |= (
+                    {self._shape(rows, chunks, end, stops=stops, biases=biases) for end in ends} if rows or chunks else set()
+                )
+        yield from sorted(found, key=lambda shape: (shape.chunks, shape.rows, shape.reach))
 
-    def _shape(self, rows: int, chunks: int, reach: int, *, stops: int, biases: int) -> Shape:
+    def _shape(self, rows: int, chunks: int, end: int, *, stops: int, biases: int) -> Shape:
+        limits = self.limits
+        if not chunks:  # XLA would write a single token twice in stages, each time into a copy of the pool
+            rows = max(rows, 2 if limits.stages > 1 else 1)
+        rows = max(rows, min(self._up(rows), limits.rows))
+        most = self.pages * limits.size
         return Shape(
             rows=rows,
-            chunks=chunks,
-            chunk=self.limits.chunk,
+            chunks=max(chunks, min(self._up(chunks), limits.lanes(rows))),
+            chunk=limits.chunk,
             pages=self.pages,
             stops=stops,
             biases=biases,
             read=self.read,
-            reach=reach,
+            reach=most if self.read == "rows" or (self.read == "cudnn" and not chunks) else reach(end, most),
         )
 
-    def _reach(self, length: int, chunks: bool) -> int:
-        """How far any lane sees, where the read must know it before."""
-        most = self.pages * self.limits.size
-        if self.read == "rows" or (self.read == "cudnn" and not chunks):
-            return most
-        return min(most, bucket(length, least=MIN_REACH))
-
-    def _fewest(self) -> int:
-        """Rows of a step without chunks. XLA would write a single token twice in stages, each time into a copy of the pool."""
-        return 2 if self.limits.stages > 1 else 1
-
-    def _sizes(self, most: int) -> list[int]:
-        sizes = [1]
-        while sizes[-1] < most:
-            sizes.append(sizes[-1] * self.factor)
-        return sizes
-
     def _up(self, count: int) -> int:
-        return self._sizes(count)[-1] if count else 0
+        size = 1
+        while size < count:
+            size *= self.factor
+        return size if count else 0

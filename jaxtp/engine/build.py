@@ -6,20 +6,18 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from jaxtp import buckets as sizes
+from jaxtp.buckets import PAGE
 from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.engine import Engine
 from jaxtp.engine.programs import Programs
-from jaxtp.engine.read import PAGE, choose_read
+from jaxtp.engine.read import choose_read
 from jaxtp.engine.scheduler import Limits, Policy
 from jaxtp.log import logger
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.ops.pages import Read
 from jaxtp.text import Tokenizer
-
-ONE_SHOT_BYTES = 4 << 20  # the largest all-reduce that XLA:GPU does in one kernel of its own; beyond it calls NCCL
-CHUNK = {"cpu": 32, "gpu": 128}
-TOKENS = {"cpu": 512, "gpu": 2048}
 
 
 def build(
@@ -41,7 +39,7 @@ def build(
     """cache_tokens: that the pages of all groups may hold. max_num_batched_tokens: of a step, of all groups (default: what a
     step can have before it takes longer). read: how the cache is read (default: `choose_read`).
     """
-    groups, where = model.layout.parts("batch"), platform(model.layout.mesh)
+    groups = model.layout.parts("batch")
     read = read or choose_read(model)
     rows = -(-max_num_seqs // groups)
     size = max_model_len if read == "slab" else page_size
@@ -54,7 +52,7 @@ def build(
         rows=rows,
         pages=pages,
         size=size,
-        chunk=CHUNK.get(where, 128),
+        chunk=chunk_tokens(model),
         tokens=-(-max_num_batched_tokens // groups) if max_num_batched_tokens else step_tokens(model),
         stages=model.stages,
         policy=policy,
@@ -67,12 +65,16 @@ def build(
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
 
 
+def chunk_tokens(model: Llama) -> int:
+    """Tokens of a chunk of a prompt."""
+    return sizes.chunk_tokens(platform(model.layout.mesh))
+
+
 def step_tokens(model: Llama) -> int:
-    """Tokens of a group in one step: on GPUs that share layers so many that what they send each other stays one kernel."""
-    layout, where = model.layout, platform(model.layout.mesh)
-    if where == "gpu" and layout.parts("mlp") > 1:
-        return ONE_SHOT_BYTES // (model.config.hidden_size * jnp.dtype(layout.dtype).itemsize)
-    return TOKENS.get(where, 2048)
+    """Tokens of a group in one step."""
+    layout = model.layout
+    each = model.config.hidden_size * jnp.dtype(layout.dtype).itemsize
+    return sizes.step_tokens(platform(layout.mesh), token_bytes=each, shared=layout.parts("mlp") > 1)
 
 
 def _cached(limits: Limits) -> str:

@@ -8,24 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtp.buckets import PAGE
 from jaxtp.log import logger
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
+from jaxtp.ops import pages as paged
 from jaxtp.ops.pages import Read, attend_pages
-
-PAGE = 64  # slots
 
 
 def choose_read(model: Llama) -> Read:
-    """How the cache is read on the model's devices."""
-    mesh, config = model.layout.mesh, model.config
-    if platform(mesh) == "cpu":
-        return "rows"
-    fits = jnp.dtype(model.layout.dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-    here = [device for device in mesh.devices.flat if device in jax.local_devices()]
-    if fits and (not here or cudnn_reads(here[0], layout_of(model))):  # GPUs that are only compiled for are taken at their word
-        return "cudnn"
-    return "gather" if model.stacks else "slab"
+    """How the cache is read on the model's devices. GPUs that are only compiled for are taken at their word."""
+    layout, config, stages = model.layout, model.config, bool(model.stacks)
+    where, windows = platform(layout.mesh), any(config.windows)
+    read = paged.choose_read(platform=where, dtype=layout.dtype, head_dim=config.head_dim, windows=windows, stages=stages)
+    here = [device for device in layout.mesh.devices.flat if device in jax.local_devices()]
+    if read == "cudnn" and here and not cudnn_reads(here[0], layout_of(model)):
+        return "gather" if stages else "slab"
+    return read
 
 
 def layout_of(model: Llama) -> tuple[str, int, int, int]:

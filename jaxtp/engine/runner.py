@@ -45,8 +45,9 @@ class Runner:
         else:
             plans = plan[None]
         sharding = self.model.layout.sharding(None, "batch", None)
+        function = step.mixed if shape.chunks else step.decode
         self.state, made = self.programs.run(
-            step.run, self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
+            function, self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
         )
         return made, shape
 

@@ -8,6 +8,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxtp.buckets import chunk_lanes, power
 from jaxtp.engine.pages import Pages
 from jaxtp.engine.request import QueueFull
 from jaxtp.engine.sequence import Sequence
@@ -35,6 +36,20 @@ class Limits:
     queue: int | None = None
     caching: bool = True
     slab: bool = False
+
+    def most(self, work: list[Work]) -> int:
+        """Rows that a step with this work must have in each group."""
+        if self.slab:
+            return max((sequence.row + 1 for mine in work for sequence in mine.rows), default=0)
+        return max(len(mine.rows) for mine in work)
+
+    def up(self, rows: int) -> int:
+        """Rows that a program for so many has: a power of two, all, or none."""
+        return min(power(rows), self.rows)
+
+    def lanes(self, rows: int) -> int:
+        """Chunks that may go along with so many rows, so that a step keeps within `tokens`."""
+        return chunk_lanes(self.tokens, rows=rows, chunk=self.chunk)
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ class Scheduler:
                 s.computed += count
                 s.sent += count
                 s.ready = tick + limits.stages
-        room = [max(1, (limits.tokens - len(mine.rows)) // limits.chunk) for mine in work]
+        room = [limits.lanes(limits.up(limits.most(work)))] * limits.groups
         for group, mine in enumerate(work):
             for sequence in self.running[group]:
                 room[group] -= self._cut(sequence, mine, room[group], tick)

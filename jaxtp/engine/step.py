@@ -67,6 +67,16 @@ class Tokens:
     last: jax.Array
 
 
+def decode(model: Llama, state: State, plan: jax.Array, steps: jax.Array, **static: Any) -> tuple[State, Made]:
+    """`run` for rows alone, by the name that a profile has for it."""
+    return run(model, state, plan, steps, **static)
+
+
+def mixed(model: Llama, state: State, plan: jax.Array, steps: jax.Array, **static: Any) -> tuple[State, Made]:
+    """`run` with chunks of prompts."""
+    return run(model, state, plan, steps, **static)
+
+
 def run(
     model: Llama, state: State, plan: jax.Array, steps: jax.Array, *, shape: Shape, features: Features
 ) -> tuple[State, Made]:
@@ -292,9 +302,14 @@ def abstract(model: Llama, *, pages: int, size: int, rows: int) -> State:
 
 def uncounted(model: Llama, *, rows: int) -> Counts:
     """Counts of nothing yet."""
+    return zeros(abstract_counts(model, rows=rows))
+
+
+def abstract_counts(model: Llama, *, rows: int) -> Counts:
+    """The same as shapes and shardings."""
     shape, sharding = (model.layout.parts("batch"), rows, model.vocab_held), _counted(model)
     seen, output = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
-    return Counts(*zeros((seen, output)))
+    return Counts(seen, output)  # type: ignore[arg-type]
 
 
 def _counted(model: Llama) -> NamedSharding:

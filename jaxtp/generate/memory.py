@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtp.buckets import PAGE
 from jaxtp.config import ModelConfig
-from jaxtp.engine.read import PAGE
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.sharding import weights
@@ -21,8 +21,8 @@ from jaxtp.sharding import weights
 class Budget:
     """Bytes on each device, and what they hold.
 
-    weight_bytes: all weights. read_bytes: those that a decode step reads (all but the rows of the embedding not looked up;
-    in stages, at each of a step's ticks). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on
+    weight_bytes: all weights. read_bytes: those that a decode step reads, in stages each of its ticks (all but the rows of the
+    embedding not looked up). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on
     one device. cache_tokens: tokens that the caches of all data-parallel groups hold together.
     """
 
@@ -36,10 +36,6 @@ class Budget:
     def cache_tokens(self) -> int:
         """Tokens that fit in the KV cache."""
         return self.cache_bytes // self.slot_bytes * self.groups
-
-    def step_bytes(self, rows: int, slots: int) -> int:
-        """Bytes that one decode step of `rows` rows with `slots` slots reads on each device."""
-        return self.read_bytes + rows // self.groups * slots * self.slot_bytes
 
 
 POOL = "XLA_CLIENT_MEM_FRACTION"  # of each GPU: what JAX takes at its start and shares out itself
@@ -81,7 +77,7 @@ def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) 
         raise ValueError(f"kv_cache_memory_bytes={cache_bytes} must be in [{slot}, {free}]: one token, and what is free")
     free = free if cache_bytes is None else cache_bytes
     embedding = 0 if model.head is None else found["embed"]
-    return Budget(total, (total - embedding) * model.stages, free, slot, model.layout.parts("batch"))
+    return Budget(total, total - embedding, free, slot, model.layout.parts("batch"))
 
 
 def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:

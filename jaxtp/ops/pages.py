@@ -22,6 +22,16 @@ from jaxtp.ops.attention import Kernel, attend_seen, visible
 Read = Literal["gather", "rows", "slab", "cudnn"]
 
 
+def choose_read(*, platform: str, dtype: jnp.dtype, head_dim: int, windows: bool, stages: bool) -> Read:
+    """How the cache is read on such devices. windows: whether any layer has one; stages: whether layers stand in several."""
+    if platform == "cpu":
+        return "rows"
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    if fits and not windows:
+        return "cudnn"
+    return "gather" if stages else "slab"
+
+
 def write_pages(pool: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """The pool [P, K, S, H] with new [N, K, H] at slots [N] (page · S + place in it), in place if donated. What goes to a slot
     of P · S or above is written nowhere.

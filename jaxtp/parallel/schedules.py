@@ -120,48 +120,23 @@ class Schedule:
 class Circulation:
     """Generation over p ranks: groups of rows follow each other through the stages, one tick apart, and come around.
 
-    A group enters the first rank every `period` ticks: every p while it decodes, since its next token is known once the last
-    rank is done with it; without a pause in prefill, whose chunks are all there. Each rank keeps its part of the groups' cache
-    in places, so that at any tick all ranks work in the same place, though on different groups.
+    A row's next token is known once the last rank is done with it, so that a group enters the first rank every p ticks, and as
+    many groups as ranks keep all of them busy.
     """
 
     ranks: int
     groups: int
-    period: int
 
     def __post_init__(self) -> None:
-        if min(self.ranks, self.groups, self.period) < 1 or self.period % self.groups:
-            raise ValueError(f"{self.groups} groups that come every {self.period} ticks: the groups must divide the ticks")
-
-    @classmethod
-    def decode(cls, ranks: int, groups: int) -> Circulation:
-        """Token after token."""
-        return cls(ranks, groups, period=ranks)
-
-    @classmethod
-    def prefill(cls, ranks: int, groups: int) -> Circulation:
-        """Chunk after chunk."""
-        return cls(ranks, groups, period=groups)
-
-    @staticmethod
-    def groups_of(rows: int, ranks: int) -> int:
-        """In how many groups to cut that many rows: as many as there are ranks, fewer where there are fewer rows."""
-        return next(groups for groups in range(1, ranks + 1) if ranks % groups == 0 and groups >= min(rows, ranks))
+        if not 1 <= self.groups <= self.ranks:
+            raise ValueError(f"{self.groups} groups of rows on {self.ranks} ranks: at least one, and at most as many as ranks")
 
     def group(self, tick: int, rank: int) -> int | None:
         """Which group a rank works on; None where it idles."""
-        turn = (tick - rank) % self.period
+        turn = (tick - rank) % self.ranks
         return turn if turn < self.groups and tick >= rank else None
-
-    def turn(self, tick: int, rank: int) -> int:
-        """How often that group came by before: its chunk, in prefill."""
-        return (tick - rank) // self.period
-
-    def place(self, tick: int) -> int:
-        """Where the group of that tick lies in the cache, on every rank."""
-        return tick % self.groups
 
     @property
     def idle(self) -> float:
         """The share of ticks in which a rank has nothing to do, once the first group is through."""
-        return 1.0 - self.groups / self.period
+        return 1.0 - self.groups / self.ranks

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.planner import memory
-from jaxtp.planner.work import SIZES, Split
+from jaxtp.planner.work import SIZES, Split, Step
 
 
 @dataclass(frozen=True)
@@ -41,53 +41,28 @@ Program = Counter[Collective]  # how often each is done
 NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # as XLA writes them
 
 
-def decode(config: ModelConfig, split: Split, *, batch: int, dtype: str) -> Program:
-    """Of one decode step for all rows of a batch."""
+def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Program:
+    """Of a step of generation; in stages, of a tick."""
     size = SIZES[dtype]
-    rows, groups = split.group_rows(batch), split.groups(batch)
-    say = _Say(split, NAMES[dtype])
-    stream, places = rows * config.hidden_size * size, split.stages(config).slots * split.pp
-    say.reduce("tp", stream, times=2 * places)
-    both = ("pp", "tp")
-    say.reduce(both, stream, times=groups)  # the embedding
-    if split.pp > 1:
-        say.reduce("pp", stream, times=groups)  # the last stage's output, for the head that all of them hold
-        say("collective-permute", "pp", stream, times=split.pp)
-    # the best token of each device's part of the vocabulary, and its logit
-    say("all-gather", both, 8 * rows * split.pp * split.tp, dtype="f32+s32", times=groups)
-    say.reduce("dp", 1, dtype="pred", times=groups)  # whether all rows have ended
-    return say.program
-
-
-def prefill(config: ModelConfig, split: Split, *, batch: int, tokens: int, dtype: str) -> Program:
-    """Of one prefill chunk of `tokens` tokens of every row (in stages: of a tick for each group)."""
-    size = SIZES[dtype]
-    rows, groups = split.group_rows(batch), split.groups(batch)
     say = _Say(split, NAMES[dtype])
     D, blocks = config.hidden_size, split.stages(config).slots
-    stream, scattered = rows * tokens * D * size, split.sequence_parallel and tokens % split.tp == 0
-    both = ("pp", "tp")
-    if scattered:
-        say("all-gather", "tp", stream, times=2 * blocks * groups)
-        say("reduce-scatter", "tp", stream, times=2 * blocks * groups)
+    stream, both = step.tokens * D * size, ("pp", "tp")
+    part = split.tp if split.sequence_parallel and step.tokens % split.tp == 0 else 1
+    if part > 1:  # and the embedding scattered; without stages, the last hidden states gathered
+        say("all-gather", "tp", stream, times=2 * blocks + (split.pp == 1))
+        say("reduce-scatter", "tp", stream, times=2 * blocks + 1)
+        say.reduce("pp", stream // part)
     else:
-        say.reduce("tp", stream, times=2 * blocks * groups)
-    if split.pp == 1:
-        if scattered:
-            say("reduce-scatter", "tp", stream)
-            say.reduce("tp", rows * D * 4, dtype="f32")  # the last tokens of the prompts
-        else:
-            say.reduce("tp", stream)
-    else:
-        part = split.tp if scattered else 1
-        if scattered:
-            say("reduce-scatter", "tp", stream, times=groups)
-        say.reduce("pp" if scattered else both, stream // part, times=groups)
-        say("collective-permute", "pp", stream // part, times=groups)
-        if scattered:  # the last tokens of the prompts, group by group
-            say.reduce(both, rows * D * size, times=groups)
-        else:
-            say.reduce("pp", groups * rows * D * size)
+        say.reduce("tp", stream, times=2 * blocks)
+        say.reduce(both, stream)  # the embedding
+    if split.pp > 1:
+        say("collective-permute", "pp", stream // part)
+        # what is asked for of the last stage, for the head that all ranks hold
+        say.reduce(both if part > 1 else "pp", step.lanes * D * size)
+    # the best token of each device's part of the vocabulary, and its logit
+    say("all-gather", both, 8 * step.lanes * split.pp * split.tp, dtype="f32+s32")
+    if not step.chunks and split.pp == 1:
+        say.reduce("dp", 1, dtype="pred")  # whether all rows have ended
     return say.program
 
 

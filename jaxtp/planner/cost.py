@@ -15,13 +15,13 @@ from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import collectives, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
-from jaxtp.planner.work import SIZES, Generation, Split, Training
+from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_step, prompt_steps
 
 ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a causal mask (arXiv:2407.08608, figures 5 and 6)
 TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by the data sheets
 SUSTAINED = 0.86  # of the rate of single products: what a training step's reach, hour after hour at full power (one H200)
 BESIDE = 0.5  # of what ZeRO 3 sends over dp: the share that XLA lays beside products (`Report.overlapped`: 0.49 to 0.61)
-KERNELS, LAUNCH = 18, 0.8e-6  # kernels of a layer (compiled programs have 17 to 21), seconds from one to the next
+KERNELS, LAUNCH = 15, 0.8e-6  # kernels of a layer (compiled decode steps have 12 to 16), seconds from one to the next
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,32 @@ class Machine:
         )
 
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
-        """One layer of `tokens` tokens of each of `rows` rows, after (and among) `cached` tokens in each."""
+        """One layer of `tokens` tokens of each of `rows` rows, among each other; of one token, after `cached` in each."""
         config, tp = self.config, self.split.tp
-        D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
-        kv, mlp, count = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp, rows * tokens
+        queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp) * config.head_dim
+        count = rows * tokens
         seen = cached if tokens == 1 else tokens / 2  # a causal mask
         scores = 4 * count * seen * queries / (self.flops * ATTENTION / hardware.MATMUL)
         read = self.size * 2 * rows * (cached if tokens == 1 else tokens) * kv / self.bandwidth
-        stream = 10 * D / (tp if self.split.sequence_parallel and tokens > 1 else 1)  # two norms, two sums
-        moved = self.size * count * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
-        return Time(weights=self.products(count), attention=max(scores, read), other=moved, launch=KERNELS * LAUNCH)
+        return dataclasses.replace(self._layer(count), attention=max(scores, read))
+
+    def chunks(self, step: Step) -> Time:
+        """One layer of the chunks of a step. What they see is gathered, then read; what the mask hides is not spared."""
+        config, tp, tokens = self.config, self.split.tp, step.prompt_tokens
+        queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp) * config.head_dim
+        scores = 4 * tokens * step.reach * queries / (self.flops * ATTENTION / hardware.MATMUL)
+        read = 2 * step.chunks * step.reach * kv * self.size / self.bandwidth
+        bias = tokens * step.reach * self.size / self.bandwidth
+        return dataclasses.replace(self._layer(tokens), attention=2 * read + max(scores, read + bias))
+
+    def _layer(self, tokens: int) -> Time:
+        """All but attention."""
+        config, tp = self.config, self.split.tp
+        D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
+        kv, mlp = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp
+        stream = 10 * D / (tp if self.split.sequence_parallel else 1)  # two norms, two sums
+        moved = self.size * tokens * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
+        return Time(weights=self.products(tokens), other=moved, launch=KERNELS * LAUNCH)
 
     def head(self, rows: float) -> float:
         """Of `rows` tokens."""
@@ -130,29 +146,29 @@ class Machine:
 
 
 def decode(machine: Machine, task: Generation) -> Time:
-    """One step: a token for every row, with the cache as full as it is on average over the work."""
-    config, split = machine.config, machine.split
-    rows, groups = split.group_rows(task.batch), split.groups(task.batch)
-    busy = machine.layer(rows, 1, task.prompt_len + task.output_len / 2) * split.stages(config).slots
-    head = Time(weights=groups * machine.head(rows), launch=KERNELS * LAUNCH * groups)
-    sent = Time(communication=machine.sent(collectives.decode(config, split, batch=task.batch, dtype=machine.dtype)))
-    idle = Time(bubble=(split.pp - groups) * busy.total)
-    return busy * groups + idle + head + sent
+    """A token for every row, with the cache as full as it is on average over the work: a step; in stages a tick for each."""
+    split, step = machine.split, decode_step(machine.split, task)
+    busy = machine.layer(step.rows, 1, task.prompt_len + task.output_len / 2)
+    tick, groups = _tick(machine, step, busy, task.dtype), split.groups(task.batch)
+    idle = (split.pp - groups) * (tick.total - tick.communication)
+    return dataclasses.replace(tick * groups, communication=tick.communication * split.pp, bubble=idle)
 
 
 def prefill(machine: Machine, task: Generation) -> Time:
-    """All prompts, to the first token of each."""
+    """All prompts, to the first token of each. (The rows that make tokens already as others come in are left out.)"""
+    total, tick = Time(), Time()
+    for step, times in prompt_steps(machine.config, machine.split, task).items():
+        tick = _tick(machine, step, machine.chunks(step), task.dtype)
+        total += tick * times
+    return total + Time(bubble=(machine.split.pp - 1) * tick.total)
+
+
+def _tick(machine: Machine, step: Step, layer: Time, dtype: str) -> Time:
+    """A step whose layers take so long each; in stages, a tick."""
     config, split = machine.config, machine.split
-    groups, chunks = split.groups(task.batch), split.chunks_of(task)
-    rows, busy = split.group_rows(task.batch), Time()
-    for start, tokens in chunks:
-        # what is cached already is seen by all tokens, those of the chunk by half of them
-        one = machine.layer(rows, tokens, tokens)
-        one = dataclasses.replace(one, attention=one.attention * (tokens + 2 * start) / tokens)
-        sent = collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=machine.dtype)
-        busy += one * (split.stages(config).slots * groups) + Time(communication=machine.sent(sent))
-    waiting = (split.pp - 1) / (groups * len(chunks))
-    return busy + Time(bubble=waiting * busy.total, weights=groups * machine.head(rows))
+    head = Time(weights=machine.head(step.lanes), launch=KERNELS * LAUNCH)
+    sent = Time(communication=machine.sent(collectives.step(config, split, step, dtype=dtype)))
+    return layer * split.stages(config).slots + head + sent
 
 
 def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str, float]]:
@@ -177,12 +193,14 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         rows, sustained = task.batch // split.microbatches // split.dp, dataclasses.replace(machine, pace=SUSTAINED)
         head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
         return {"step": parts(train(machine, task), head, rows * task.seq_len)}
-    rows, groups = split.group_rows(task.batch), split.groups(task.batch)
-    head = groups * machine.head(rows)
-    return {
-        "prefill": parts(prefill(machine, task), head, rows * split.chunks_of(task)[0][1]),
-        "decode": parts(decode(machine, task), head, rows),
+    step, prompts = decode_step(split, task), prompt_steps(config, split, task)
+    tokens = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
+    heads = {
+        "prefill": sum(times * machine.head(each.lanes) for each, times in prompts.items()),
+        "decode": split.groups(task.batch) * machine.head(step.lanes),
     }
+    times = {"prefill": prefill(machine, task), "decode": decode(machine, task)}
+    return {phase: parts(time, heads[phase], tokens[phase]) for phase, time in times.items()}
 
 
 def train(machine: Machine, task: Training) -> Time:

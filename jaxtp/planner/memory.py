@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
-from jaxtp.planner.work import SIZES, Generation, Split, Training
+from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_step, prompt_steps, read_of
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,18 @@ class Memory:
 
 
 def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
-    """Of a batch at its end, when its cache has the slots for all its tokens."""
-    size = SIZES[task.dtype]
-    rows, tokens = split.group_rows(task.batch), split.chunks_of(task)[0][1]
+    """Of a batch at its end, when its rows have pages for all their tokens."""
+    steps = [decode_step(split, task), *prompt_steps(config, split, task)]
     return Memory(
         weights=weights(config, split, task),
-        kv=split.rows(task.batch) // split.dp * task.slots * slot(config, split, task.dtype),
-        workspace=prefill_workspace(config, split, rows=rows, tokens=tokens, size=size),
+        kv=cache(config, split, task),
+        workspace=max(workspace(config, split, task, step) for step in steps),
     )
+
+
+def cache(config: ModelConfig, split: Split, task: Generation) -> int:
+    """Of the pages that the rows have at their end."""
+    return split.rows(task.batch) * task.slots * slot(config, split, task.dtype)
 
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
@@ -131,24 +135,26 @@ def capacity(config: ModelConfig, split: Split, task: Generation, memory: float)
     return free // slot(config, split, task.dtype) * split.dp
 
 
-def decode_workspace(config: ModelConfig, split: Split, *, rows: int, slots: int, size: int) -> float:
-    """Temporary memory of a decode step for `rows` rows of a group on each device: the logits, or attention's scores, beside
-    the residual stream. (A few MiB at most; XLA may cut the sums of products into parts, which takes some more.)
-    """
-    logits = 4 * rows * math.ceil(config.vocab_size / (split.tp * split.pp))
-    scores = (4 + size) * rows * slots * (config.num_heads // split.tp)
-    return max(logits, scores) + rows * config.hidden_size * size
+def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -> float:
+    """Temporary memory of a step on each device.
 
-
-def prefill_workspace(config: ModelConfig, split: Split, *, rows: int, tokens: int, size: int) -> float:
-    """Temporary memory of a prefill chunk of `tokens` tokens of `rows` rows on each device: gate, up and their product beside
-    the residual stream, or what attention brings back to it.
+    Of rows alone a few MiB: the logits, or attention's scores, beside the residual stream. (XLA may cut the sums of products
+    into parts, which takes some more.) Of chunks what they see, gathered, beside queries and their result, or gate, up and
+    their product; beside either the residual stream and who sees what.
     """
-    tp, count = split.tp, rows * tokens
-    stream, mlp = count * config.hidden_size * size, count * config.intermediate_size // tp * size
-    qkv = count * (config.num_heads // tp + 2 * kv_heads(config, tp)) * config.head_dim * size
-    shared = tp == 1 or (split.sequence_parallel and tokens % tp == 0)
-    return max(3 * mlp + stream, 0 if shared else 3 * stream + 2 * qkv)
+    size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype)
+    heads, row = config.num_heads // tp, kv_heads(config, tp) * config.head_dim * size
+    stream = step.tokens * config.hidden_size * size
+    logits = 4 * step.lanes * math.ceil(config.vocab_size / (tp * split.pp))
+    scores = 0 if read == "cudnn" else (4 + size) * step.rows * task.slots * heads
+    copied = 2 * step.rows * task.slots * row if read == "gather" else 0
+    if not step.chunks:
+        return max(logits, scores + copied) + stream
+    seen = step.prompt_tokens * step.reach * size
+    gathered = 2 * step.chunks * step.reach * row
+    mixed = 2 * step.tokens * heads * config.head_dim * size
+    mlp = 3 * step.tokens * config.intermediate_size // tp * size
+    return stream + seen + max(logits, gathered + mixed + scores + copied, mlp)
 
 
 def products(config: ModelConfig, split: Split) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -71,13 +72,12 @@ class Plan:
 
     @functools.cached_property
     def most_rows(self) -> int:
-        """Requests of full length that fit at once, padded as `Split.rows` does."""
+        """Requests of full length that fit at once."""
         assert isinstance(self.task, Generation)
-        split, sizes = self.split, [1 << i for i in range(max(0, int(self.concurrency)).bit_length())]
-        counts = {split.dp * groups * size for groups in range(1, split.pp + 1) for size in sizes} | {1}
         whole = dataclasses.replace(self.task, output_len=self.task.request - self.task.prompt_len)
-        longest = dataclasses.replace(self, task=whole)
-        return next((rows for rows in sorted(counts, reverse=True) if longest.of_rows(rows).holds), 0)
+        longest, dp = dataclasses.replace(self, task=whole), self.split.dp
+        most = max(0, self.kv_tokens) // dp // whole.slots  # of each group
+        return dp * bisect.bisect(range(1, most + 1), False, key=lambda rows: not longest.of_rows(dp * rows).holds)
 
     @property
     def machine(self) -> Machine:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.planner import collectives, memory
 from jaxtp.planner.collectives import Program
-from jaxtp.planner.work import SIZES, Generation, Split, Task, Training
+from jaxtp.planner.work import SIZES, Generation, Split, Step, Task, Training, decode_step, prompt_steps
 
 
 @dataclass(frozen=True)
@@ -27,40 +26,35 @@ class Predicted:
 
 
 def programs(config: ModelConfig, split: Split, task: Task) -> list[Predicted]:
-    """Of generation the first prefill chunk and a decode step; of training the step."""
+    """Of generation the step that takes in most of the prompts, at its furthest, and a decode step (in stages, a tick of
+    each); of training the step.
+    """
     if isinstance(task, Training):
         held = memory.training(config, split, task)
         sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, dtype=task.dtype)
         return [Predicted("step", held.arguments, held.temporary, _train_flops(config, split, task), sent)]
-    return [_prefill(config, split, task), _decode(config, split, task)]
+    steps = {"prefill": largest(config, split, task), "decode": decode_step(split, task)}
+    return [_step(name, config, split, task, step) for name, step in steps.items()]
 
 
-def _prefill(config: ModelConfig, split: Split, task: Generation) -> Predicted:
-    size, tokens, group = SIZES[task.dtype], split.chunks_of(task)[0][1], split.group_rows(task.batch)
-    rows, held = split.rows(task.batch) // split.dp, memory.params(config, split)
-    slots = buckets.slots(tokens, max(task.total, tokens))
-    cache = rows * slots * memory.slot(config, split, task.dtype)
-    each = 2 * memory.products(config, split) + 4 * tokens * config.num_heads * config.head_dim // split.tp
+def largest(config: ModelConfig, split: Split, task: Generation) -> Step:
+    """The step with the most chunks of prompts, at its furthest."""
+    return max(prompt_steps(config, split, task), key=lambda step: (step.chunks, step.reach))
+
+
+def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: Step) -> Predicted:
+    """Attention of rows as if each saw all slots."""
+    heads, D = config.num_heads * config.head_dim // split.tp, config.hidden_size
+    products = 2 * memory.products(config, split) * step.tokens
+    scores = 4 * heads * (step.rows * task.slots + step.prompt_tokens * step.reach)
+    between = step.tokens * D * SIZES[task.dtype] if split.pp > 1 else 0  # on its way from stage to stage
+    head = 2 * D * math.ceil(config.vocab_size / (split.tp * split.pp)) * step.lanes
     return Predicted(
-        "prefill",
-        memory.weights(config, split, task) - size * held.head + cache,  # the head comes after it
-        memory.prefill_workspace(config, split, rows=group, tokens=tokens, size=size),
-        each * rows * tokens * split.stages(config).slots,
-        collectives.prefill(config, split, batch=task.batch, tokens=tokens, dtype=task.dtype),
-    )
-
-
-def _decode(config: ModelConfig, split: Split, task: Generation) -> Predicted:
-    size, rows = SIZES[task.dtype], split.rows(task.batch) // split.dp
-    each = 2 * memory.products(config, split) + 4 * task.slots * config.num_heads * config.head_dim // split.tp
-    ticks = split.pp / split.groups(task.batch)  # in which each group's rows are taken through a stage
-    head = 2 * config.hidden_size * math.ceil(config.vocab_size / (split.tp * split.pp))
-    return Predicted(
-        "decode",
-        memory.weights(config, split, task) + rows * task.slots * memory.slot(config, split, task.dtype),
-        memory.decode_workspace(config, split, rows=split.group_rows(task.batch), slots=task.slots, size=size),
-        rows * (each * split.stages(config).slots * ticks + head),
-        collectives.decode(config, split, batch=task.batch, dtype=task.dtype),
+        name,
+        memory.weights(config, split, task) + memory.cache(config, split, task) + between,
+        memory.workspace(config, split, task, step),
+        (products + scores) * split.stages(config).slots + head,
+        collectives.step(config, split, step, dtype=task.dtype),
     )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import jax.numpy as jnp
+
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import AXES, across_nodes, told
+from jaxtp.ops.pages import Read, choose_read
 from jaxtp.ops.quantized import Quantization, check_quantization
-from jaxtp.parallel.schedules import Circulation, Name, Schedule
+from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
 
@@ -51,8 +55,8 @@ class Generation:
 
     @property
     def slots(self) -> int:
-        """Of the cache of each row at its end."""
-        return buckets.bucket(self.total, least=buckets.MIN_SLOTS)
+        """Of the pages of each row at its end."""
+        return -(-self.total // buckets.PAGE) * buckets.PAGE
 
     @property
     def request(self) -> int:
@@ -139,28 +143,76 @@ class Split:
         return self.pp * self.chunks == 2 and self.pp > 1 and self.schedule != "gpipe"
 
     def rows(self, batch: int) -> int:
-        """Rows of a batch to generate from, as they are padded: each group's on each device a power of two."""
-        return buckets.rows(batch, dp=self.dp * self.groups(batch))
+        """Of a batch, those of each group of dp."""
+        return -(-batch // self.dp)
+
+    def lanes(self, batch: int) -> int:
+        """Of these, those of a step, padded: in stages a tick's share."""
+        return buckets.power(-(-self.rows(batch) // self.pp))
 
     def groups(self, batch: int) -> int:
         """In how many groups the rows go through stages."""
-        return Circulation.groups_of(-(-batch // self.dp), self.pp)
-
-    def group_rows(self, batch: int) -> int:
-        """Rows of a group on each device."""
-        return self.rows(batch) // self.dp // self.groups(batch)
-
-    def chunks_of(self, task: Generation) -> list[tuple[int, int]]:
-        """How prompts are prefilled, as `LLM` does: (start, tokens of each row) of each call."""
-        groups, rows = self.groups(task.batch), self.group_rows(task.batch)
-        largest = buckets.chunk_size(self.rows(task.batch), buckets.MAX_BATCHED_TOKENS)
-        if self.pp > 1:
-            largest = min(largest, buckets.filling(task.prompt_len, self.pp, groups, rows))
-        return buckets.chunks(task.prompt_len, largest=largest, alike=self.pp > 1)
+        rows = self.rows(batch)
+        return -(-rows // -(-rows // self.pp))
 
     def told(self) -> str:
         """In words, what differs from one device."""
         return told(self.axes, "1 GPU")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What each group of dp takes through the model at once: rows that make a token, and chunks of prompts that reach so far.
+
+    In stages it is what each rank has in a tick.
+    """
+
+    rows: int
+    chunks: int = 0
+    reach: int = 0
+
+    @property
+    def lanes(self) -> int:
+        """Tokens that the head sees."""
+        return self.rows + self.chunks
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.rows + self.prompt_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Those of prompts."""
+        return self.chunks * buckets.chunk_tokens("gpu")
+
+
+def read_of(config: ModelConfig, split: Split, dtype: str) -> Read:
+    """How GPUs read the cache."""
+    windows, stages = any(config.windows), split.pp > 1
+    kind = jnp.dtype(dtype)
+    return choose_read(platform="gpu", dtype=kind, head_dim=config.head_dim, windows=windows, stages=stages)
+
+
+def decode_step(split: Split, task: Generation) -> Step:
+    """A token for each row; in stages, for its share of them."""
+    return Step(split.lanes(task.batch))
+
+
+def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter[Step]:
+    """How prompts are taken in as long as no row makes a token yet: chunk after chunk, prompt after prompt, as many in a step
+    as it may have; and how often.
+    """
+    size, each = buckets.chunk_tokens("gpu"), config.hidden_size * SIZES[task.dtype]
+    tokens = buckets.step_tokens("gpu", token_bytes=each, shared=split.tp > 1)
+    most, of_each = buckets.chunk_lanes(tokens, rows=0, chunk=size), -(-task.prompt_len // size)
+    count, found = of_each * split.rows(task.batch), Counter[Step]()
+    for first in range(0, count, most):
+        chunks = min(most, count - first)
+        last = (first + chunks - 1) % of_each + 1  # of its prompt
+        end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
+        found[Step(0, min(buckets.power(chunks), most), buckets.reach(end, task.slots))] += 1
+    return found
 
 
 def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> str | None:

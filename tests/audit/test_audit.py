@@ -60,6 +60,7 @@ def test_decode_all_reduces_twice_a_layer_and_once_for_the_embedding(mesh):
     model = Llama(tiny.config(), mesh=make_mesh(**mesh))
     batch = 2 * mesh.get("dp", 1)
     report = audit(compile_decode(model, batch=batch, slots=128), model.layout.mesh)
+    assert report.name == "decode"
     assert report.count("all-reduce", axis="tp", dtype="f32") == 2 * 2 + 1
     assert {c.bytes for c in report.collectives if c.kind == "all-reduce" and c.dtype == "f32"} == {2 * 64 * 4}
     cache = 2 * 2 * batch * max(4, mesh["tp"]) * 128 * 8 * 4 // mesh["tp"] // mesh.get("dp", 1)
@@ -68,11 +69,22 @@ def test_decode_all_reduces_twice_a_layer_and_once_for_the_embedding(mesh):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_prefill_under_sequence_parallelism(tp):
+def test_prompts_beside_rows(tp):
+    """One program for both: as many sums as a decode step, of more tokens."""
+    model = Llama(tiny.config(), mesh=make_mesh(tp=tp))
+    report = audit(compile_prefill(model, tokens=64, batch=2, slots=128), model.layout.mesh)
+    assert report.name == "mixed"
+    assert report.count("all-reduce", axis="tp", dtype="f32") == 2 * 2 + 1
+    assert {c.bytes for c in report.collectives if c.kind == "all-reduce" and c.dtype == "f32"} == {(2 + 64) * 64 * 4}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_prompts_under_sequence_parallelism(tp):
     """XLA:CPU spells a reduce-scatter as an all-reduce of which each device keeps its part; the gathers are there."""
     model = Llama(tiny.config(), mesh=make_mesh(tp=tp), rules=Rules().sequence_parallel())
-    report = audit(compile_prefill(model, batch=1, tokens=32), model.layout.mesh)
-    assert report.count("all-gather", axis="tp") == 2 * 2
+    report = audit(compile_prefill(model, tokens=32), model.layout.mesh)
+    gathers = [c for c in report.collectives if c.kind == "all-gather" and c.bytes == 32 * 64 * 4]
+    assert len(gathers) == 2 * 2 + 1  # and before the head
     scattered = report.count("reduce-scatter") + sum(
         c.kind == "all-reduce" and c.bytes == 32 * 64 * 4 for c in report.collectives
     )

@@ -85,6 +85,8 @@ def test_predictions(pair):
         elif line.what == "temporary" and line.program == "decode":  # a few MiB, which XLA's ways to sum decide
             arguments = programs(preset(model), split, task)[1].arguments / 2**30  # of all layers
             assert abs(line.predicted - line.compiled) < 0.002 * arguments, told
+        elif line.what == "temporary" and line.program == "prefill" and split.tp > 1:
+            assert abs(line.predicted - line.compiled) < 20 / 2**10, told  # of few tokens, too: parts of sums are 16 MiB
         elif line.what == "temporary":
             assert abs(line.difference) < 0.15, told
         elif line.what == "products":

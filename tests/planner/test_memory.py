@@ -9,6 +9,7 @@ import tiny
 
 from jaxtp import LLM, Llama, describe, make_mesh
 from jaxtp.audit.targets import abstract_llama
+from jaxtp.buckets import PAGE
 from jaxtp.generate import memory as at_hand
 from jaxtp.planner import Generation, Split, memory, plan
 from jaxtp.planner.search import splits
@@ -28,10 +29,10 @@ def test_weights_and_cache(name, axes):
     config, split = CONFIGS[name], Split(**axes)
     model = abstract_llama(config, make_mesh(**axes), split, dtype="float32")
     assert 4 * memory.params(config, split).total == describe(model).device_bytes
-    rows, slots, groups = split.rows(8), 256, split.groups(8)
-    arrays = [a for pair in model.empty_cache(rows, slots, groups=groups).layers for a in pair]
+    rows, slots = split.rows(8), 256
+    arrays = [a for pair in model.empty_cache(split.dp * rows * slots // PAGE, PAGE).layers for a in pair]
     held = sum(a.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(a.sharding.shard_shape(a.shape)))) for a in arrays)
-    assert rows // split.dp * slots * memory.slot(config, split, "float32") == held
+    assert rows * slots * memory.slot(config, split, "float32") == held
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

@@ -313,7 +313,7 @@ def test_tp_that_crosses_nodes_is_not_said_to_stay_within_them():
 
 
 def test_the_fastest_is_told_where_memory_is_the_objective():
-    plans = plan("llama-3.1-8b", "8xH100", objective="memory")
+    plans = plan("llama-3.1-8b", "8xH100", objective="memory", batch=64)
     told = [why(p, plans.best, "memory") for p in plans.legal]
     assert any(" GiB more, 0." in line for line in told)
 
@@ -323,8 +323,8 @@ def test_the_number_of_gpus_that_would_do_does():
         plan("llama-3.1-405b", "8xH100")
     assert plan("llama-3.1-405b", "2x8xH100").best.fits
     with pytest.raises(ValueError, match=r"3 of them would do \(3xH100\)"):  # 3 are enough: the layers in three stages
-        plan("llama-3.1-70b", "2xH100", prompt_len=4096, batch=8)
-    assert plan("llama-3.1-70b", "3xH100", prompt_len=4096, batch=8).best.fits
+        plan("llama-3.1-70b", "2xH100", prompt_len=4096, batch=16)
+    assert plan("llama-3.1-70b", "3xH100", prompt_len=4096, batch=16).best.fits
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "published.py"
-MISSED = {"vLLM's CI": 1.63}
+MISSED = {"vLLM's CI": 1.66}
 
 
 @pytest.fixture(scope="module")
