@@ -51,6 +51,7 @@ def idle(llm):
 
 def test_whole_and_streamed_texts_are_those_of_the_library(server, llm, wanted):
     greedy, drawn = wanted
+    assert "detokenizer" in {thread.name for thread in threading.enumerate()}
 
     async def ask_all():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

@@ -109,11 +109,13 @@ def test_a_full_queue():
         assert answer[1]["retry-after"] == "1"
         assert refused(ask(server, "POST", "/v1/completions", {"prompt": ["a", "b"], "stream": True}), 429)
         engine.go()
-        serving.wait_for(lambda: engine.stats().waiting == 0)
-        refused(ask(server, "POST", "/v1/completions", {"prompt": ["a"] * 3}), 429)  # the first two had a place
-        serving.wait_for(lambda: not engine.running and not engine.waiting)
         for thread in waiting:
             thread.join()
+        engine.hold()
+        refused(ask(server, "POST", "/v1/completions", {"prompt": ["a"] * 3}), 429)
+        assert len(engine.aborted) == 2  # those that had a place
+        assert not server.service.loop.open
+        engine.go()
         assert ask(server, "POST", "/v1/completions", TEXT)[0] == 200
 
 
