@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtp.cli import others
 from jaxtp.cli.evaluate import Eval
+from jaxtp.cli.load import BenchServe
 from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
@@ -76,6 +77,8 @@ def command(arguments: list[str]) -> Any:
         given = with_config(given)
     elif name == "profile":
         given, rest = _apart(given)
+    elif name == "bench" and given[:1] == ["serve"]:
+        return parse(BenchServe, given[1:], prog="jaxtp bench serve")
     found = parse(VERBS[name], given, prog=f"jaxtp {name}")
     return dataclasses.replace(found, overrides=tuple(rest)) if rest else found
 

@@ -174,7 +174,7 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time generation on random tokens of fixed lengths, as vLLM's benchmarks do."""
+    """Time generation on random tokens of fixed lengths, as vLLM's benchmarks do; or a server (jaxtp bench serve --help)."""
 
     kind: tyro.conf.Positional[Literal["latency", "throughput"]]
     """latency: one batch, again and again. throughput: many prompts, as fast as they go."""

@@ -205,8 +205,9 @@ def mistakes() -> Iterator[None]:
 
 
 _SERVES = "serving needs more libraries: pip install 'jaxtp[serve]'"
-_EXTRAS = {
+EXTRAS = {
     "matplotlib": "pictures need matplotlib: pip install 'jaxtp[notebook]'",
+    "aiohttp": "load on a server needs aiohttp: pip install 'jaxtp[bench]'",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), _SERVES),
 }
 
@@ -214,7 +215,7 @@ _EXTRAS = {
 def _told(error: Exception) -> str | None:
     """What to say of an error; None for one that is no user's."""
     if isinstance(error, ModuleNotFoundError):
-        return _EXTRAS.get(error.name or "")
+        return EXTRAS.get(str(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     templates = sys.modules.get("jinja2")  # a chat template refuses, or is none

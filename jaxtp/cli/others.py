@@ -63,6 +63,16 @@ _RENAMED = {
     "adapter": "lora",
     "enable-lora": "lora",
     "lora-modules": "lora",
+    "base-url": "url",
+    "max-concurrency": "concurrency",
+    "random-input-len": "prompt-tokens",
+    "input-len": "prompt-tokens",
+    "random-output-len": "output-tokens",
+    "output-len": "output-tokens",
+    "num-warmups": "warmups",
+    "dataset-path": "dataset",
+    "rate": "request-rate",
+    "num-requests": "num-prompts",
 }
 _VERBS = {
     "run-batch": "it is `jaxtp generate MODEL --prompts-file FILE --output FILE` here",

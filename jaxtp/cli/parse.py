@@ -16,6 +16,7 @@ from jaxtp.cli.others import renamed, why_not
 
 _DRAWN = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯]")  # colours and boxes
 _PLAIN = {
+    r"(.*?): Could not find valid parse for arguments: \[(.*)\]": r"\1 cannot be \2",
     r"Error parsing (.*?): invalid literal for int\(\) with base 10: (.*)": r"\1 takes a whole number, not \2",
     r"Error parsing (.*?): could not convert string to float: (.*)": r"\1 takes a number, not \2",
     r"Error parsing [A-Z]\w*: (.*)": r"\1",

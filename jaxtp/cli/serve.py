@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from jaxtp import files
-from jaxtp.cli.options import Engine, Model, ModelFlag, one_model
+from jaxtp.cli.options import Engine, Launch, Model, ModelFlag, one_model
 from jaxtp.cli.parse import flags
 from jaxtp.serve import Settings
+
+if TYPE_CHECKING:
+    from jaxtp import LLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +46,35 @@ class Serve:
     """YAML file of these flags (max-model-len: 8192); flags given beside it come first."""
     engine: tyro.conf.OmitArgPrefixes[Serving] = field(default_factory=Serving)
     server: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Settings]] = field(default_factory=Settings)
+    launch: tyro.conf.OmitArgPrefixes[Launch] = field(default_factory=Launch)
 
     def run(self) -> None:
-        """Serves until SIGTERM or SIGINT; exit code 1 where the engine fails."""
+        """Serves until SIGTERM or SIGINT; exit code 1 where the engine fails. Of several processes the first speaks HTTP."""
+        from jaxtp.engine.follow import Leader, follow
         from jaxtp.serve import serve
         from jaxtp.serve.stream import EngineFailed
 
         model = one_model(self.model, self.named_model, verb="serve")
-        names = self.server.served_model_name or (model,)
-        try:
-            serve(lambda: self.engine.llm(model), dataclasses.replace(self.server, served_model_name=names))
-        except EngineFailed as failed:
-            print(f"jaxtp: {failed}", file=sys.stderr)
-            raise SystemExit(1) from None
+        settings = dataclasses.replace(self.server, served_model_name=self.server.served_model_name or (model,))
+        self.engine.see_devices()
+        with self.launch.join() as nodes, contextlib.ExitStack() as ends:
+            if nodes and nodes.index:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends when the first process does
+                follow(self.engine.llm(model).engine.runner)
+                return
+
+            def load() -> LLM:
+                llm = self.engine.llm(model)
+                if nodes:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for training
+                    llm.engine.runner = ends.enter_context(Leader(llm.engine.runner, nodes.host))
+                return llm
+
+            try:
+                serve(load, settings)
+            except EngineFailed as failed:
+                print(f"jaxtp: {failed}", file=sys.stderr)
+                raise SystemExit(1) from None
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:

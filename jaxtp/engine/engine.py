@@ -109,7 +109,7 @@ class Engine:
         self.wake = threading.Event()
         self.on_step: list[Callable[[int], None]] = []  # told how many tokens a step has
         self.on_land: list[Callable[[Landing], None]] = []
-        self.prompt_tokens = self.generation_tokens = self.steps = 0
+        self.generation_tokens = self.steps = 0
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._flights: deque[Flight] = deque()
@@ -191,7 +191,7 @@ class Engine:
                 prefix_queries=scheduler.queries,
                 prefix_hits=scheduler.hits,
                 preemptions=scheduler.preemptions,
-                prompt_tokens=self.prompt_tokens,
+                prompt_tokens=scheduler.prompt_tokens,
                 generation_tokens=self.generation_tokens,
                 steps=self.steps,
             )
@@ -249,7 +249,7 @@ class Engine:
     def _most_steps(self) -> int:
         most = CALL_STEPS
         if self.patience is not None:
-            most = min(most, int(self.patience / self._step_seconds)) if self._step_seconds else 1
+            most = max(1, min(most, int(self.patience / self._step_seconds))) if self._step_seconds else 1
         for running in self.scheduler.running:
             for sequence in running:
                 if sequence.request.stream:
@@ -267,12 +267,9 @@ class Engine:
 
     def _plan(self, work: list[Work], steps: int) -> tuple[np.ndarray, Shape]:
         for mine in work:
-            for sequence in [*mine.rows, *(chunk.sequence for chunk in mine.chunks)]:
-                if sequence.request.scheduled is None:
-                    sequence.request.scheduled = time.monotonic()
-                    sequence.request.cached_tokens = sequence.published * self.limits.size
-                    self.prompt_tokens += len(sequence.request.prompt)
-                self.cards.widen(stops=len(sequence.stop_ids), biases=len(sequence.request.params.logit_bias))
+            for chunk in mine.chunks:
+                stops, biases = len(chunk.sequence.stop_ids), len(chunk.sequence.request.params.logit_bias)
+                self.cards.widen(itertools.chain(*self.scheduler.running), stops=stops, biases=biases)
         shape = self.buckets.shape(work, steps, stops=self.cards.stops, biases=self.cards.biases)
         return self.cards.pack(work, shape), shape
 

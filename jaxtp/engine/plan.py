@@ -7,6 +7,8 @@ lanes, C tokens of a chunk, N pages of a table.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,37 +67,33 @@ class Cards:
         self.groups, self.rows, self.pages, self.slab = groups, rows, pages, slab
         self.stops, self.biases = 4, 0
         self._cards = self._empty()
-        self._placed: dict[tuple[int, int], tuple[Sequence, int]] = {}  # whose card it is, in which epoch
 
     def _empty(self) -> np.ndarray:
         return np.zeros((self.groups, self.rows, len(AT) + self.stops + 2 * self.biases + self.pages), np.int32)
 
-    def widen(self, *, stops: int, biases: int) -> None:
-        """Room for longer lists of stop ids and biases, in powers of two."""
+    def widen(self, running: Iterable[Sequence], *, stops: int, biases: int) -> None:
+        """Room for longer lists of stop ids and biases, in powers of two; the cards of who is running are written anew."""
         stops, biases = max(self.stops, _power(stops)), max(self.biases, _power(biases))
         if (stops, biases) != (self.stops, self.biases):
             self.stops, self.biases = stops, biases
             self._cards = self._empty()
-            self._placed.clear()
+            for sequence in running:
+                sequence.tabled = 0
 
     def card(self, sequence: Sequence) -> np.ndarray:
         """The card of a sequence that has a row."""
-        at = sequence.group, sequence.row
-        card = self._cards[at]
-        table = card[-self.pages :]
-        if (known := self._placed.get(at)) is None or known != (sequence, sequence.epoch):
+        card = self._cards[sequence.group, sequence.row]
+        if not sequence.tabled:
             self._write(card, sequence)
-            self._placed[at] = sequence, sequence.epoch
-        elif len(sequence.pages) == sequence.tabled:
-            return card
-        table[sequence.tabled : len(sequence.pages)] = sequence.pages[sequence.tabled :]
-        sequence.tabled = len(sequence.pages)
+        if sequence.tabled < len(sequence.pages):
+            at = len(card) - self.pages
+            card[at + sequence.tabled : at + len(sequence.pages)] = sequence.pages[sequence.tabled :]
+            sequence.tabled = len(sequence.pages)
         return card
 
     def _write(self, card: np.ndarray, sequence: Sequence) -> None:
         params, floats = sequence.request.params, card.view(np.float32)
         card[:] = 0
-        sequence.tabled = 0
         for name, value in {
             "row": sequence.row,
             "count": 1,
@@ -132,7 +130,8 @@ class Cards:
         for group, mine in enumerate(work):
             if mine.rows:
                 for sequence in mine.rows:
-                    self.card(sequence)
+                    if sequence.tabled != len(sequence.pages):
+                        self.card(sequence)
                 rows = [sequence.row for sequence in mine.rows]
                 at = np.array(rows) if self.slab else np.arange(len(rows))
                 lanes[group, at] = self._cards[group, rows, : lanes.shape[-1]]
@@ -162,21 +161,32 @@ def apart(plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joined(shapes: list[Shape]) -> Shape:
-    """The shape that holds plans of each of these, which differ in lanes and reach only."""
-    rows, chunks, reach = (max(getattr(shape, name) for shape in shapes) for name in ("rows", "chunks", "reach"))
-    return dataclasses.replace(shapes[0], rows=rows, chunks=chunks, reach=reach)
+    """The shape that holds plans of each of these."""
+    names = ("rows", "chunks", "stops", "biases", "reach")
+    return dataclasses.replace(shapes[0], **{name: max(getattr(shape, name) for shape in shapes) for name in names})
 
 
 def fitted(plan: np.ndarray, shape: Shape, larger: Shape) -> np.ndarray:
-    """A plan in a shape with more lanes."""
-    if (shape.rows, shape.chunks) == (larger.rows, larger.chunks):
+    """A plan in a shape with more lanes, or longer lists in them."""
+    if dataclasses.replace(shape, reach=larger.reach) == larger:
         return plan
     out = empty(larger, len(plan))
     (lanes, tokens), (into, ids) = apart(plan, shape), apart(out, larger)
-    into[:, : shape.rows] = lanes[:, : shape.rows]
-    into[:, larger.rows : larger.rows + shape.chunks] = lanes[:, shape.rows :]
+    wide = np.zeros((*lanes.shape[:2], into.shape[-1]), np.int32)
+    ours, theirs = _columns(shape), _columns(larger)
+    wide[:, :, theirs[1].start : theirs[2].stop] = NOBODY
+    for mine, its in zip(ours, theirs, strict=True):
+        wide[:, :, its.start : its.start + mine.stop - mine.start] = lanes[:, :, mine]
+    into[:, : shape.rows] = wide[:, : shape.rows]
+    into[:, larger.rows : larger.rows + shape.chunks] = wide[:, shape.rows :]
     ids[:, : shape.chunks] = tokens
     return out
+
+
+def _columns(shape: Shape) -> list[slice]:
+    """Where in a lane its fields are, its stop ids, the ids of its biases, these, and its table."""
+    ends = np.cumsum([0, len(AT), shape.stops, shape.biases, shape.biases, shape.pages]).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def _power(n: int) -> int:

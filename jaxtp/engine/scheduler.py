@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,7 @@ from jaxtp.engine.request import QueueFull
 from jaxtp.engine.sequence import Sequence
 
 Policy = Literal["fcfs", "priority"]
+SOON = 8  # steps that whoever waits for a row may wait longer
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Scheduler:
         self._free = [list(range(limits.rows)) for _ in range(limits.groups)]  # heaps
         self._resting: list[tuple[int, int, int]] = []  # (tick, group, row): rows whose last token is still under way then
         self.tick = 0
-        self.preemptions = self.queries = self.hits = 0
+        self.preemptions = self.queries = self.hits = self.prompt_tokens = 0
 
     # -- from outside --------------------------------------------------------------------------------------------------
 
@@ -120,30 +121,33 @@ class Scheduler:
         self.tick += 1
         self._wake(tick)
         work = [Work() for _ in range(limits.groups)]
-        if limits.stages > 1 or self._admissible() or any(s.prefilling for running in self.running for s in running):
+        making = [
+            [s for s in running if s.computed >= s.target and s.ready <= tick and s.sent < s.max_tokens]
+            for running in self.running
+        ]
+        prompts = self._admissible() or any(s.computed < s.target for running in self.running for s in running)
+        if prompts and not any(s.request.stream or s.sent > s.made_before + 1 for mine in making for s in mine):
+            # nobody reads along, and nobody is further than the first token: prompts that came together go through by
+            # themselves, in fewer and smaller programs
+            making = [[] for _ in making]
+        if prompts or limits.stages > 1:
             steps = 1
-        elif self.waiting:
-            steps = min(steps, *(s.max_tokens - s.sent for s in self._making(tick)), 8)
-        steps = max(1, min(steps, max((s.max_tokens - s.sent for s in self._making(tick)), default=1)))
-        while steps > 1 and not all(map(self._has_room, range(limits.groups), [steps] * limits.groups)):
-            steps //= 2
-        together = self._together()
+        elif steps > 1:
+            steps = self._steps(steps, making)
         for group, mine in enumerate(work):
-            making = [] if together else [s for s in self.running[group] if self._makes(s, tick)]
-            share = -(-sum(not s.prefilling for s in self.running[group]) // limits.stages)
-            for sequence in making[:share]:
-                if sequence.running and self._reach(
-                    sequence, sequence.computed + min(steps, sequence.max_tokens - sequence.sent)
-                ):
-                    mine.rows.append(sequence)
-        for mine in work:
-            for sequence in mine.rows:
-                mine.starts.append(sequence.computed)
-                mine.produced.append(sequence.sent)
-                count = min(steps, sequence.max_tokens - sequence.sent)
-                sequence.computed += count
-                sequence.sent += count
-                sequence.ready = tick + limits.stages
+            if limits.stages > 1:
+                share = -(-sum(s.computed >= s.target for s in self.running[group]) // limits.stages)
+                making[group] = making[group][:share]
+            for s in making[group]:
+                count = min(steps, s.max_tokens - s.sent)
+                if s.row < 0 or (len(s.pages) * limits.size < s.computed + count and not self._reach(s, s.computed + count)):
+                    continue
+                mine.rows.append(s)
+                mine.starts.append(s.computed)
+                mine.produced.append(s.sent)
+                s.computed += count
+                s.sent += count
+                s.ready = tick + limits.stages
         room = [max(1, (limits.tokens - len(mine.rows)) // limits.chunk) for mine in work]
         for group, mine in enumerate(work):
             for sequence in self.running[group]:
@@ -153,20 +157,22 @@ class Scheduler:
             room[group] -= self._cut(admitted, work[group], room[group], tick)
         return work, steps
 
-    def _makes(self, sequence: Sequence, tick: int) -> bool:
-        return not sequence.prefilling and sequence.ready <= tick and sequence.sent < sequence.max_tokens
-
-    def _together(self) -> bool:
-        """Whether rows wait for the prompts that came with them: where nobody reads along, and none is further than its first
-        token. So those go through by themselves, in fewer and smaller programs.
-        """
-        running = [s for mine in self.running for s in mine]
-        if not self._admissible() and not any(s.prefilling for s in running):
-            return False
-        return not any(s.request.stream or s.sent > s.made_before + 1 for s in running)
-
-    def _making(self, tick: int) -> Iterator[Sequence]:
-        return (s for running in self.running for s in running if self._makes(s, tick))
+    def _steps(self, steps: int, making: list[list[Sequence]]) -> int:
+        """How many steps rows can take together: as many as one of them needs, and all have pages for."""
+        left = [s.max_tokens - s.sent for mine in making for s in mine]
+        steps = min(steps, max(left, default=1))
+        if self.waiting:  # for a row that ends
+            steps = min(steps, min(left, default=1), SOON)
+        size = self.limits.size
+        while steps > 1:
+            needs = (
+                sum(max(0, -(-(s.computed + min(steps, s.max_tokens - s.sent)) // size) - len(s.pages)) for s in mine)
+                for mine in making
+            )
+            if all(need <= pages.available for need, pages in zip(needs, self.pages, strict=True)):
+                break
+            steps //= 2
+        return steps
 
     def _cut(self, sequence: Sequence, work: Work, lanes: int, tick: int) -> int:
         """Chunks of a sequence into the work, in at most so many lanes; how many it took."""
@@ -235,20 +241,14 @@ class Scheduler:
         sequence.group, sequence.row, sequence.target = group, row, len(sequence.ids)
         sequence.computed, sequence.published = len(found) * pages.size, len(found)
         sequence.sent = sequence.made_before = sequence.made
+        sequence.tabled = 0
         self.queries += len(sequence.ids)
         self.hits += sequence.computed
+        if (request := sequence.request).scheduled is None:
+            request.scheduled, request.cached_tokens = time.monotonic(), sequence.computed
+            self.prompt_tokens += len(request.prompt)
         insort(self.running[group], sequence)
         return sequence
-
-    def _has_room(self, group: int, steps: int) -> bool:
-        """Whether all rows of a group that make tokens can make so many."""
-        size = self.limits.size
-        need = sum(
-            max(0, -(-(s.computed + min(steps, s.max_tokens - s.sent)) // size) - len(s.pages))
-            for s in self.running[group]
-            if self._makes(s, self.tick - 1)
-        )
-        return need <= self.pages[group].available
 
     def _reach(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens; the last in order gives way where there are none. False: that was itself."""

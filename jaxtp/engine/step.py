@@ -75,6 +75,13 @@ def run(
     The cache must have room for them: a row's table holds the pages of all the tokens that it is to make.
     """
     features = replace(features, bias=features.bias and shape.biases > 0)
+    state, made = _run(model, state, plan, steps, shape, features)
+    if jax.process_count() > 1:  # every process reads them, without asking the others
+        made = jax.tree.map(lambda a: reshard(a, jax.P(), model.layout.mesh), made)
+    return state, made
+
+
+def _run(model: Llama, state: State, plan: jax.Array, steps: jax.Array, shape: Shape, features: Features) -> tuple[State, Made]:
     if shape.chunks or model.stacks:
         state, _, *new = _tick(model, state, plan, shape, features)
         tokens, logprobs = jax.tree.map(lambda a: a[:, None], tuple(new))

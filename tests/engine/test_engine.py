@@ -1,6 +1,7 @@
 """The engine's promise: in float32 a request's tokens are the same alone or among others, on every mesh, whatever happens."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.engine.build import build
 from jaxtp.engine.engine import EVERYTHING
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.step import CALL_STEPS
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules
@@ -102,6 +104,19 @@ def test_tokens_are_the_same_among_others(folder, alone, mesh):
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
 
 
+def test_whoever_comes_does_not_wait_for_more_steps_than_patience_allows(folder, alone):
+    """With patience the steps of a call are as many as fit into it: one at least, however slow they are."""
+    engine = engine_on(folder, {})
+    for patience, most in ((1e-9, 1), (1e9, CALL_STEPS)):
+        engine.patience, counts = patience, []
+        engine.on_land[:] = [lambda landing, counts=counts: counts.append(landing.steps)]
+        requests = [engine.submit(ids, params, stream=False) for ids, params in itertools.islice(load(), 2)]
+        engine.run()
+        assert [outcome(request) for request in requests] == alone[:2]
+        assert max(counts) <= most
+        assert min(counts) == 1
+
+
 @pytest.mark.parametrize("read", ["gather", "slab"])
 def test_tokens_are_the_same_however_the_cache_is_read(folder, alone, read):
     engine = engine_on(folder, {"tp": 2}, read=read, cache_tokens=8 * 256)
@@ -117,7 +132,6 @@ def test_every_step_is_compiled_ahead(folder):
     engine._features = EVERYTHING
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told[-1][0] + 1 == told[-1][1] == len(list(engine.buckets.all(stops=4, biases=0)))
-    engine.cards.widen(stops=4, biases=0)
     before = engine.programs.compile_seconds
     rng = random.Random(3)
     for ids, params in load():

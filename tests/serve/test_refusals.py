@@ -5,7 +5,7 @@ import http.client
 import json
 from urllib.parse import urlsplit
 
-import fake
+import fake_engine
 import pytest
 import serving
 
@@ -17,7 +17,7 @@ TEXT = {"prompt": "Hi"}
 
 @pytest.fixture(scope="module")
 def engine():
-    return fake.FakeEngine(serving.tokenizer())
+    return fake_engine.FakeEngine(serving.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_tokenize_and_detokenize(server):
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids():
-    engine = fake.FakeEngine(None)
+    engine = fake_engine.FakeEngine(None)
     with serving.serving(serving.served(engine)) as server:
         done = ask(server, "POST", "/v1/completions", {"prompt": [5, 6], "max_tokens": 2, "logprobs": 1})
         assert done[0] == 200
