@@ -12,7 +12,8 @@ import fake_engine
 import pytest
 import serving
 
-from jaxtp import SamplingParams
+from jaxtp import CompletionOutput, SamplingParams
+from jaxtp.engine.request import Request
 
 
 def random_request(draw: random.Random) -> dict:
@@ -44,9 +45,8 @@ def expected(request: dict) -> list[tuple[str, str]]:
     ids, found = serving.tokenizer().encode(request["prompt"]), []
     for i in range(params.n):
         made = Request("", ids, params, outputs=[CompletionOutput(k, "", []) for k in range(params.n)])
-        row = fake_engine.Row(
-            made, i, fake_engine.tokens_of(ids, params, i, request["seed"], 512 - len(ids)), serving.tokenizer()
-        )
+        tokens = fake_engine.tokens_of(ids, params, i, request["seed"], 512 - len(ids))
+        row = fake_engine.Row(made, i, tokens, serving.tokenizer())
         text = ""
         while row.output.finish_reason is None:
             text += row.advance().text
