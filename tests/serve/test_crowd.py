@@ -72,7 +72,7 @@ async def asked(client, request: dict) -> list[tuple[str, str]] | int:
     return list(zip(texts, ends, strict=True))
 
 
-async def one(client, seed: int, seen: dict) -> None:
+async def one(client, seed: int, seen: dict, expected) -> None:
     """One client's request, and whether it got what it should."""
     draw = random.Random(seed)
     request = random_request(draw)
@@ -99,10 +99,11 @@ async def one(client, seed: int, seen: dict) -> None:
     seen[kind] = seen.get(kind, 0) + 1
 
 
-async def crowd(url: str, seeds) -> dict:
+async def crowd(url: str, seeds, expected=expected) -> dict:
+    """What became of a client for each seed: kind -> how many."""
     seen: dict[str, int] = {}
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=64)) as client:
-        await asyncio.gather(*(one(client, seed, seen) for seed in seeds))
+        await asyncio.gather(*(one(client, seed, seen, expected) for seed in seeds))
     return seen
 
 
