@@ -129,7 +129,6 @@ class EngineLoop:
             stream.put(prompt, updates)
 
     def _fail(self) -> None:
-        self._hand_out()
         self._stepping = None
         for stream in self.open:
             stream.fail(EngineFailed(str(self.error)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtp.serve.errors import Failure
+from jaxtp.serve.fields import INT32
 from jaxtp.serve.protocol import ChatRequest, CompletionRequest, Conversation, Sampled
 from jaxtp.serve.sampling import fits
 from jaxtp.serve.served import Served
@@ -53,7 +54,10 @@ def _asked(prompt: str | list[int], body: CompletionRequest, served: Served) -> 
         return Asked(kept)
     if isinstance(prompt, str) and kept is ids:
         return Asked(kept, prompt)
-    return Asked(kept, tokenizer_of(served, "echo").decode(kept, skip_special_tokens=body.skip_special_tokens is not False))
+    tokenizer = tokenizer_of(served, "echo")
+    if wrong := [token for token in kept if not 0 <= token < INT32]:  # the engine knows more, but is asked later
+        raise Failure(400, f"prompt has token ids {wrong[:5]}, which no vocabulary has", param="prompt", code="invalid_value")
+    return Asked(kept, tokenizer.decode(kept, skip_special_tokens=body.skip_special_tokens is not False))
 
 
 def _cut(ids: list[int], body: Sampled, served: Served, *, where: str) -> list[int]:

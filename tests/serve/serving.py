@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake
+import fake_engine
 import pytest
 
 from jaxtp.serve.run import Server, run
@@ -33,7 +33,7 @@ def folder() -> Path:
     import tiny
 
     made = Path(tempfile.mkdtemp())
-    tiny.byte_tokenizer(made, fake.VOCABULARY)
+    tiny.byte_tokenizer(made, fake_engine.VOCABULARY)
     settings = json.loads((made / "tokenizer_config.json").read_text())
     (made / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
     return made
@@ -79,7 +79,7 @@ def serving(model: Served, **settings) -> Iterator[Server]:
 @pytest.fixture
 def engine():
     """A fake one, nothing of which is left behind."""
-    made = fake.FakeEngine(tokenizer())
+    made = fake_engine.FakeEngine(tokenizer())
     yield made
     made.go()
     wait_for(lambda: not made.running and not made.waiting)
@@ -102,6 +102,6 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 if __name__ == "__main__":
     folder, engine, settings = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     try:
-        run(lambda: served(fake.FakeEngine(Tokenizer(Path(folder)), **engine)), Settings(**settings))
+        run(lambda: served(fake_engine.FakeEngine(Tokenizer(Path(folder)), **engine)), Settings(**settings))
     except RuntimeError as error:
         raise SystemExit(f"jaxtp: {error}") from None

@@ -7,12 +7,13 @@ import json
 import random
 import resource
 
-import fake
-import httpx
+import aiohttp
+import fake_engine
 import pytest
 import serving
 
-from jaxtp import SamplingParams
+from jaxtp import CompletionOutput, SamplingParams
+from jaxtp.engine.request import Request
 
 
 def random_request(draw: random.Random) -> dict:
@@ -43,8 +44,9 @@ def expected(request: dict) -> list[tuple[str, str]]:
     params = SamplingParams(**given, stop=request.get("stop", ()), logprobs=request.get("logprobs"))
     ids, found = serving.tokenizer().encode(request["prompt"]), []
     for i in range(params.n):
-        made = fake.Request("", ids, params, outputs=[fake.CompletionOutput(k, "", []) for k in range(params.n)])
-        row = fake.Row(made, i, fake.tokens_of(ids, params, i, request["seed"], 512 - len(ids)), serving.tokenizer())
+        made = Request("", ids, params, outputs=[CompletionOutput(k, "", []) for k in range(params.n)])
+        tokens = fake_engine.tokens_of(ids, params, i, request["seed"], 512 - len(ids))
+        row = fake_engine.Row(made, i, tokens, serving.tokenizer())
         text = ""
         while row.output.finish_reason is None:
             text += row.advance().text
@@ -54,18 +56,15 @@ def expected(request: dict) -> list[tuple[str, str]]:
 
 async def asked(client, request: dict) -> list[tuple[str, str]] | int:
     """What the server answers, in the form of `expected`, or the status."""
-    if not request["stream"]:
-        answer = await client.post("/v1/completions", json=request)
-        choices = answer.json().get("choices", ())
-    else:
-        choices = []
-        async with client.stream("POST", "/v1/completions", json=request) as answer:
-            lines = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
-        if answer.status_code == 200:
-            assert lines[-1] == "[DONE]"
+    async with client.post("/v1/completions", json=request) as answer:
+        if answer.status != 200:
+            return answer.status
+        if request["stream"]:
+            lines = [line[6:] async for line in answer.content if line.startswith(b"data: ")]
+            assert lines[-1] == b"[DONE]\n"
             choices = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
-    if answer.status_code != 200:
-        return answer.status_code
+        else:
+            choices = (await answer.json())["choices"]
     texts, ends = [""] * request["n"], [""] * request["n"]
     for choice in choices:
         texts[choice["index"]] += choice["text"]
@@ -73,7 +72,7 @@ async def asked(client, request: dict) -> list[tuple[str, str]] | int:
     return list(zip(texts, ends, strict=True))
 
 
-async def one(client, seed: int, seen: dict) -> None:
+async def one(client, seed: int, seen: dict, expected) -> None:
     """One client's request, and whether it got what it should."""
     draw = random.Random(seed)
     request = random_request(draw)
@@ -89,26 +88,28 @@ async def one(client, seed: int, seen: dict) -> None:
     elif kind == "malformed":
         body = bytearray(json.dumps(request).encode())
         body[draw.randrange(len(body))] = draw.randrange(256)
-        answer = await client.post("/v1/completions", content=bytes(body), headers={"content-type": "application/json"})
-        assert answer.status_code in (200, 400, 404, 429), (seed, bytes(body), answer.text)
+        headers = {"content-type": "application/json"}
+        async with client.post("/v1/completions", data=bytes(body), headers=headers) as answer:
+            assert answer.status in (200, 400, 404, 429), (seed, bytes(body), await answer.text())
     else:
         name = draw.choice([*request])
-        answer = await client.post("/v1/completions", json={**request, name: draw.choice([None, {}, "?", -7, [[]], 10**40])})
-        assert answer.status_code in (200, 400, 429), (seed, name, answer.text)
+        wrong = {**request, name: draw.choice([None, {}, "?", -7, [[]], 10**40])}
+        async with client.post("/v1/completions", json=wrong) as answer:
+            assert answer.status in (200, 400, 429), (seed, name, await answer.text())
     seen[kind] = seen.get(kind, 0) + 1
 
 
-async def crowd(url: str, seeds) -> dict:
+async def crowd(url: str, seeds, expected=expected) -> dict:
+    """What became of a client for each seed: kind -> how many."""
     seen: dict[str, int] = {}
-    limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
-        await asyncio.gather(*(one(client, seed, seen) for seed in seeds))
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=64)) as client:
+        await asyncio.gather(*(one(client, seed, seen, expected) for seed in seeds))
     return seen
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_crowd(count):
-    engine = fake.FakeEngine(serving.tokenizer(), rows=16, queued=24, seconds=0.001)
+    engine = fake_engine.FakeEngine(serving.tokenizer(), rows=16, queued=24, seconds=0.001)
     with serving.serving(serving.served(engine)) as server:
         peaks = []
         for begin in range(0, count, 100):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import fake
+import fake_engine
 import openai
 import pytest
 import serving
@@ -130,7 +130,7 @@ def test_a_client_that_never_reads_is_let_go(reluctant, engine, monkeypatch):
 
 
 def test_an_engine_that_fails_ends_everything_and_says_so(begin, caplog):
-    engine = fake.FakeEngine(serving.tokenizer(), fails_at=20, seconds=0.01)
+    engine = fake_engine.FakeEngine(serving.tokenizer(), fails_at=20, seconds=0.01)
     with serving.serving(serving.served(engine)) as server:
         streaming, whole = begin(server.url, {**LONG, "stream": True}), begin(server.url, LONG)
         events = streaming.getresponse().read().split(b"\n\n")
@@ -244,7 +244,7 @@ def test_a_signal_without_work_ends_it_at_once():
 
 
 def test_bursts_beyond_the_queue():
-    engine = fake.FakeEngine(serving.tokenizer(), rows=4, queued=8, seconds=0.001)
+    engine = fake_engine.FakeEngine(serving.tokenizer(), rows=4, queued=8, seconds=0.001)
     with serving.serving(serving.served(engine)) as server:
         found = []
         asking = [

@@ -1,6 +1,6 @@
 """Requests that nobody thought of: those that /openapi.json allows, and those that it forbids."""
 
-import fake
+import fake_engine
 import pytest
 import schemathesis
 import serving
@@ -12,7 +12,7 @@ from jaxtp.serve.server import application
 from jaxtp.serve.settings import Settings
 
 LIMITS = {"max_n": 8, "max_prompts": 8, "max_body_bytes": 100_000}
-DESCRIBED = application(serving.served(fake.FakeEngine(None)), Settings(**LIMITS)).openapi()
+DESCRIBED = application(serving.served(fake_engine.FakeEngine(None)), Settings(**LIMITS)).openapi()
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DESCRIBED).get_all_operations()]
 ASKING = [operation for operation in OPERATIONS if operation.method == "post"]
 RIGHT = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [5]}
@@ -28,7 +28,7 @@ FEW = settings(
 
 @pytest.fixture(scope="module")
 def server():
-    engine = fake.FakeEngine(serving.tokenizer(), max_model_len=64)
+    engine = fake_engine.FakeEngine(serving.tokenizer(), max_model_len=64)
     with serving.serving(serving.served(engine), **LIMITS) as running:
         yield running
     assert not engine.running

@@ -2,7 +2,7 @@
 
 import asyncio
 
-import fake
+import fake_engine
 import openai
 import pytest
 import serving
@@ -29,7 +29,7 @@ def expected(prompt, *, index=0, seed=0, **params):
     """The tokens and the text of a completion, made without a server."""
     tokenizer = serving.tokenizer()
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = fake.tokens_of(ids, SamplingParams(**params), index, seed, 512 - len(ids))
+    tokens = fake_engine.tokens_of(ids, SamplingParams(**params), index, seed, 512 - len(ids))
     return tokens, tokenizer.decode(tokens)
 
 

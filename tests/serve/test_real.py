@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import random
 import threading
 
 import openai
 import pytest
 import serving
 import tiny
+from test_crowd import crowd, random_request
 from test_refusals import CHAT, ask
 
 from jaxtp import LLM, SamplingParams
@@ -28,7 +30,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, max_num_seqs=4, progress=False)
+    made = LLM(folder, max_num_seqs=4, progress=False)
+    made.engine.levels = True  # as it serves: few programs
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,28 @@ def wanted(folder, llm):
     return [llm.generate(PROMPTS, each) for each in params]
 
 
+SEEDS = range(1000, 1040)
+
+
+def key(request):
+    return json.dumps(request, sort_keys=True)
+
+
 @pytest.fixture(scope="module")
-def server(llm, wanted):
+def offline(llm):
+    """What the library makes of each request of the crowd: (text, why it ended) of its completions."""
+    requests = [random_request(random.Random(seed)) for seed in SEEDS]
+    told = [{k: v for k, v in request.items() if k in SamplingParams.__dataclass_fields__} for request in requests]
+    params = [SamplingParams(**{"temperature": 0.0, **given}) for given in told]
+    made = llm.generate([request["prompt"] for request in requests], params)
+    return {
+        key(request): [(output.text, output.finish_reason) for output in found.outputs]
+        for request, found in zip(requests, made, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def server(llm, wanted, offline):
     with serving.serving(Served.of(llm, Settings(served_model_name=("tiny",)))) as running:
         yield running
 
@@ -51,6 +75,7 @@ def idle(llm):
 
 def test_whole_and_streamed_texts_are_those_of_the_library(server, llm, wanted):
     greedy, drawn = wanted
+    assert "detokenizer" in {thread.name for thread in threading.enumerate()}
 
     async def ask_all():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
@@ -108,6 +133,16 @@ def test_a_client_that_goes_away_leaves_no_page_behind(server, llm):
     idle(llm)
     assert llm.engine.stats().pages_used == 0
     assert llm.engine.stats().steps - steps < 400
+
+
+def test_a_crowd_gets_what_the_library_makes(server, llm, offline):
+    """Some leave, some send nonsense; four rows, and many more than that at once."""
+    seen = asyncio.run(crowd(server.url, SEEDS, lambda request: offline[key(request)]))
+    assert sum(seen.values()) == len(SEEDS)
+    assert seen["right"] > 15
+    assert seen["leaves"] > 3
+    idle(llm)
+    assert not server.service.loop.open
 
 
 def test_what_the_engine_refuses_is_a_400(server):

@@ -5,9 +5,11 @@ import http.client
 import json
 from urllib.parse import urlsplit
 
-import fake
+import fake_engine
 import pytest
 import serving
+
+from jaxtp.serve.errors import form
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"prompt": "Hi"}
@@ -15,7 +17,7 @@ TEXT = {"prompt": "Hi"}
 
 @pytest.fixture(scope="module")
 def engine():
-    return fake.FakeEngine(serving.tokenizer())
+    return fake_engine.FakeEngine(serving.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def refused(answer, status):
         ({"prompt": [1] * 512}, "prompt", "the prompt has 512 tokens; prompt and completion together have at most 512"),
         ({"prompt": [128]}, "prompt", "a prompt has token ids [128], outside the vocabulary of 128"),
         ({"prompt": [10**30]}, "prompt", "outside the vocabulary of 128"),
+        ({"prompt": [-5, 2**40], "echo": True}, "prompt", "prompt has token ids [-5, 1099511627776], which no vocabulary has"),
         ({"prompt": ""}, "prompt", "a prompt has no tokens"),
         ({"prompt": ["x"] * 257}, "prompt", "prompt holds 257; this server takes at most 256 in a request (--max-prompts)"),
         # what does not go together
@@ -187,6 +190,11 @@ def test_chats_that_cannot_be(server, changes, param, message):
     error = refused(ask(server, "POST", "/v1/chat/completions", {**CHAT, **changes}), 400)
     assert message in error["message"]
     assert error["param"] == param
+
+
+def test_messages_can_be_sent_whatever_they_quote():
+    error = form(400, "no \ud800", param="\udfff")["error"]
+    assert (error["message"], error["param"]) == ("no \\ud800", "\\udfff")
 
 
 def test_several_mistakes_are_told_at_once(server):
@@ -278,7 +286,7 @@ def test_tokenize_and_detokenize(server):
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids():
-    engine = fake.FakeEngine(None)
+    engine = fake_engine.FakeEngine(None)
     with serving.serving(serving.served(engine)) as server:
         done = ask(server, "POST", "/v1/completions", {"prompt": [5, 6], "max_tokens": 2, "logprobs": 1})
         assert done[0] == 200

@@ -6,7 +6,7 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-import fake
+import fake_engine
 import openai
 import pytest
 import serving
@@ -95,7 +95,7 @@ def test_limits_on_prompts_and_n(engine):
 
 
 def test_a_full_queue():
-    engine = fake.FakeEngine(serving.tokenizer(), rows=1, queued=2)
+    engine = fake_engine.FakeEngine(serving.tokenizer(), rows=1, queued=2)
     with serving.serving(serving.served(engine)) as server:
         engine.hold()
         waiting = [threading.Thread(target=ask, args=(server, "POST", "/v1/completions", TEXT)) for _ in range(2)]
@@ -109,11 +109,13 @@ def test_a_full_queue():
         assert answer[1]["retry-after"] == "1"
         assert refused(ask(server, "POST", "/v1/completions", {"prompt": ["a", "b"], "stream": True}), 429)
         engine.go()
-        serving.wait_for(lambda: engine.stats().waiting == 0)
-        refused(ask(server, "POST", "/v1/completions", {"prompt": ["a"] * 3}), 429)  # the first two had a place
-        serving.wait_for(lambda: not engine.running and not engine.waiting)
         for thread in waiting:
             thread.join()
+        engine.hold()
+        refused(ask(server, "POST", "/v1/completions", {"prompt": ["a"] * 3}), 429)
+        assert len(engine.aborted) == 2  # those that had a place
+        assert not server.service.loop.open
+        engine.go()
         assert ask(server, "POST", "/v1/completions", TEXT)[0] == 200
 
 
@@ -183,8 +185,8 @@ def test_metrics_have_the_names_and_values_that_dashboards_read(server, engine):
 
 
 def test_the_log_line():
-    before = fake.Stats(0, 0, 64, 0, 16, 100, 50, 0, 100, 40, 10)
-    now = fake.Stats(3, 2, 64, 16, 16, 300, 100, 0, 300, 140, 60)
+    before = fake_engine.Stats(0, 0, 64, 0, 16, 100, 50, 0, 100, 40, 10)
+    now = fake_engine.Stats(3, 2, 64, 16, 16, 300, 100, 0, 300, 140, 60)
     assert line(before, now, 10.0) == (
         "Avg prompt throughput: 20.0 tokens/s, Avg generation throughput: 10.0 tokens/s, Running: 3 reqs, Waiting: 2 reqs, "
         "KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
