@@ -296,7 +296,8 @@ def uncounted(model: Llama, *, rows: int) -> Counts:
 def abstract_counts(model: Llama, *, rows: int) -> Counts:
     """The same as shapes and shardings."""
     shape, sharding = (model.layout.parts("batch"), rows, model.vocab_held), _counted(model)
-    return Counts(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32)))
+    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32)]
+    return Counts(*arrays)
 
 
 def _counted(model: Llama) -> NamedSharding:
