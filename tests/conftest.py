@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched in a test
 import jax
 import pytest
 
+from jaxtp.generate import memory
+
 OPTIMIZED = os.environ.get("JAXTP_TESTS") == "optimized" or "XLA_FLAGS" in os.environ or jax.__version_info__ >= (0, 12)
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 
@@ -30,6 +32,7 @@ if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = QUICK
     jax.devices()  # reads them
     del os.environ["XLA_FLAGS"]
+memory.CPU_CACHE = 16 << 20  # of each LLM: a test may have many
 gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage collector's
 
 # the environment of processes that tests start: their programs are kept like the tests' own, beside them; those of notebooks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from jaxtp import Llama, Schedule, draw_schedule, draw_shardings, make_mesh, plan
+from jaxtp import Circulation, Llama, Schedule, draw_schedule, draw_shardings, make_mesh, plan
 from jaxtp.draw import LEGEND, aside, plain_ticks
 from jaxtp.planner.picture import curves
 
@@ -118,3 +118,23 @@ def test_meshes_that_lack_the_same_thing_share_a_line():
     assert any(line.startswith("dp=16 × tp=8, and 9 more: needs 94.6 GiB") for line in reasons)
     assert "legal pp with them: 1 to 126" in " ".join(reasons)
     assert len(plans.table(every=True).caption.split("\n")) == 1 + len(plans.refused)
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(4, 4), (4, 3), (4, 1), (1, 1)])
+def test_groups_of_rows_circulate(ranks, groups):
+    """Each goes through the ranks a tick apart, and enters the first again once the last is done with it."""
+    ring = Circulation(ranks, groups)
+    for group in range(groups):
+        for turn, rank in itertools.product(range(3), range(ranks)):
+            assert ring.group(group + turn * ranks + rank, rank) == group
+    worked = [ring.group(tick, rank) is not None for tick in range(ranks, 3 * ranks) for rank in range(ranks)]
+    assert worked.count(False) / len(worked) == ring.idle == 1 - groups / ranks
+    (axes,) = draw_schedule(ring).axes
+    bars = {(round(bar.get_y() + bar.get_height() / 2), round(bar.get_x())) for bar in axes.patches}
+    assert bars == {(r, t) for r in range(ranks) for t in range(4 * ranks - 1) if ring.group(t, r) is not None}
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_at_most_as_many_groups_as_ranks(groups):
+    with pytest.raises(ValueError, match=f"{groups} groups of rows on 4 ranks: at least one, and at most as many as ranks"):
+        Circulation(4, groups)

@@ -51,7 +51,8 @@ def reserve(utilization: float) -> None:
         os.environ.setdefault(POOL, f"{min(utilization + WORKSPACE, 0.97):.2f}")
 
 
-CPU_CACHE = 1 << 30  # bytes of the cache where the device is a CPU, whose memory others need, too
+# bytes of the cache where the device is a CPU, whose memory others need, too: at least, and at most for FEW requests of full length
+CPU_CACHE, CPU_CACHE_MOST, FEW = 1 << 28, 1 << 30, 4
 
 
 def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) -> Budget:
@@ -95,10 +96,11 @@ def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
 
 
 def pool_tokens(model: Llama, budget: Budget, max_model_len: int, *, asked: bool) -> int:
-    """Tokens of the engine's cache: all that fit; on CPUs, unless that was `asked` for, a GiB's or what one request needs."""
+    """Tokens of the engine's cache: all that fit; on CPUs, unless that was `asked` for, what a few requests need."""
     if asked or platform(model.layout.mesh) != "cpu":
         return budget.cache_tokens
-    each = max(CPU_CACHE // budget.slot_bytes, max_model_len + PAGE)
+    few = min(FEW * max_model_len, CPU_CACHE_MOST // budget.slot_bytes)
+    each = max(CPU_CACHE // budget.slot_bytes, few, max_model_len + PAGE)
     return min(budget.cache_tokens, each * budget.groups)
 
 
