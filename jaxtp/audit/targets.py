@@ -134,13 +134,8 @@ def _compiled(
     if features.penalties:
         state = replace(state, counts=step.abstract_counts(model, rows=held))
     if model.stacks:
-<<<<<<< HEAD
-        way: Any = between(model, shape.tokens)
-        state = replace(state, between=way)
-=======
         under_way: Any = between(model, shape.tokens)
         state = replace(state, between=under_way)
->>>>>>> plan
     plan = _abstract((model.stages, groups, shape.size), jnp.int32, layout.sharding(None, "batch", None))
     args = state, plan, jax.ShapeDtypeStruct((), jnp.int32)
     with not_cached():

@@ -308,13 +308,8 @@ def uncounted(model: Llama, *, rows: int) -> Counts:
 def abstract_counts(model: Llama, *, rows: int) -> Counts:
     """The same as shapes and shardings."""
     shape, sharding = (model.layout.parts("batch"), rows, model.vocab_held), _counted(model)
-<<<<<<< HEAD
-    seen, output = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
-    return Counts(seen, output)  # type: ignore[arg-type]
-=======
     arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32)]
     return Counts(*arrays)
->>>>>>> plan
 
 
 def _counted(model: Llama) -> NamedSharding:

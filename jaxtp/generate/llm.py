@@ -50,7 +50,8 @@ class LLM:
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
-    the cache takes of each device (default: what the weights leave of that share; on CPUs 256 MiB, or what a few requests need).
+    the cache takes of each device (default: what the weights leave of that share; on CPUs 256 MiB, or what a few requests
+    need).
     max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
     takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
     "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, kernel: see

@@ -51,7 +51,7 @@ def reserve(utilization: float) -> None:
         os.environ.setdefault(POOL, f"{min(utilization + WORKSPACE, 0.97):.2f}")
 
 
-# bytes of the cache where the device is a CPU, whose memory others need, too: at least, and at most for FEW requests of full length
+# bytes of the cache where the device is a CPU, whose memory others need, too: at least, and at most for FEW whole requests
 CPU_CACHE, CPU_CACHE_MOST, FEW = 1 << 28, 1 << 30, 4
 
 
