@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(folder):
     made = LLM(folder, max_num_seqs=4, progress=False)
-    made.engine.levels = True  # as it serves: few programs
+    made.engine.levels, made.engine.patience = True, 1e-9  # few programs: one step a call, and what a server's sampler has
     return made
 
 
@@ -42,7 +42,7 @@ def wanted(folder, llm):
     return [llm.generate(PROMPTS, each) for each in params]
 
 
-SEEDS = range(1000, 1040)
+SEEDS = range(1000, 1024)
 
 
 def key(request):
@@ -139,10 +139,10 @@ def test_a_crowd_gets_what_the_library_makes(server, llm, offline):
     """Some leave, some send nonsense; four rows, and many more than that at once."""
     seen = asyncio.run(crowd(server.url, SEEDS, lambda request: offline[key(request)]))
     assert sum(seen.values()) == len(SEEDS)
-    assert seen["right"] > 15
-    assert seen["leaves"] > 3
+    assert seen["right"] > 9
+    assert seen["leaves"] > 2
+    serving.wait_for(lambda: not server.service.loop.open)
     idle(llm)
-    assert not server.service.loop.open
 
 
 def test_what_the_engine_refuses_is_a_400(server):
