@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jaxtp import Llama, ModelConfig, make_mesh
+from jaxtp import LLM, Llama, ModelConfig, make_mesh
 from jaxtp.sharding import variables
 
 CONFIG = ModelConfig(
@@ -54,6 +54,12 @@ def byte_tokenizer(folder: Path, size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def coarse(llm: LLM) -> LLM:
+    """The same, with fewer shapes of steps, so that fewer programs are compiled."""
+    llm.engine.buckets = dataclasses.replace(llm.engine.buckets, factor=4)
+    return llm
 
 
 def prompts(count: int, *, longest: int, seed: int = 0) -> list[list[int]]:

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, progress=False)
+    return tiny.coarse(LLM(folder, progress=False))
 
 
 def tokens(requests):
@@ -55,7 +55,7 @@ def test_cached_decoding_equals_recomputing_everything(llm):
 def test_prompts_that_wait_for_room_in_a_step_get_the_same_tokens(folder, llm):
     """A chunk of a prompt at a time, beside the rows whose prompts are done."""
     prompts = tiny.prompts(5, longest=300, seed=1)
-    chunked = LLM(folder, progress=False, max_num_batched_tokens=32)
+    chunked = tiny.coarse(LLM(folder, progress=False, max_num_batched_tokens=32))
     assert tokens(chunked.generate(prompts, GREEDY)) == tokens(llm.generate(prompts, GREEDY))
 
 
@@ -81,7 +81,8 @@ def test_the_same_text_on_every_mesh(folder, llm, mesh):
         SamplingParams(temperature=t, top_p=0.95, top_k=40, seed=11, n=2, max_tokens=20) for t in (0.0, 1.0, 1.0, 0.0, 1.0)
     ]
     prompts = tiny.prompts(5, longest=50, seed=2)
-    assert tokens(LLM(folder, progress=False, **mesh).generate(prompts, params)) == tokens(llm.generate(prompts, params))
+    other = tiny.coarse(LLM(folder, progress=False, **mesh))
+    assert tokens(other.generate(prompts, params)) == tokens(llm.generate(prompts, params))
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm):
@@ -103,7 +104,8 @@ def test_requests_without_a_seed_differ_and_the_llm_s_seed_repeats_them(folder):
 
 def test_the_kv_cache_bounds_what_runs_and_the_order_is_kept(folder, llm):
     prompts = tiny.prompts(7, longest=60, seed=4)
-    few = LLM(folder, progress=False, max_num_seqs=3, max_model_len=256, kv_cache_memory_bytes=300 * llm.budget.slot_bytes)
+    cache = 300 * llm.budget.slot_bytes
+    few = tiny.coarse(LLM(folder, progress=False, max_num_seqs=3, max_model_len=256, kv_cache_memory_bytes=cache))
     assert tokens(few.generate(prompts, GREEDY)) == tokens(llm.generate(prompts, GREEDY))
     assert (few.engine.limits.rows, few.engine.limits.pages) == (3, 4)
 

@@ -39,14 +39,14 @@ def several(count, seed=0, longest=40, params=PARAMS):
 
 @pytest.fixture(scope="module")
 def one_device(stories):
-    return LLM(stories, progress=False)
+    return tiny.coarse(LLM(stories, progress=False))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "counts"), MESHES, ids=str)
 def test_the_tokens_of_one_device(stories, one_device, mesh, counts):
     """stories260k has 5 layers, so that stages are uneven."""
-    llm = LLM(stories, progress=False, **mesh)
+    llm = tiny.coarse(LLM(stories, progress=False, **mesh))
     for count in counts:
         asked = several(count, seed=count)
         assert tokens(llm.generate(*asked)) == tokens(one_device.generate(*asked)), f"{count} rows"
@@ -59,17 +59,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return LLM(folder, progress=False)
+    return tiny.coarse(LLM(folder, progress=False))
 
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, progress=False, pipeline_parallel_size=2, tensor_parallel_size=2)
+    return tiny.coarse(LLM(folder, progress=False, pipeline_parallel_size=2, tensor_parallel_size=2))
 
 
 @pytest.mark.parametrize(("more", "count"), [({}, 2), ({"tensor_parallel_size": 2, "sequence_parallel": True}, 6)], ids=str)
 def test_prompts_go_through_the_stages_in_chunks(folder, plain, more, count):
-    chunked = LLM(folder, progress=False, pipeline_parallel_size=4, max_num_batched_tokens=64, **more)
+    chunked = tiny.coarse(LLM(folder, progress=False, pipeline_parallel_size=4, max_num_batched_tokens=64, **more))
     asked = several(count, seed=3, longest=300)
     asked[0][0] = [7] * 300  # ten chunks, at most two a tick
     assert tokens(chunked.generate(*asked)) == tokens(plain.generate(*asked))
@@ -118,7 +118,7 @@ def test_nothing_compiles_twice(llm):
 
 
 def test_fewer_rows_than_stages_say_what_they_waste(folder, caplog):
-    llm = LLM(folder, pipeline_parallel_size=4)
+    llm = tiny.coarse(LLM(folder, pipeline_parallel_size=4))
     with caplog.at_level(logging.WARNING, "jaxtp"):
         llm.generate([[5]], SamplingParams(max_tokens=2))
         llm.generate([[6]], SamplingParams(max_tokens=2))
@@ -136,7 +136,7 @@ def test_uneven_stages_are_told(stories, caplog):
 
 
 def test_stages_of_given_sizes(folder, plain):
-    llm = LLM(folder, progress=False, pipeline_parallel_size=2, layers_per_stage=[1, 3])
+    llm = tiny.coarse(LLM(folder, progress=False, pipeline_parallel_size=2, layers_per_stage=[1, 3]))
     assert llm.model.stacks == ((0, 1), (None, 2), (None, 3))
     asked = several(3, seed=12)
     assert tokens(llm.generate(*asked)) == tokens(plain.generate(*asked))
