@@ -15,7 +15,7 @@ def shapes(limits, *, prompts, new, read="cudnn"):
     """Those of the steps that so many prompts of 300 tokens need, each of which makes `new` tokens."""
     scheduler, found = Scheduler(limits), []
     for i in range(prompts):
-        request = Request(str(i), [3] * 300, SamplingParams(max_tokens=new), seed=i)
+        request = Request(str(i), [3] * 300, SamplingParams(max_tokens=new), seed=i, stream=True)
         scheduler.add([Sequence(request, 0, order=(0, i, 0), max_tokens=new, stop_ids=())])
     sequences = list(scheduler.waiting)
     buckets = Buckets(limits, read, pages=-(-512 // limits.size))
