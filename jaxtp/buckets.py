@@ -5,7 +5,7 @@ A bucket is 1, 1.25, 1.5 or 1.75 times a power of two: at most a fifth of it is 
 
 from __future__ import annotations
 
-MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 256, 8192  # LLM's defaults: rows that run together, prompt tokens of a prefill call
+MAX_NUM_SEQS = 256  # LLM's default: rows that run together
 LOGITS_TOKENS, MIN_LOGITS_TOKENS = 512, 32  # of a row in training, whose logits exist at a time; below, all of them do
 PAGE = 64  # slots of a page of the cache
 MIN_REACH = 512  # slots that are gathered for a chunk of a prompt, at least
