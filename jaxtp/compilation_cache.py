@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,10 +79,12 @@ def processor() -> str:
 
 @contextlib.contextmanager
 def not_cached() -> Iterator[None]:
-    """Keeps programs for devices that are not there out of it: nothing could load them again."""
+    """Keeps programs for devices that are not there out of it: nothing could load them again, nor those that are in it."""
     before = jax.config.values[_SECONDS]
     jax.config.update(_SECONDS, float("inf"))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
+            yield
     finally:
         jax.config.update(_SECONDS, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +29,8 @@ class Runner:
         self.model, self.programs, self.rows = model, programs, rows
         self.groups = model.layout.parts("batch")
         self.state: step.State = programs.run(step.begin, pages=pages * self.groups, size=size, rows=rows)
-        self._under_way: deque[tuple[np.ndarray, Shape]] = deque(
-            maxlen=model.stages
-        )  # plans of the last ticks, the newest first
+        # plans of the last ticks, the newest first
+        self._under_way: deque[tuple[np.ndarray, Shape]] = deque(maxlen=model.stages)
         self._shape: Shape | None = None
 
     def run(self, plan: np.ndarray, shape: Shape, features: Features, steps: int = 1) -> tuple[step.Made, Shape]:
@@ -45,9 +45,8 @@ class Runner:
         else:
             plans = plan[None]
         sharding = self.model.layout.sharding(None, "batch", None)
-        function = step.mixed if shape.chunks else step.decode
         self.state, made = self.programs.run(
-            function, self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
+            _step(shape), self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
         )
         return made, shape
 
@@ -62,7 +61,7 @@ class Runner:
         sharding = self.model.layout.sharding(None, "batch", None)
         plan = jax.ShapeDtypeStruct((self.model.stages, self.groups, shape.size), np.int32, sharding=sharding)
         args = state, plan, jax.ShapeDtypeStruct((), np.int32)
-        self.programs.compile(step.run, *args, donate=(0,), shape=shape, features=features)
+        self.programs.compile(_step(shape), *args, donate=(0,), shape=shape, features=features)
 
     def recount(self, group: int, row: int, prompt: list[int], output: list[int]) -> None:
         """Counts of a row that begins anew, for penalties."""
@@ -88,3 +87,7 @@ class Runner:
 
     def _set(self, **changes: Any) -> None:
         self.state = dataclasses.replace(self.state, **changes)
+
+
+def _step(shape: Shape) -> Callable[..., tuple[step.State, step.Made]]:
+    return step.mixed if shape.chunks else step.decode

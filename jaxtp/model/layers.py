@@ -162,17 +162,18 @@ class Block(nnx.Module):
         """x [B, T, D] in the residual stream's layout, both ways."""
         with jax.named_scope("attention"):  # what a profile tells apart
             y, cache = self.attention(self.attention_norm(x), step, cache)
-            x = _settled(x + y)
+            x = _settled(x + y, step)
         with jax.named_scope("mlp"):
-            return _settled(x + self.mlp(self.mlp_norm(x))), cache
+            return _settled(x + self.mlp(self.mlp_norm(x)), step), cache
 
 
-def _settled(x: jax.Array) -> jax.Array:
+def _settled(x: jax.Array, step: Step) -> jax.Array:
     """The residual stream, computed here: XLA:GPU would keep the outputs of several layers and add them up at every norm.
 
-    For a few tokens that is the faster way (fewer kernels, little to read).
+    For the few tokens of a step of generation that is the faster way (fewer kernels, little to read).
     """
-    return x if x.shape[0] * x.shape[1] <= FEW_TOKENS else jax.lax.optimization_barrier(x)
+    few = step.lanes is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS
+    return x if few else jax.lax.optimization_barrier(x)
 
 
 def kv_heads_held(config: ModelConfig, layout: Layout) -> int:

@@ -90,43 +90,29 @@ def test_schedules_that_cannot_be(arguments, message):
 
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_circulation(ranks):
-    for count in range(1, 2 * ranks + 1):
-        groups = Circulation.groups_of(count, ranks)
-        assert ranks % groups == 0
-        assert groups >= min(count, ranks)
-        for ring in (Circulation.decode(ranks, groups), Circulation.prefill(ranks, groups)):
-            steady = range(ranks - 1, ranks - 1 + 4 * ring.period)
-            work = {(tick, rank): ring.group(tick, rank) for tick in range(steady.stop + ranks) for rank in range(ranks)}
-            # from one rank to the next from one tick to the next, and each group into the same place of a rank every time
-            assert all(work[t, r] == work[t + 1, r + 1] for t, r in work if r + 1 < ranks and (t + 1, r + 1) in work)
-            places = {(rank, group): {ring.place(t) for t, r in work if r == rank and work[t, r] == group} for rank, group in
-                      itertools.product(range(ranks), range(groups))}  # fmt: skip
-            assert all(len(found) == 1 for found in places.values())
-            assert all(
-                len({*places[rank, g]} | {*places[rank, h]}) == 2
-                for rank in range(ranks)
-                for g in range(groups)
-                for h in range(g)
-            )
-            idle = sum(work[t, r] is None for t in steady for r in range(ranks)) / len(steady) / ranks
-            assert idle == pytest.approx(ring.idle)
-        assert Circulation.decode(ranks, groups).idle == (0 if count >= ranks else 1 - groups / ranks)
-        assert Circulation.prefill(ranks, groups).idle == 0
+    for groups in range(1, ranks + 1):
+        ring = Circulation(ranks, groups)
+        work = {(tick, rank): ring.group(tick, rank) for tick in range(5 * ranks) for rank in range(ranks)}
+        # from one rank to the next from one tick to the next, and into the first again when its token is known
+        assert all(work[t, r] == work[t + 1, r + 1] for t, r in work if r + 1 < ranks and (t + 1, r + 1) in work)
+        assert [work[tick, 0] for tick in range(2 * ranks)] == [*range(groups), *[None] * (ranks - groups)] * 2
+        assert all(work[tick, rank] is None for tick, rank in work if tick < rank)  # nothing has come so far
+        steady = range(ranks - 1, 5 * ranks - 1)
+        idle = sum(work[t, r] is None for t in steady for r in range(ranks)) / len(steady) / ranks
+        assert ring.idle == pytest.approx(idle)
 
 
-def test_groups_that_would_not_keep_their_places():
-    with pytest.raises(ValueError, match="3 groups that come every 4 ticks: the groups must divide the ticks"):
-        Circulation.decode(4, 3)
+@pytest.mark.parametrize("groups", [0, 5])
+def test_groups_that_have_no_place(groups):
+    with pytest.raises(ValueError, match=f"{groups} groups of rows on 4 ranks: at least one, and at most as many as ranks"):
+        Circulation(4, groups)
 
 
 def test_the_picture_of_a_circulation():
     pytest.importorskip("matplotlib")
-    (axes,) = draw_schedule(Circulation.decode(4, 2)).axes
+    ring = Circulation(4, 2)
+    (axes,) = draw_schedule(ring).axes
     bars = {(int(bar.get_y() + 0.5), round(bar.get_x())) for bar in axes.patches}
-    assert bars == {(r, t) for r in range(4) for t in range(15) if Circulation.decode(4, 2).group(t, r) is not None}
-
-
-def test_a_group_comes_back_when_its_token_is_known():
-    ring = Circulation.decode(4, 4)
-    assert [ring.group(tick, 0) for tick in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert [ring.group(tick, 3) for tick in range(8)] == [None, None, None, 0, 1, 2, 3, 0]
+    last = max(tick for _, tick in bars)
+    assert last >= 2 * ring.ranks  # twice around
+    assert bars == {(r, t) for r in range(4) for t in range(last + 1) if ring.group(t, r) is not None}
