@@ -33,6 +33,11 @@ def reach(end: int, most: int) -> int:
     return min(most, bucket(end, least=MIN_REACH))
 
 
+def chunk_reach(end: int, most: int) -> int:
+    """The same where chunks of prompts go along: such a step is a matter of products, and needs no close bound."""
+    return min(most, max(MIN_REACH, power(end)))
+
+
 def step_tokens(platform: str, *, token_bytes: int, shared: bool) -> int:
     """Tokens of a group in one step: on GPUs that share layers so many that what they send each other stays one kernel.
 

@@ -81,8 +81,8 @@ class Engine:
     """Runs requests on one model. `submit` and `abort` may be called from any thread, `step` from one.
 
     ahead: steps that are dispatched before the tokens of the first are read. patience: seconds that who comes may wait for
-    steps that were dispatched together (None: any number of them). levels: what the sampler can do comes in three levels, which
-    can all be compiled before; else exactly what is asked for.
+    steps that were dispatched together (None: any number of them). levels: what the sampler can do comes in two levels, which
+    can both be compiled before; else exactly what is asked for.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Engine:
         """Compiles every step that may come, and returns the seconds that it took. progress: told (programs done, of all)."""
         before = self.programs.compile_seconds
         shapes = list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
-        wanted = (Features(), RANDOM, EVERYTHING) if self.levels else (self._features,)
+        wanted = (RANDOM, EVERYTHING) if self.levels else (self._features,)
         for i, (found, shape) in enumerate(itertools.product(wanted, shapes)):
             if progress:
                 progress(i, len(shapes) * len(wanted))

@@ -34,7 +34,5 @@ def union(each: Sequence[Features]) -> Features:
 
 
 def level(found: Features) -> Features:
-    """The least of three that holds it: greedy, at a temperature, everything."""
-    if found == Features():
-        return found
-    return RANDOM if found == RANDOM else union([EVERYTHING, found])
+    """The lesser of two that holds it: at a temperature, 0 included, or everything."""
+    return RANDOM if union([RANDOM, found]) == RANDOM else union([EVERYTHING, found])

@@ -8,7 +8,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtp.buckets import chunk_lanes, power
+from jaxtp.buckets import chunk_lanes
 from jaxtp.engine.pages import Pages
 from jaxtp.engine.request import QueueFull
 from jaxtp.engine.sequence import Sequence
@@ -44,8 +44,8 @@ class Limits:
         return max(len(mine.rows) for mine in work)
 
     def up(self, rows: int) -> int:
-        """Rows that a program for so many has: a power of two, all, or none."""
-        return min(power(rows), self.rows)
+        """Rows that a program with chunks has for so many: a power of four, all, or none."""
+        return min(1 << -(-(rows - 1).bit_length() // 2) * 2 if rows else 0, self.rows)
 
     def lanes(self, rows: int) -> int:
         """Chunks that may go along with so many rows, so that a step keeps within `tokens`."""

@@ -149,15 +149,26 @@ _product.defvjp(_product_forward, _product_backward)
 def _einsum(formula: str, a: jax.Array, b: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
     """The one place that knows how each backend likes its products. XLA:CPU multiplies bfloat16 ten times faster when it is
     asked for a float32 result, twice as fast when the left side is summed over its last dim (turned around in three dims:
-    two it would turn back), and in a loop it copies the weights of any product of more than two dims.
+    two it would turn back), and in a loop it copies the weights of any product of more than two dims. A few rows it multiplies
+    up to twice as fast from the right (behind the barrier: it would turn the product around).
     """
     mesh = jax.typeof(b).sharding.mesh
     cpu = platform(mesh) == "cpu"
     if cpu and formula == "BO,BI->OI" and a.dtype != jnp.float32:
         formula, a = "OB,BI->OI", jax.lax.optimization_barrier(a.T[None])[0]
     accumulate = jnp.dtype(jnp.float32) if cpu else dtype
+    if cpu and formula == "BI,OI->BO" and _few(a):
+        turned = NamedSharding(mesh, P(*reversed(out.partitions), unreduced=out.unreduced))
+        y = jnp.einsum("OI,BI->OB", b, a, preferred_element_type=accumulate, out_sharding=turned)
+        return jax.lax.optimization_barrier(y).T.astype(dtype)
     y = jnp.einsum(formula, a, b, preferred_element_type=accumulate, out_sharding=NamedSharding(mesh, out))
     return y.astype(dtype)
+
+
+def _few(rows: jax.Array) -> bool:
+    """Whether each device has so few rows [B, I], and more than one, that XLA:CPU is quicker with the weight on the left."""
+    here = len(rows) // size(jax.typeof(rows).sharding.mesh, spec_of(rows).partitions[0])
+    return (2 if rows.dtype == jnp.float32 else 16) <= here <= 64
 
 
 def _matrix(weight: jax.Array) -> jax.Array:

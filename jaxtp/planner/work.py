@@ -211,7 +211,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
         chunks = min(most, count - first)
         last = (first + chunks - 1) % of_each + 1  # of its prompt
         end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
-        found[Step(0, min(buckets.power(chunks), most), buckets.reach(end, task.slots))] += 1
+        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, task.slots))] += 1
     return found
 
 
