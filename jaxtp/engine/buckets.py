@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxtp.buckets import chunk_reach, power, reach
+from jaxtp.buckets import chunk_reach, reach
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.scheduler import Limits, Work
 from jaxtp.ops.pages import Read
@@ -13,11 +13,12 @@ from jaxtp.ops.pages import Read
 
 @dataclass(frozen=True)
 class Buckets:
-    """pages: of a row's table. read: see `ops.pages`."""
+    """pages: of a row's table. read: see `ops.pages`. factor: from one number of lanes to the next, at least."""
 
     limits: Limits
     read: Read
     pages: int
+    factor: int = 2
 
     def shape(self, work: list[Work], steps: int, *, stops: int, biases: int) -> Shape:
         """The smallest shape that holds the work of every group, in so many steps."""
@@ -41,10 +42,10 @@ class Buckets:
         limits = self.limits
         if not chunks:  # XLA would write a single token twice in stages, each time into a copy of the pool
             rows = max(rows, 2 if limits.stages > 1 else 1)
-        rows = limits.up(rows) if chunks else min(power(rows), limits.rows)
+        rows = max(limits.up(rows) if chunks else 0, min(self._up(rows), limits.rows))
         return Shape(
             rows=rows,
-            chunks=max(chunks, min(power(chunks), limits.lanes(rows))),
+            chunks=max(chunks, min(self._up(chunks), limits.lanes(rows))),
             chunk=limits.chunk,
             pages=self.pages,
             stops=stops,
@@ -59,3 +60,9 @@ class Buckets:
         if self.read == "rows" or (self.read == "cudnn" and not chunks):
             return most
         return chunk_reach(end, most) if chunks else reach(end, most)
+
+    def _up(self, count: int) -> int:
+        size = 1
+        while size < count:
+            size *= self.factor
+        return size if count else 0

@@ -5,20 +5,22 @@ import itertools
 import pytest
 
 from jaxtp.engine.buckets import Buckets
+from jaxtp.engine.features import EVERYTHING, RANDOM, level
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.request import Request
 from jaxtp.engine.scheduler import Limits, Scheduler
 from jaxtp.engine.sequence import Sequence
+from jaxtp.ops.sampling import Features
 
 
-def shapes(limits, *, prompts, new, read="cudnn"):
+def shapes(limits, *, prompts, new, read="cudnn", length=512):
     """Those of the steps that so many prompts of 300 tokens need, each of which makes `new` tokens."""
     scheduler, found = Scheduler(limits), []
     for i in range(prompts):
         request = Request(str(i), [3] * 300, SamplingParams(max_tokens=new), seed=i, stream=True)
         scheduler.add([Sequence(request, 0, order=(0, i, 0), max_tokens=new, stop_ids=())])
     sequences = list(scheduler.waiting)
-    buckets = Buckets(limits, read, pages=-(-512 // limits.size))
+    buckets = Buckets(limits, read, pages=-(-length // limits.size))
     while scheduler.busy:
         work, steps = scheduler.schedule()
         found.append(buckets.shape(work, steps, stops=4, biases=0))
@@ -49,3 +51,20 @@ def test_a_slab_has_no_more_rows_than_pages():
     found = shapes(limits, prompts=12, new=8, read="slab")
     assert max(shape.rows for shape in found) == 12
     assert all(a.pages == b.pages == 1 for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize(
+    ("read", "chunk", "tokens", "length", "most"), [("rows", 32, 512, 512, 40), ("cudnn", 128, 512, 8192, 100)]
+)
+def test_a_warm_up_has_not_too_many_programs(read, chunk, tokens, length, most):
+    limits = Limits(groups=1, rows=256, pages=2048, size=64, chunk=chunk, tokens=tokens)
+    everything = set(Buckets(limits, read, pages=length // 64).all(stops=4, biases=0))
+    assert len(everything) <= most
+    assert {shape.rows for shape in everything if not shape.chunks} == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    met = shapes(limits, prompts=300, new=20, read=read, length=length)
+    assert everything.issuperset(met)
+
+
+def test_a_server_has_two_kinds_of_samplers():
+    asked = [Features(), Features(random=True), Features(bias=True), Features(logprobs=3), Features(random=True, truncate=True)]
+    assert [level(one) for one in asked] == [RANDOM, RANDOM, EVERYTHING, EVERYTHING, EVERYTHING]
