@@ -229,10 +229,10 @@ class Engine:
         before = self.programs.compile_seconds
         shapes = list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
         wanted = (RANDOM, EVERYTHING) if self.levels else (self._features,)
-        for i, (found, shape) in enumerate(itertools.product(wanted, shapes)):
-            if progress:
-                progress(i, len(shapes) * len(wanted))
+        for done, (found, shape) in enumerate(itertools.product(wanted, shapes), start=1):
             self.runner.compile(shape, found)
+            if progress:
+                progress(done, len(shapes) * len(wanted))
         return self.programs.compile_seconds - before
 
     def check_integrity(self) -> None:

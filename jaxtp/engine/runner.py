@@ -14,7 +14,7 @@ from jaxtp.engine import step
 from jaxtp.engine.plan import Shape, empty, fitted, joined
 from jaxtp.engine.programs import Programs
 from jaxtp.model import Llama
-from jaxtp.ops.sampling import Features
+from jaxtp.ops.sampling import Counts, Features
 from jaxtp.parallel import circulate
 from jaxtp.sharding import put
 
@@ -38,23 +38,24 @@ class Runner:
 
         In stages, what it makes is of the plan of so many ticks before, whose lanes are those of the shape that is returned.
         """
-        if features.penalties and self.state.counts is None:
-            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+        counts = self._counts() if features.penalties else None
         if self.model.stacks:
             plans, shape = self._staged(plan, shape)
         else:
             plans = plan[None]
         sharding = self.model.layout.sharding(None, "batch", None)
-        self.state, made = self.programs.run(
-            _step(shape), self.state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
+        state, kept = dataclasses.replace(self.state, counts=counts), self.state.counts
+        state, made = self.programs.run(
+            _step(shape), state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
         )
+        # a step without penalties is not told of counts: it is the same program before and after anybody asked for them
+        self.state = state if features.penalties else dataclasses.replace(state, counts=kept)
         return made, shape
 
     def compile(self, shape: Shape, features: Features) -> None:
         """Compiles the step of a shape, without running it."""
-        if features.penalties and self.state.counts is None:
-            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
-        state = self.state
+        counts = step.abstract_counts(self.model, rows=self.rows) if features.penalties else None
+        state: Any = dataclasses.replace(self.state, counts=counts)  # type: ignore[arg-type]
         if self.model.stacks:
             between: Any = circulate.between(self.model, shape.tokens)
             state = dataclasses.replace(state, between=between)
@@ -65,11 +66,9 @@ class Runner:
 
     def recount(self, group: int, row: int, prompt: list[int], output: list[int]) -> None:
         """Counts of a row that begins anew, for penalties."""
-        if self.state.counts is None:
-            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
         ids = [np.full(1 << max(len(each) - 1, 31).bit_length(), -1, np.int32) for each in (prompt, output)]
         ids[0][: len(prompt)], ids[1][: len(output)] = prompt, output
-        counts = self.programs.run(step.recount, self.state.counts, np.array([group, row], np.int32), *ids, donate=(0,))
+        counts = self.programs.run(step.recount, self._counts(), np.array([group, row], np.int32), *ids, donate=(0,))
         self._set(counts=counts)
 
     def _staged(self, plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, Shape]:
@@ -84,6 +83,13 @@ class Runner:
             self._set(between=self.programs.run(step.moved, self.state.between, old=self._shape, new=larger))
         self._shape = larger
         return np.stack([fitted(plan, shape, larger) for plan, shape in self._under_way]), larger
+
+    def _counts(self) -> Counts:
+        """What penalties need, of every row; made when they are first asked for."""
+        if self.state.counts is None:
+            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+        assert self.state.counts is not None
+        return self.state.counts
 
     def _set(self, **changes: Any) -> None:
         self.state = dataclasses.replace(self.state, **changes)

@@ -21,6 +21,7 @@ from jaxtp.text import Tokenizer
 if TYPE_CHECKING:
     from jaxtp import LLM
 
+LOG_SECONDS = 10.0  # between two lines on what takes long
 PATIENCE = 0.02  # seconds that who comes may wait for steps that were dispatched together
 _NAMES = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -88,11 +89,20 @@ class Served:
 
 
 def _warm_up(engine: Any) -> None:
-    """Compiles ahead, with a bar where somebody watches."""
+    """Compiles ahead, with a bar where somebody watches, or a line in the log now and then."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    told = time.monotonic()
     with Progress(*columns, disable=not interactive(), transient=True, console=console) as bar:
         task = bar.add_task("")
-        seconds = engine.warm_up(lambda done, of: bar.update(task, completed=done, total=of))
+
+        def progress(done: int, of: int) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=of)
+            if not interactive() and time.monotonic() - told > LOG_SECONDS:
+                told = time.monotonic()
+                logger.info("compiling ahead: %d of %d steps", done, of)
+
+        seconds = engine.warm_up(progress)
     logger.info("compiled ahead in %.1f s", seconds)
 
 
