@@ -7,7 +7,7 @@ does not implement raises and is named, because a model that runs with a setting
 
 from jaxtp.config.families import FAMILIES, Family
 from jaxtp.config.keys import DTYPES
-from jaxtp.config.model import ModelConfig
+from jaxtp.config.model import Kind, ModelConfig
 from jaxtp.config.rope import ROPE_TYPES, Rope
 
-__all__ = ["DTYPES", "FAMILIES", "ROPE_TYPES", "Family", "ModelConfig", "Rope"]
+__all__ = ["DTYPES", "FAMILIES", "ROPE_TYPES", "Family", "Kind", "ModelConfig", "Rope"]

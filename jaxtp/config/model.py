@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtp import files
 from jaxtp.checks import INT32, whole
@@ -19,6 +19,12 @@ _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     "max_position_embeddings",
 )
+
+
+class Kind(NamedTuple):
+    """What sets a layer apart from others: layers of one kind run the same program on weights of the same shapes."""
+
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each layer."""
+        return tuple(Kind(window=window) for window in self.windows)
 
     # -- lengths and sizes -----------------------------------------------------------------------------------------------------
 

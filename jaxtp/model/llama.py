@@ -391,7 +391,7 @@ def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple
 
     def kind(layer: int) -> Any:
         at = f"layers.{layer}."
-        return config.windows[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
+        return config.kinds[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
 
     for stack in stacks or tuple((i,) for i in range(config.num_layers)):
         first, *others = [layer for layer in stack if layer is not None] or [0]  # a place that is empty on every rank
@@ -399,6 +399,6 @@ def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple
         if different:
             raise ValueError(
                 f"the layers {first} and {different[0]} would stand in the same place of their stages, but differ in their "
-                "attention window or layout; a stage must hold a whole number of the pattern that the layers repeat"
+                "kind or layout; a stage must hold a whole number of the pattern that the layers repeat"
             )
         yield first, stack if stacks else ()

@@ -9,10 +9,9 @@ L layers; else as in `llama`.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtp.config import Kind
 from jaxtp.model.layers import Step
 from jaxtp.model.llama import Llama
 from jaxtp.sharding import on_each_device, variables
@@ -60,6 +60,14 @@ class Spec:
     kv: int = 0
 
 
+class _Graph(NamedTuple):
+    """A block without its weights: what they are called, and how to put it together."""
+
+    definition: Any
+    tree: Any
+    names: tuple[str, ...]
+
+
 class Stacked:
     """A Llama's forward pass over stacked parameters. It holds no arrays: parameters are an argument."""
 
@@ -68,9 +76,11 @@ class Stacked:
         if model.quantization:
             raise ValueError(f"quantization={model.quantization!r} is for generation; a model to train keeps its dtype")
         self.model, self.config, self.layout = model, model.config, model.layout
-        blocks = [nnx.split(block) for block in model.layers]
-        self._blocks = [graph for graph, _ in blocks]
-        self._weights, self._tree = _named(blocks[0][1])
+        self._blocks: dict[Kind, _Graph] = {}
+        for kind, block in zip(self.config.kinds, model.layers, strict=False):
+            definition, state = nnx.split(block)
+            names, tree = _named(state)
+            self._blocks.setdefault(kind, _Graph(definition, tree, tuple(BLOCK + name for name in names)))
         whole, state = nnx.split(model)
         self._whole = whole
         self._paths, self._all = _named(state)
@@ -83,7 +93,8 @@ class Stacked:
             dims = weight.get_metadata()["dims"]
             name, layer = generic(path)
             if layer is not None:
-                shape, dims = (self.config.num_layers, *shape), ("layers", *dims)
+                layers = found[name].shape[0] + 1 if name in found else 1
+                shape, dims = (layers, *shape), ("layers", *dims)
                 spec = PartitionSpec(None, *spec)
             found[name] = Spec(shape, dims, spec, kv=2 if "fused" in dims else 0)
         return found
@@ -106,7 +117,7 @@ class Stacked:
 
         def run(x: jax.Array, step: Step) -> jax.Array:
             stacks = {path: weight for path, weight in params.items() if path.startswith(BLOCK)}
-            return self.blocks(stacks, x, step, windows=self.config.windows, remat=remat, bring=bring)
+            return self.blocks(stacks, x, step, kinds=self.config.kinds, remat=remat, bring=bring)
 
         return self.whole(params).hidden(tokens, positions, segment_ids, run=run)[0]
 
@@ -116,30 +127,46 @@ class Stacked:
         x: jax.Array,
         step: Step,
         *,
-        windows: tuple[int | None, ...],
+        kinds: Sequence[Kind],
         filled: jax.Array | None = None,
         remat: str = "none",
         bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
     ) -> jax.Array:
-        """x [B, T, D] through some blocks one after another, whose weights are `stacks` [n, ...] and whose attention windows
-        are `windows`. filled [n] bool: leaves x as it is where there is no block.
+        """x [B, T, D] through blocks of these kinds, one after another. stacks: their weights, each [n, ...] of those n blocks
+        that have it. filled [blocks] bool: leaves x as it is where there is no block.
         """
-        for window, first, last in _alike(windows):
-            graph = self._blocks[self.config.windows.index(window)]
 
-            def body(x: jax.Array, part: tuple[Params, jax.Array | None], graph: Any = graph) -> tuple[jax.Array, None]:
-                ready, here = bring(part[0]), part[1]
-                block = nnx.merge(graph, jax.tree.unflatten(self._tree, [ready[BLOCK + name] for name in self._weights]))
-                y = block(x, step, None)[0]
-                return (y if here is None else jnp.where(here, y, x)), None
+        def run(kind: Kind, x: jax.Array, weights: Params, here: jax.Array | None) -> jax.Array:
+            graph, ready = self._blocks[kind], bring(weights)
+            block = nnx.merge(graph.definition, jax.tree.unflatten(graph.tree, [ready[name] for name in graph.names]))
+            y = block(x, step, None)[0]
+            return y if here is None else jnp.where(here, y, x)
 
-            if remat != "none":
-                body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan has no common parts
-            part, here = (stacks, filled), slice(first, last)
-            x, _ = jax.lax.scan(
-                body, x, part if last - first == len(windows) else jax.tree.map(operator.itemgetter(here), part)
-            )
+        if remat != "none":  # a scan has no common parts
+            run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False, static_argnums=0)
+        first = 0
+        for pattern, times in repeats(kinds):
+            last = first + len(pattern) * times
+            # of each stack, the blocks of the pattern that have it, and its rows here
+            of = {path: [i for i, kind in enumerate(pattern) if self._has(kind, path)] for path in stacks}
+            before = {path: sum(self._has(kind, path) for kind in kinds[:first]) for path in stacks}
+            part = {path: _rows(w, before[path], len(of[path]), times) for path, w in stacks.items() if of[path]}
+            here = None if filled is None else _rows(filled, first, len(pattern), times)
+
+            def body(x: jax.Array, part: Any, pattern: Any = pattern, of: Any = of) -> tuple[jax.Array, None]:
+                rows, here = part
+                for i, kind in enumerate(pattern):
+                    mine = {path: _row(w, of[path].index(i), len(of[path])) for path, w in rows.items() if i in of[path]}
+                    x = run(kind, x, mine, None if here is None else _row(here, i, len(pattern)))
+                return x, None
+
+            x, _ = jax.lax.scan(body, x, (part, here))
+            first = last
         return x
+
+    def _has(self, kind: Kind, path: str) -> bool:
+        """Whether blocks of that kind have the parameter, or the kernel that it stands beside."""
+        return any(path == name or path.startswith(f"{name}.") for name in self._blocks[kind].names)
 
     def whole(self, params: Params) -> Llama:
         """The model around the stack, for what is not in the blocks: those have no weights of their own."""
@@ -190,7 +217,7 @@ class Stacked:
             elif name not in each:
                 split = jax.jit(lambda w: [layer.astype(dtype) for layer in w], out_shardings=weight.get_value().sharding)
                 each[name] = split(params[name])
-            weight.set_value(each[name][layer])
+            weight.set_value(each[name].pop(0))  # layers come in order
         return model
 
 
@@ -206,13 +233,30 @@ def _split(stack: jax.Array, n: int) -> list[jax.Array]:
     return on_each_device(lambda layers: jnp.split(layers, n), (stack,), lambda stack: [stack] * n)
 
 
-def _alike(windows: tuple[int | None, ...]) -> Iterator[tuple[int | None, int, int]]:
-    """Runs of layers that compute alike: (window, first, last + 1)."""
+def repeats(kinds: Sequence[Any], most: int = 8) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """A sequence as patterns of at most so many, each with the times that it stands there one behind another."""
     first = 0
-    for i in range(1, len(windows) + 1):
-        if i == len(windows) or windows[i] != windows[first]:
-            yield windows[first], first, i
-            first = i
+    while first < len(kinds):
+        best: tuple[int, int] = 1, 1
+        for size in range(1, most + 1):
+            pattern, times = kinds[first : first + size], 1
+            while kinds[first + size * times :][:size] == pattern:
+                times += 1
+            if times > 1 and size * times > best[0] * best[1]:
+                best = size, times
+        size, times = best
+        yield tuple(kinds[first : first + size]), times
+        first += size * times
+
+
+def _rows(stack: jax.Array, first: int, each: int, times: int) -> jax.Array:
+    """Of [n, ...] the rows from `first` on that are `each` a time: [times, each, ...], or [times, ...] of one."""
+    rows = stack if each * times == len(stack) else stack[first : first + each * times]
+    return rows if each == 1 else rows.reshape(times, each, *stack.shape[1:])
+
+
+def _row(rows: jax.Array, i: int, each: int) -> jax.Array:
+    return rows if each == 1 else rows[i]
 
 
 def generic(path: str) -> tuple[str, int | None]:

@@ -242,7 +242,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     check_length(config, task)
     if isinstance(task, Training):
         check_zero(config, zero=split.zero, dp=split.dp, pp=split.pp)
-    stages.alike(config.windows)
+    stages.alike(config.kinds)
 
 
 def lengths(most: int, prompt_len: int | None = None, output_len: int | None = None) -> tuple[int, int]:

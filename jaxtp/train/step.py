@@ -308,14 +308,14 @@ class Trainer:
                 region=mapped,
             )
         )
-        windows = stages.alike(stacked.config.windows)
+        kinds = stages.alike(stacked.config.kinds)
 
         def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> jax.Array:
             return inner.blocks(
                 weights,
                 x,
                 inner.model.step(*needed),
-                windows=windows,
+                kinds=kinds,
                 filled=None if stages.even else filled,
                 remat=self.remat,
                 bring=self.adapters.beside if self.adapters else lambda layer: layer,
