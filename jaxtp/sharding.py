@@ -1,9 +1,10 @@
 """Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
 
 Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim,
-                      query_heads (all their channels, cut between KV heads), mlp, gate_up
+                      query_heads (all their channels, cut between KV heads), mlp, gate_up, experts, expert_mlp, routes (experts
+                      as a router scores them)
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
-                      cache), hidden (inside the MLP), logits, cached
+                      cache), hidden (inside the MLP), logits, cached, routed (the batch where experts see it)
 
 Tensor parallelism, sequence parallelism and pipelines are different tables, not different models.
 """
@@ -14,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,13 @@ DEFAULT: Axes = (
     ("gate_up", None),
     ("head_dim", None),
     ("layers", None),
+    ("experts", "ep"),
+    ("expert_mlp", "tp"),
+    ("routes", None),
+    ("routed", "dp"),
 )
+# How a layer's experts are cut over tp: whole experts, or each one's width; auto: whole where their number allows it.
+ExpertLayout = Literal["auto", "whole", "width"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,28 @@ class Rules:
     def pipeline_parallel(self) -> Rules:
         """Layers in stages over pp, and a vocabulary that pp and tp hold together."""
         return self.using(layers="pp", vocab=("pp", "tp"), logits=("pp", "tp"))
+
+    def expert_parallel(self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto") -> Rules:
+        """Experts over ep, which shards the batch as well, and over tp as `layout` says. Raises ValueError where ep is of no use,
+        or they cannot be cut so.
+        """
+        experts = config.experts
+        if experts is None:
+            if ep > 1:
+                raise ValueError(f"ep={ep} is for experts, of which a {config.model_type} of this config has none; use dp or tp")
+            return self
+        if experts.count % ep:
+            legal = ", ".join(str(n) for n in range(1, experts.count + 1) if experts.count % n == 0)
+            raise ValueError(f"ep={ep} does not divide the {experts.count} experts; legal ep for this model: {legal}")
+        fits = {"whole": experts.count % (ep * tp) == 0, "width": experts.width % tp == 0}
+        chosen = layout if layout != "auto" else "whole" if fits["whole"] else "width"
+        if chosen not in fits:
+            raise ValueError(f"expert_layout={layout!r} is none of {', '.join(get_args(ExpertLayout))}")
+        if not fits[chosen]:
+            what = f"the {experts.count} experts by ep·tp={ep * tp}" if chosen == "whole" else f"their width {experts.width} by tp={tp}"
+            raise ValueError(f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes")
+        rules = self.using(batch=("dp", "ep")) if ep > 1 else self
+        return rules.using(experts=("ep", "tp"), expert_mlp=None) if chosen == "whole" else rules
 
     def axis(self, dim: str, path: str = "") -> Axis:
         """The mesh axis of `dim` in the module at `path`."""
@@ -177,15 +206,60 @@ def zeros(tree: Any) -> Any:
     return jax.tree.map(array, tree)
 
 
-Region = Callable[[Callable[..., Any], tuple[Any, ...], Callable[..., Any]], Any]
+Region = Callable[..., Any]
 
 
-def on_each_device(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any]) -> Any:
+def on_each_device(
+    function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], *, over: tuple[str, ...] = ()
+) -> Any:
     """`function` of each device's own parts of `args`: a region without communication. like(*args): of what returns, arrays
-    among `args` that are laid out so.
+    among `args` that are laid out so. over: mesh axes over which what returns is a share of a sum; the gradients of what is
+    whole over them then must be shares as well, which is to say that these `args` are `reduced` there.
     """
     mesh = next(jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
-    return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)))(*args)
+    alone = tuple(axis for axis in over if mesh.shape[axis] == 1)  # a share there is the sum
+    shared = tuple(axis for axis in over if axis not in alone)
+    out = jax.tree.map(lambda spec: PartitionSpec(*spec.partitions, unreduced={*shared}), specs_of(like(*args)))
+
+    def own(*args: Any) -> Any:
+        # from here on each device's arrays are its own, for gradients too
+        kinds = [jax.typeof(a).mat for a in jax.tree.leaves(args)]
+        axes = set(over).union(*(kind.varying | kind.reduced for kind in kinds))
+
+        def mine(a: jax.Array) -> jax.Array:
+            a = jax.lax.pcast(a, tuple(jax.typeof(a).mat.reduced), to="varying")
+            return jax.lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying")
+
+        return jax.lax.pcast(jax.lax.psum(function(*jax.tree.map(mine, args)), alone), shared, to="unreduced")
+
+    return jax.shard_map(own if over else function, mesh=mesh, in_specs=specs_of(args), out_specs=out)(*args)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """x, whose type says `reduced` (its gradient is a sum of shares), for what every device computes alike: as a share of the
+    gradient the first device's counts.
+    """
+    spec = spec_of(x)
+    over = tuple(spec.reduced)
+    if not over:
+        return x
+    mesh, plain = jax.typeof(x).sharding.mesh, PartitionSpec(*spec.partitions)
+
+    def locally(function: Callable[[jax.Array], jax.Array], x: jax.Array, out: PartitionSpec) -> jax.Array:
+        return jax.shard_map(function, mesh=mesh, in_specs=spec_of(x), out_specs=out, check_vma=False)(x)
+
+    @jax.custom_vjp
+    def run(x: jax.Array) -> jax.Array:
+        return locally(lambda x: x, x, plain)
+
+    def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+        def first(g: jax.Array) -> jax.Array:
+            return jnp.where(jax.lax.axis_index(over) == 0, g, jnp.zeros((), g.dtype))
+
+        return (locally(first, grad, PartitionSpec(*spec.partitions, unreduced=set(over))),)
+
+    run.defvjp(lambda x: (run(x), None), backward)
+    return run(x)
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -204,9 +278,15 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def spec_of(a: jax.Array) -> PartitionSpec:
-    """The layout that its type says."""
-    return jax.typeof(a).sharding.spec
+def spec_of(a: jax.Array | PartitionSpec) -> PartitionSpec:
+    """The layout that its type says; of a layout itself."""
+    return a if isinstance(a, PartitionSpec) else jax.typeof(a).sharding.spec
+
+
+def dual(a: jax.Array) -> PartitionSpec:
+    """The layout of its gradient: shares of a sum where its type says `reduced`, and the other way round."""
+    spec = spec_of(a)
+    return PartitionSpec(*spec.partitions, unreduced=spec.reduced, reduced=spec.unreduced)
 
 
 def specs_of(tree: Any) -> Any:

@@ -48,6 +48,12 @@ class Part:
 
     def read(self, out: np.ndarray, index: Index, ours: Sequence[int], get: Callable[[Index], np.ndarray]) -> None:
         """Fills this part of `out`, the block `index` of our weight; `get` reads a block of the tensor."""
+        select = self.select
+        if select and isinstance(select[0], int):
+            begin, end, _ = index[0].indices(ours[0])
+            if not begin <= select[0] < end:
+                return  # an expert of other devices
+            select = (select[0] - begin, *select[1:])
         dims, kept = self._dims(ours), self._kept(len(ours))
         # a dim of which this part is a slice (fused) is never sharded: the block spans the whole part
         whole = [i < len(self.select) and self.select[i] != slice(None) for i in kept]
@@ -59,7 +65,7 @@ class Part:
         if len(dims) > self.rows:
             inner_columns = math.prod(dims[self.rows + 1 :])
             where.append(slice(bounds[self.rows][0] * inner_columns, bounds[self.rows][1] * inner_columns))
-        target = out[self.select] if self.select else out
+        target = out[select] if select else out
         if where[0].start == where[0].stop:  # a share of padding alone
             target[...] = 0
             return
@@ -105,16 +111,18 @@ def made_of(config: ModelConfig, path: str, weight: nnx.Variable) -> tuple[tuple
 def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, ...]:
     """The tensors that make up our weight at `path` (e.g. "layers.3.attention.qkv") of the given shape."""
     layer = re.search(r"\.(\d+)\.", path)
-    row = TABLE[re.sub(r"\.\d+\.", ".*.", path, count=1)]
-    return tuple(tensor.part(config, shape, layer[1] if layer else "") for tensor in row)
+    generic = re.sub(r"\.\d+\.", ".*.", path, count=1)
+    row = BY_FAMILY.get(config.model_type, {}).get(generic) or TABLE[generic]
+    return tuple(part for tensor in row for part in tensor.parts(config, shape, layer[1] if layer else ""))
 
 
 @dataclass(frozen=True)
 class Tensor:
     """What the table says of one tensor in one of our weights; `Part` is the same for a model and a layer.
 
-    name: "*" is the layer. select: where it lies in ours, counted from the end where negative. rows: of `Part`. per_kv_head:
-    its rows are KV heads', of which ours may hold copies. vocab: its rows are the vocabulary, which ours may pad.
+    name: "*" is the layer, "#" an expert: there is one for each entry of our first dim. select: where it lies in ours, counted
+    from the end where negative. rows: of `Part`. per_kv_head: its rows are KV heads', of which ours may hold copies. vocab: its
+    rows are the vocabulary, which ours may pad.
     """
 
     name: str
@@ -123,11 +131,17 @@ class Tensor:
     per_kv_head: bool = False
     vocab: bool = False
 
-    def part(self, config: ModelConfig, ours: Sequence[int], layer: str) -> Part:
-        """It in a weight of that shape."""
+    def parts(self, config: ModelConfig, ours: Sequence[int], layer: str) -> list[Part]:
+        """It in a weight of that shape, or all of them."""
+        if "#" not in self.name:
+            return [self._part(config, ours, self.name.replace("*", layer), self.select)]
+        names = [self.name.replace("*", layer).replace("#", str(expert)) for expert in range(ours[0])]
+        return [self._part(config, ours, name, (expert, *self.select[1:])) for expert, name in enumerate(names)]
+
+    def _part(self, config: ModelConfig, ours: Sequence[int], name: str, select: tuple[int | slice, ...]) -> Part:
         return Part(
-            self.name.replace("*", layer),
-            select=tuple(_from_start(pick, n) for pick, n in zip(self.select, ours, strict=False)),
+            name,
+            select=tuple(_from_start(pick, n) for pick, n in zip(select, ours, strict=False)),
             rows=self.rows,
             repeat=ours[0] // config.num_kv_heads if self.per_kv_head else 1,
             size=config.vocab_size if self.vocab else None,
@@ -156,6 +170,18 @@ def _fused(kind: str) -> dict[str, tuple[Tensor, ...]]:
     }
 
 
+def _experts(block: str, gate: str, up: str, down: str) -> dict[str, tuple[Tensor, ...]]:
+    """The rows of a router and its experts."""
+    return {
+        "layers.*.moe.router": (Tensor(f"{block}.gate.weight"),),
+        "layers.*.moe.gate_up": (
+            Tensor(f"{block}.experts.#.{gate}.weight", (_ALL, _ALL, 0)),
+            Tensor(f"{block}.experts.#.{up}.weight", (_ALL, _ALL, 1)),
+        ),
+        "layers.*.moe.down": (Tensor(f"{block}.experts.#.{down}.weight", (_ALL,)),),
+    }
+
+
 _ALL = slice(None)
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLE: dict[str, tuple[Tensor, ...]] = {
@@ -170,6 +196,15 @@ TABLE: dict[str, tuple[Tensor, ...]] = {
     "layers.*.attention.k_norm.weight": (Tensor("model.layers.*.self_attn.k_norm.weight"),),
     "layers.*.mlp.down": (Tensor("model.layers.*.mlp.down_proj.weight"),),
     "layers.*.mlp.down_bias": (Tensor("model.layers.*.mlp.down_proj.bias"),),
+    **_experts("model.layers.*.mlp", "gate_proj", "up_proj", "down_proj"),
+    "layers.*.moe.shared.gate_up": (
+        Tensor("model.layers.*.mlp.shared_expert.gate_proj.weight", (_ALL, 0)),
+        Tensor("model.layers.*.mlp.shared_expert.up_proj.weight", (_ALL, 1)),
+    ),
+    "layers.*.moe.shared.down": (Tensor("model.layers.*.mlp.shared_expert.down_proj.weight"),),
+    "layers.*.moe.shared_gate": (Tensor("model.layers.*.mlp.shared_expert_gate.weight"),),
     "layers.*.attention_norm.weight": (Tensor("model.layers.*.input_layernorm.weight"),),
     "layers.*.mlp_norm.weight": (Tensor("model.layers.*.post_attention_layernorm.weight"),),
 }
+# where a family spells it otherwise
+BY_FAMILY = {"mixtral": _experts("model.layers.*.block_sparse_moe", "w1", "w3", "w2")}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtp.config.experts import ExpertKeys
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,6 +21,7 @@ class Family:
     qk_norm: bool = False
     windowed: bool = False  # `sliding_window` holds for every layer
     window_switch: bool = False  # `use_sliding_window`, `max_window_layers`, `layer_types` choose the layers
+    experts: ExpertKeys | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +46,50 @@ FAMILIES = {
         qk_norm=True,
         window_switch=True,
         defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        qkv_bias=False,
+        o_bias=False,
+        windowed=True,
+        experts=ExpertKeys("num_local_experts", "intermediate_size", renormalize=True, layers=False),
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        qkv_bias=True,
+        o_bias=False,
+        window_switch=True,
+        experts=ExpertKeys(shared=True),
+        defaults={
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        qk_norm=True,
+        window_switch=True,
+        experts=ExpertKeys(),
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
     ),
 }
 

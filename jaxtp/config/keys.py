@@ -34,6 +34,8 @@ HARMLESS = frozenset(
         "attention_bias mlp_bias "
         # of layers' windows, where a family has none or the same in every layer
         "max_window_layers "
+        # of experts: what a forward pass gives back
+        "output_router_logits "
         # defaults of generation, which old configs carry whole
         "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups "
         "diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
@@ -55,6 +57,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False, None),
     "use_bidirectional_attention": (False, None),
     "logit_scale": (1, None),
+    "router_jitter_noise": (0, None),
+    "clip_qkv": (None,),
 }
 # Of `rope_scaling`, beside what `rope.KINDS` names: who trained with it.
 ROPE_HARMLESS = ("finetuned",)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtp import files
 from jaxtp.checks import INT32, whole
+from jaxtp.config.experts import Experts
 from jaxtp.config.families import FAMILIES
 from jaxtp.config.keys import DTYPE_NAMES, DTYPES
 from jaxtp.config.reader import read
@@ -25,6 +26,7 @@ class Kind(NamedTuple):
     """What sets a layer apart from others: layers of one kind run the same program on weights of the same shapes."""
 
     window: int | None = None
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ModelConfig:
     """The shape and mathematics of one model. Sizes are counts; `rms_norm_eps` has no unit.
 
     `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
-    None for full attention. `dtype` is the checkpoint's, None where it does not say.
+    None for full attention. `sparse[i]` says whether layer i has `experts` in place of an MLP (default: all, where there are
+    any). `dtype` is the checkpoint's, None where it does not say.
     """
 
     model_type: str
@@ -52,6 +55,8 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    experts: Experts | None = None
+    sparse: tuple[bool, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
@@ -59,6 +64,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if not self.sparse:
+            object.__setattr__(self, "sparse", (self.experts is not None,) * self.num_layers)
         for name in _COUNTS:
             whole(name, getattr(self, name), least=1, most=INT32)
         for window in set(self.windows) - {None}:
@@ -72,13 +79,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-        if len(self.windows) != self.num_layers:
-            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        for name in ("windows", "sparse"):
+            if len(getattr(self, name)) != self.num_layers:
+                raise ValueError(f"{len(getattr(self, name))} {name} for {self.num_layers} layers")
+        if any(self.sparse) and not self.experts:
+            raise ValueError("sparse layers need experts")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer."""
-        return tuple(Kind(window=window) for window in self.windows)
+        return tuple(Kind(window=window, sparse=sparse) for window, sparse in zip(self.windows, self.sparse, strict=True))
 
     # -- lengths and sizes -----------------------------------------------------------------------------------------------------
 
@@ -113,11 +123,24 @@ class ModelConfig:
         """Number of weights, tied ones counted once."""
         d, h = self.hidden_size, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
-        layer = qkv * d + d * self.num_heads * h + 3 * self.intermediate_size * d + 2 * d
-        layer += qkv * self.qkv_bias + d * self.o_bias + (2 * self.intermediate_size + d) * self.mlp_bias
-        layer += 2 * h * self.qk_norm
+        layer = qkv * d + d * self.num_heads * h + 2 * d
+        layer += qkv * self.qkv_bias + d * self.o_bias + 2 * h * self.qk_norm
         tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + tables + d
+        return self.num_layers * layer + sum(map(self.mlp_params, self.sparse)) + tables + d
+
+    @property
+    def num_active_params(self) -> int:
+        """Of these, those that a token meets: of each layer's experts the chosen ones."""
+        experts = self.experts
+        idle = (experts.count - experts.per_token) * 3 * experts.width * self.hidden_size if experts else 0
+        return self.num_params - sum(self.sparse) * idle
+
+    def mlp_params(self, sparse: bool) -> int:
+        """Weights of a layer's MLP, or of its router and experts."""
+        d, experts = self.hidden_size, self.experts
+        if sparse and experts:
+            return d * (experts.count * (1 + 3 * experts.width) + (3 * experts.shared + 1) * (experts.shared > 0))
+        return 3 * self.intermediate_size * d + (2 * self.intermediate_size + d) * self.mlp_bias
 
     def legal_tp(self, limit: int | None = None) -> tuple[int, ...]:
         """Tensor-parallel sizes that this model can be split into (up to `limit`).
@@ -137,8 +160,12 @@ class ModelConfig:
             problems.append(f"{self.num_heads} query heads")
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
             problems.append(f"{self.num_kv_heads} KV heads (nor is it a multiple of them)")
-        if self.intermediate_size % tp:
+        if self.intermediate_size % tp and not all(self.sparse):
             problems.append(f"the MLP width {self.intermediate_size}")
+        if self.experts and self.experts.shared % tp:
+            problems.append(f"the shared MLP width {self.experts.shared}")
+        if self.experts and self.experts.count % tp and self.experts.width % tp:
+            problems.append(f"the {self.experts.count} experts (nor their MLP width {self.experts.width})")
         return tuple(problems)
 
     # -- Hugging Face ----------------------------------------------------------------------------------------------
@@ -187,10 +214,32 @@ class ModelConfig:
         window = next((w for w in self.windows if w), None)
         if family.windowed:
             out["sliding_window"] = window
+        if self.experts:
+            out |= self._experts_to_hf()
         if family.window_switch:
             out["use_sliding_window"] = window is not None
             out["sliding_window"] = window
             out["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.windows]
+        return out
+
+
+    def _experts_to_hf(self) -> dict[str, Any]:
+        experts, keys = self.experts, FAMILIES[self.model_type].experts
+        assert experts
+        assert keys
+        out: dict[str, Any] = {
+            keys.count: experts.count,
+            keys.width: experts.width,
+            "num_experts_per_tok": experts.per_token,
+            "router_aux_loss_coef": experts.balance,
+        }
+        if keys.renormalize is None:
+            out["norm_topk_prob"] = experts.renormalize
+        if keys.shared:
+            out["shared_expert_intermediate_size"] = experts.shared
+        if keys.layers:
+            out["decoder_sparse_step"] = 1
+            out["mlp_only_layers"] = [i for i, sparse in enumerate(self.sparse) if not sparse]
         return out
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtp.checks import INT32, number, whole
+from jaxtp.config.experts import ExpertKeys, Experts
 from jaxtp.config.families import FAMILIES, Family, family_of
 from jaxtp.config.keys import DTYPE_NAMES, DTYPES, FIXED, HARMLESS
 from jaxtp.config.rope import respelled, rope_of
@@ -24,6 +25,12 @@ def read(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
         if value is not None:
             found[key] = value
     model_type = family_of(found.get("model_type"), found.get("architectures"))
+    experts = FAMILIES[model_type].experts
+    if experts:
+        other = {"num_experts", "num_local_experts"}.difference((experts.count,)).pop()  # transformers writes either
+        said = found.pop(other, None)
+        if said is not None and found.setdefault(experts.count, said) != said:
+            raise ValueError(f"{experts.count}={found[experts.count]!r} and {other}={said!r}: which?")
     return _Reader({**FAMILIES[model_type].defaults, **found}).arguments(model_type)
 
 
@@ -38,11 +45,17 @@ class _Reader:
         heads, hidden, layers = (self.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
         bias = self.flag("attention_bias") if family.qkv_bias is None else False
         max_position = self.whole("max_position_embeddings", 2048)
+        experts, sparse, width = None, (), None
+        if family.experts:
+            experts, sparse = self.experts(family.experts), self.sparse(family.experts, layers)
+            width = experts.width
         made = {
             "model_type": model_type,
             "vocab_size": self.whole("vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": self.whole("intermediate_size"),
+            "intermediate_size": self.whole("intermediate_size", width),
+            "experts": experts,
+            "sparse": sparse,
             "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": self.whole("num_key_value_heads", heads),
@@ -65,6 +78,9 @@ class _Reader:
             "eos_token_ids": token_ids("eos_token_id", self.raw.get("eos_token_id")),
             "dtype": self.dtype(),
         }
+        said = self.take("qkv_bias")
+        if said not in (None, made["qkv_bias"]):
+            raise ValueError(f"qkv_bias={said!r} is not supported for this model_type; supported: {made['qkv_bias']}")
         self.refuse_the_rest()
         return made
 
@@ -105,6 +121,30 @@ class _Reader:
         if not isinstance(value, str) or value not in DTYPE_NAMES:
             raise ValueError(f"dtype {value!r} is not supported; supported: {DTYPES}")
         return DTYPE_NAMES[value]
+
+    # -- experts -------------------------------------------------------------------------------------------------------
+
+    def experts(self, keys: ExpertKeys) -> Experts:
+        """Those of the sparse layers."""
+        renormalize = self.flag("norm_topk_prob") if keys.renormalize is None else keys.renormalize
+        return Experts(
+            count=self.whole(keys.count),
+            per_token=self.whole("num_experts_per_tok"),
+            # where experts are as wide as a dense layer would be, that is read once more below
+            width=count(keys.width, self.raw.get(keys.width)) if keys.width == "intermediate_size" else self.whole(keys.width),
+            renormalize=renormalize,
+            shared=self.whole("shared_expert_intermediate_size") if keys.shared else 0,
+            balance=self.number("router_aux_loss_coef", 0.001),
+        )
+
+    def sparse(self, keys: ExpertKeys, layers: int) -> tuple[bool, ...]:
+        """Which layers have experts, as transformers chooses them."""
+        if not keys.layers:
+            return (True,) * layers
+        step, dense = count("decoder_sparse_step", self.take("decoder_sparse_step", 1)), self.take("mlp_only_layers", [])
+        if not isinstance(dense, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
+            raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers' numbers")
+        return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
     # -- several -------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,6 @@ from jaxtp.ops.rope import rotate
 from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import Layout, Region, beside
 
-FEW_TOKENS = 256  # of a step whose time is that of reading the weights
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Step:
     """What every layer needs to know of the tokens at hand.
 
     cos, sin [B, T, H/2] float32; positions [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it
-    the tokens go and what they see.
+    the tokens go and what they see. counted [B, T] float32: which tokens count in what is told of routers, default all.
     """
 
     cos: jax.Array
@@ -40,6 +38,7 @@ class Step:
     positions: jax.Array
     segment_ids: jax.Array | None = None
     lanes: Lanes | None = None
+    counted: jax.Array | None = None
 
 
 class Norm(nnx.Module):
@@ -125,10 +124,10 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]."""
+    """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]. width: F, default the config's."""
 
-    def __init__(self, config: ModelConfig, *, layout: Layout) -> None:
-        D, F = config.hidden_size, config.intermediate_size
+    def __init__(self, config: ModelConfig, *, layout: Layout, width: int | None = None) -> None:
+        D, F = config.hidden_size, width or config.intermediate_size
         self.gate_up = layout.param("gate_up", mlp=F, gate_up=2, embed=D)
         self.down = layout.param("down", embed=D, mlp=F)
         self.gate_up_bias = layout.param("gate_up", mlp=F, gate_up=2) if config.mlp_bias else None
@@ -145,35 +144,6 @@ class Mlp(nnx.Module):
         residual = self.layout.at("down").sharding("batch", residual_dim(y.shape[1], self.layout), None)
         z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)
-
-
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None, region: Region) -> None:
-        eps, D = config.rms_norm_eps, config.hidden_size
-        self.attention_norm = Norm(D, eps=eps, layout=layout.at("attention_norm"))
-        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region)
-        self.mlp_norm = Norm(D, eps=eps, layout=layout.at("mlp_norm"))
-        self.mlp = Mlp(config, layout=layout.at("mlp"))
-        self.layout = layout
-
-    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D] in the residual stream's layout, both ways."""
-        with jax.named_scope("attention"):  # what a profile tells apart
-            y, cache = self.attention(self.attention_norm(x), step, cache)
-            x = _settled(x + y, step)
-        with jax.named_scope("mlp"):
-            return _settled(x + self.mlp(self.mlp_norm(x)), step), cache
-
-
-def _settled(x: jax.Array, step: Step) -> jax.Array:
-    """The residual stream, computed here: XLA:GPU would keep the outputs of several layers and add them up at every norm.
-
-    For the few tokens of a step of generation that is the faster way (fewer kernels, little to read).
-    """
-    few = step.lanes is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS
-    return x if few else jax.lax.optimization_barrier(x)
 
 
 def kv_heads_held(config: ModelConfig, layout: Layout) -> int:

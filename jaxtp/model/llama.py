@@ -25,12 +25,14 @@ from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.cache import Cache, Lanes, LayerCache
-from jaxtp.model.layers import Block, Norm, Step, kv_heads_held, residual_dim
+from jaxtp.model.block import Block
+from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
+from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.quantized import Quantization, check_quantization, quantize
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import Layout, Region, Rules, check_layout, layers_of, names, on_each_device, variables
+from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, layers_of, names, on_each_device, variables
 from jaxtp.tp_plan import rules_from_plan
 
 KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
@@ -52,14 +54,18 @@ class Llama(nnx.Module):
         dtype: str = "float32",
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
+        products: Products | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
     ) -> None:
-        """region: how attention runs on each device's own part. stacks: for each block the layers that it is, one on each rank
+        """region: how attention and experts run on each device's own part. products: how experts multiply, default what
+        `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank
         of pp (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where
         the config cannot be laid out on the mesh by the rules.
         """
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
+        if products not in (None, *get_args(Products)):
+            raise ValueError(f"products={products!r} is none of {', '.join(get_args(Products))}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
         check_quantization(quantization, dtype)
@@ -67,17 +73,25 @@ class Llama(nnx.Module):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
-        split = {"dp", "tp", *names(rules.axis("layers"))}
+        split = {"dp", "tp", *names(rules.axis("layers")), *names(rules.axis("batch"))}
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
             raise ValueError(
-                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, and pp by LLM"
+                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, and ep "
+                "by the rules of a model that has experts (Rules.expert_parallel)"
             )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
         self.layers = nnx.List(
-            Block(config, layer, layout=replace(layout.at(f"layers.{layer}"), stack=stack), kernel=kernel, region=region)
+            Block(
+                config,
+                layer,
+                layout=replace(layout.at(f"layers.{layer}"), stack=stack),
+                kernel=kernel,
+                products=products,
+                region=region,
+            )
             for layer, stack in _blocks(config, rules, stacks)
         )
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
@@ -96,7 +110,9 @@ class Llama(nnx.Module):
         lora: str | Path | None = None,
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
+        expert_layout: ExpertLayout = "auto",
         kernel: Kernel | None = None,
+        products: Products | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
         progress: bool = True,
@@ -106,15 +122,18 @@ class Llama(nnx.Module):
         dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8" keeps layers'
         kernels in 8 bits (`ops.quantized.quantize`). lora: an adapter in PEFT's format (a folder or a hub id), merged into each
         weight in float32 as it is read. tp_plan: "auto", or globs of module names to transformers' styles (see
-        `tp_plan.rules_from_plan`).
+        `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp, "whole" ones or each one's "width" (default:
+        whole where ep·tp divides their number).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
         config = hf.config_of(folder, overrides=hf_overrides)
-        rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
-        check_layout(config, check_mesh(mesh).shape["tp"] if mesh else 1, rules)
+        rules, mesh = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel), mesh or make_mesh()
+        sizes = check_mesh(mesh).shape
+        rules = rules.expert_parallel(config, ep=sizes["ep"], tp=sizes["tp"], layout=expert_layout)
+        check_layout(config, sizes["tp"], rules)
         dtype = config.dtype_of(dtype)
-        made = cls(config, mesh=mesh or make_mesh(), rules=rules, dtype=dtype, quantization=quantization, kernel=kernel)
+        made = cls(config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, products=products)
         return made.load(folder, lora=lora, progress=progress)
 
     def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:
@@ -137,6 +156,7 @@ class Llama(nnx.Module):
         dtype: str = "float32",
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
+        products: Products | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
         seed: int = 0,
@@ -144,7 +164,15 @@ class Llama(nnx.Module):
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
         mesh = mesh or make_mesh()
         model = cls(
-            config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, region=region, stacks=stacks
+            config,
+            mesh=mesh,
+            rules=rules,
+            dtype=dtype,
+            quantization=quantization,
+            kernel=kernel,
+            products=products,
+            region=region,
+            stacks=stacks,
         )
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
@@ -258,7 +286,7 @@ class Llama(nnx.Module):
             return self.norm(run(x, step)), None
         layers: list[LayerCache | None] = []
         for i, block in enumerate(self.layers):
-            x, layer = block(x, step, None if cache is None else cache.layers[i])
+            x, layer, _ = block(x, step, None if cache is None else cache.layers[i])
             layers.append(layer)
         x = self.norm(x)
         return x, None if cache is None else Cache(tuple(layers))  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ class Stacked:
         def run(kind: Kind, x: jax.Array, weights: Params, here: jax.Array | None) -> jax.Array:
             graph, ready = self._blocks[kind], bring(weights)
             block = nnx.merge(graph.definition, jax.tree.unflatten(graph.tree, [ready[name] for name in graph.names]))
-            y = block(x, step, None)[0]
+            y, _, _ = block(x, step, None)
             return y if here is None else jnp.where(here, y, x)
 
         if remat != "none":  # a scan has no common parts

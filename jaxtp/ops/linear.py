@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
 from jaxtp.ops.quantized import InPlace, Quantized
-from jaxtp.sharding import beside, mesh_of, names, reshard, size, spec_of
+from jaxtp.sharding import beside, dual, mesh_of, names, reshard, size, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -138,9 +138,9 @@ def _product_backward(
     grad = grad.astype(weight.dtype)
     R = "BT"[: rows.ndim - 1]
     matrix = _matrix(weight)
-    to_rows = _einsum(f"{R}O,OI->{R}I", grad, matrix, _dual(rows), rows.dtype)
-    to_weight = _einsum(f"{R}O,{R}I->OI", grad, rows, _dual(matrix), weight.dtype)
-    return to_rows, to_weight.reshape(weight.shape, out_sharding=NamedSharding(jax.typeof(weight).sharding.mesh, _dual(weight)))
+    to_rows = _einsum(f"{R}O,OI->{R}I", grad, matrix, dual(rows), rows.dtype)
+    to_weight = _einsum(f"{R}O,{R}I->OI", grad, rows, dual(matrix), weight.dtype)
+    return to_rows, to_weight.reshape(weight.shape, out_sharding=NamedSharding(jax.typeof(weight).sharding.mesh, dual(weight)))
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -176,12 +176,6 @@ def _matrix(weight: jax.Array) -> jax.Array:
     spec, mesh = spec_of(weight), jax.typeof(weight).sharding.mesh
     flat = P(spec.partitions[0], spec.partitions[-1], reduced=spec.reduced)
     return weight.reshape(-1, weight.shape[-1], out_sharding=NamedSharding(mesh, flat))
-
-
-def _dual(x: jax.Array) -> P:
-    """The layout of x's gradient: shares of a sum where x says that it is `reduced`, and the other way round."""
-    spec = spec_of(x)
-    return P(*spec.partitions, unreduced=spec.reduced, reduced=spec.unreduced)
 
 
 def _flat(sharding: NamedSharding) -> NamedSharding:

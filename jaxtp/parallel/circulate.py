@@ -74,7 +74,7 @@ def tick(
     def stage(weights, filled, x, positions, lengths, lanes, layers):
         step, new = model.step(positions, None, lengths=lengths, lanes=lanes), []
         for (graph, _), state, here, layer in zip(blocks, weights, filled, layers, strict=True):
-            y, layer = nnx.merge(graph, state)(x, step, layer)
+            y, layer, _ = nnx.merge(graph, state)(x, step, layer)
             x = y if here is None else jnp.where(here, y, x)
             new.append(layer)
         return x, tuple(new)

@@ -15,16 +15,23 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
 
 from jaxtp.mesh import platform
-from jaxtp.sharding import spec_of, specs_of
+from jaxtp.sharding import dual, spec_of, specs_of
 
 NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
 
-def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], *, axes: int = 2) -> Any:
+def mapped(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    like: Callable[..., Any],
+    *,
+    over: tuple[str, ...] = (),
+    axes: int = 2,
+) -> Any:
     """`sharding.on_each_device` inside a stage, which is mapped over that many axes (dp and pp in training): their parts are
     each device's own as well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
 
-    The backward pass begins with the forward one; what is kept is `args`.
+    The backward pass begins with the forward one; what is kept is `args`. Gradients of what is `reduced` are shares of a sum.
     """
     leaves, tree = jax.tree.flatten(args)
     floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
@@ -38,19 +45,23 @@ def mapped(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[.
 
     @jax.custom_vjp
     def run(*leaves: jax.Array) -> Any:
-        return _own(function, jax.tree.unflatten(tree, leaves), like, axes)
+        return _own(function, jax.tree.unflatten(tree, leaves), lambda *args: _shares(like(*args), over), axes)
 
     def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
 
     def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
         of_floats = iter(
-            _own(back, (leaves, grads), lambda leaves, _: tuple(a for f, a in zip(floats, leaves, strict=True) if f), axes)
+            _own(back, (leaves, grads), lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f), axes)
         )
         return tuple(next(of_floats) if f else None for f in floats)
 
     run.defvjp(forward, backward)
     return run(*leaves)
+
+
+def _shares(like: Any, over: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda a: PartitionSpec(*spec_of(a).partitions, unreduced=set(over)), like) if over else like
 
 
 def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int) -> Any:

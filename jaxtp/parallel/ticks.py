@@ -22,7 +22,7 @@ from jaxtp.parallel.orders import Order, Orders
 from jaxtp.parallel.regions import after, locally, of_rank, shift
 from jaxtp.parallel.schedules import Kind, Schedule
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import spec_of, specs_of
+from jaxtp.sharding import dual, spec_of, specs_of
 
 Arrays = dict[str, jax.Array]
 
@@ -96,8 +96,8 @@ class Pass:
             forth=flow,
             back=flow,
             kept=zeros(kept, x.dtype, PartitionSpec(batch, "pp", None, None, tokens, None)),
-            tables={path: zeros(w.shape, jnp.dtype(jnp.float32), _dual(w)) for path, w in tables.items()},
-            stacks={path: zeros(w.shape, jnp.dtype(jnp.float32), _dual(w)) for path, w in stacks.items()},
+            tables={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in tables.items()},
+            stacks={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in stacks.items()},
             sums=jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding.spec), sums),
         )
 
@@ -211,7 +211,3 @@ def _apart(a: jax.Array) -> PartitionSpec:
     """The layout of `_picked` parts of an array [M, B, T]."""
     return PartitionSpec("dp", "pp", None, spec_of(a).partitions[2])
 
-
-def _dual(w: jax.Array) -> PartitionSpec:
-    """The layout of w's gradient."""
-    return PartitionSpec(*spec_of(w).partitions, unreduced=spec_of(w).reduced)

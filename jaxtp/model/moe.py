@@ -1,0 +1,83 @@
+"""Mixture of experts in place of an MLP.
+
+B batch, T tokens, D embed, E experts, k of them a token, F width of an expert, C = 2 (gate and up).
+
+Every token is on every device that holds experts it may go to: they are there already where experts are cut over tp, and an
+all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which one
+reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtp.config import ModelConfig
+from jaxtp.mesh import has_wgmma, platform
+from jaxtp.model.layers import Mlp, residual_dim
+from jaxtp.ops.experts import Products, choose_products, mix
+from jaxtp.ops.linear import linear
+from jaxtp.ops.router import Routing, route, watched
+from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
+
+
+class Moe(nnx.Module):
+    """A router [E, D], experts' kernels [E, F, 2, D] and [E, D, F], and in some families an MLP that every token sees."""
+
+    def __init__(self, config: ModelConfig, *, layout: Layout, region: Region, products: Products | None) -> None:
+        experts, D = config.experts, config.hidden_size
+        assert experts
+        E, F = experts.count, experts.width
+        self.router = layout.param("router", routes=E, embed=D)
+        self.gate_up = layout.param("gate_up", experts=E, expert_mlp=F, gate_up=2, embed=D)
+        self.down = layout.param("down", experts=E, embed=D, expert_mlp=F)
+        if experts.shared:
+            self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared)
+            self.shared_gate = layout.param("shared_gate", routes=1, embed=D)
+        self.experts, self.layout, self.region, self.products = experts, layout, region, products
+
+    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did. counted: see `watched`."""
+        layout, mesh, over = self.layout, self.layout.mesh, self._over
+        routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
+        everywhere = reshard(x, P(*routed.partitions, reduced={*over}), mesh)
+        seen = x if spec_of(x).partitions == routed.partitions else whole(everywhere)
+        with jax.named_scope("router"):
+            scores = layout.sharding("routed", "tokens", "routes")
+            logits = linear(seen, self.router[...], out=scores, dtype=jnp.float32)
+            chosen, weights = route(logits, self.experts)
+        with jax.named_scope("experts"):
+            y = self._mixed(everywhere, chosen, reshard(weights, P(*routed.partitions, reduced={*over}), mesh))
+            y = reshard(y, residual, mesh)
+        if self.experts.shared:
+            gate = linear(x, self.shared_gate[...], out=NamedSharding(mesh, residual), dtype=jnp.float32)
+            y = y + jax.nn.sigmoid(gate).astype(y.dtype) * self.shared(x)
+        return y, watched(logits, chosen, counted)
+
+    def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
+        axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.products
+        where, wgmma = platform(self.layout.mesh), has_wgmma(self.layout.mesh)
+
+        def local(x, chosen, weights, gate_up, down):
+            if axes:
+                chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
+            tokens = x.shape[0] * x.shape[1]
+            pairs = tokens * experts.per_token
+            products = choose_products(
+                platform=where, wgmma=wgmma, dtype=x.dtype, tokens=tokens, pairs=pairs, experts=experts.count, override=override
+            )
+            flat = (a.reshape(tokens, -1) for a in (x, chosen, weights))
+            return mix(*flat, gate_up, down, products=products).reshape(x.shape)
+
+        args = x, chosen, weights, self.gate_up[...], self.down[...]
+        return self.region(local, args, lambda x, *_: x, over=self._over)
+
+    @property
+    def _over(self) -> tuple[str, ...]:
+        """The axes over which experts or their widths are cut."""
+        rules, path = self.layout.rules, self.layout.path
+        return names(rules.axis("experts", path)) + names(rules.axis("expert_mlp", path))

@@ -1,0 +1,280 @@
+"""The products of a mixture of experts, on one device's own experts: each token goes through those that its router chose.
+
+N tokens, k chosen experts of each, P = N·k pairs of both; E experts that are here, D embed, F width of an expert. Kernels are
+gate_up [E, F, 2, D] and down [E, D, F]. Experts count from the first that is here: a pair whose number is below 0, or E and
+above, is another device's, and adds nothing.
+
+No function here communicates, and no token is dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxtp.ops.quantized import Quantized
+from jaxtp.ops.swiglu import gated
+
+# chosen: the experts of each pair, read where they stand (few tokens). every: all experts on all tokens, those not chosen with a
+# weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by expert, a block of them at a time. mosaic: the
+# same by JAX's Mosaic kernels, on Hopper and later. reference: the formula, in float32.
+Products = Literal["reference", "chosen", "every", "blocks", "mosaic"]
+Kernel = jax.Array | Quantized
+
+# GPUs: up to so many tokens a product's time is that of reading the weights
+FEW_TOKENS = 256
+
+
+def choose_products(
+    *, platform: str, wgmma: bool, dtype: jnp.dtype, tokens: int, pairs: int, experts: int, override: Products | None = None
+) -> Products:
+    """Which form `tokens` tokens take, of `pairs` pairs with `experts` experts in all. wgmma: as of `mesh.has_wgmma`."""
+    if override is not None:
+        return override
+    if platform == "gpu":
+        if pairs < experts:
+            return "chosen"
+        if tokens <= FEW_TOKENS:
+            return "every"
+        return "mosaic" if wgmma and jnp.dtype(dtype).itemsize == 2 else "blocks"
+    return "chosen" if pairs <= 2 * experts else "blocks"
+
+
+def mix(
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products
+) -> jax.Array:
+    """x [N, D], chosen and weights [N, k] -> [N, D]: the sum of each token's experts that are here, by weight."""
+    return FORMS[products](x, chosen, weights, gate_up, down)
+
+
+def _here(chosen: jax.Array, experts: int) -> jax.Array:
+    return (chosen >= 0) & (chosen < experts)
+
+
+def _scaled(y: jax.Array, kernel: Kernel, at: Any) -> jax.Array:
+    """A product with 8-bit values, by the scales of its channels."""
+    return (y.astype(jnp.float32) * kernel.scale[at]).astype(y.dtype) if isinstance(kernel, Quantized) else y
+
+
+def _values(kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
+    return kernel.values.astype(dtype) if isinstance(kernel, Quantized) else kernel
+
+
+# -- the formula -----------------------------------------------------------------------------------------------------------
+
+
+def _reference(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    f32 = jnp.float32
+    scaled = [k.values.astype(f32) * k.scale[..., None] if isinstance(k, Quantized) else k.astype(f32) for k in (gate_up, down)]
+    share = _shares(chosen, weights, len(scaled[0]))
+    hidden = gated(jnp.einsum("nd,efcd->nefc", x.astype(f32), scaled[0]))
+    return jnp.einsum("ne,nef,edf->nd", share, hidden, scaled[1]).astype(x.dtype)
+
+
+def _shares(chosen: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
+    """[N, E]: the weight of every expert for every token, 0 where it was not chosen."""
+    return jnp.where(chosen[..., None] == jnp.arange(experts), weights[..., None], 0.0).sum(axis=1)
+
+
+# -- all experts -----------------------------------------------------------------------------------------------------------
+
+
+def _every(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """Two plain matrix products; the second sums within an expert first, so that `down` is read as it lies."""
+    E, F, _, D = gate_up.shape
+    y = jnp.einsum("nd,od->no", x, _values(gate_up, x.dtype).reshape(-1, D), preferred_element_type=jnp.float32)
+    y = _scaled(y.reshape(-1, E, F, 2), gate_up, ...).astype(x.dtype)
+    hidden = gated(y) * _shares(chosen, weights, E)[..., None].astype(x.dtype)
+    z = jnp.einsum("nef,edf->end", hidden, _values(down, x.dtype), preferred_element_type=jnp.float32)
+    z = z * down.scale[:, None] if isinstance(down, Quantized) else z
+    return z.sum(axis=0).astype(x.dtype)
+
+
+# -- the experts of each pair ----------------------------------------------------------------------------------------------
+
+
+def _chosen(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """Products as sums, into which XLA:GPU takes the choice of the kernels: none is copied. Pairs that are elsewhere all look at
+    the same expert, which is read once.
+    """
+    f32, E = jnp.float32, gate_up.shape[0]
+    here = _here(chosen, E)
+    at = jnp.where(here, chosen, 0)
+    y = (_values(gate_up, x.dtype)[at].astype(f32) * x[:, None, None, None, :].astype(f32)).sum(axis=-1)
+    y = _scaled(y, gate_up, at).astype(x.dtype)
+    hidden = gated(y).astype(f32) * jnp.where(here, weights, 0.0)[..., None]
+    z = (_values(down, x.dtype)[at].astype(f32) * hidden.astype(x.dtype)[:, :, None, :].astype(f32)).sum(axis=-1)
+    return _scaled(z, down, at).sum(axis=1).astype(x.dtype)
+
+
+def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """The same on CPUs, a pair at a time."""
+    (N, k), (E, F, _, D) = chosen.shape, gate_up.shape
+    experts, share = chosen.reshape(-1), weights.reshape(-1)
+
+    def pair(i: jax.Array, out: jax.Array) -> jax.Array:
+        def add(out: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(x, i // k, 1)
+            z = _expert(row, experts[i], gate_up, down)[0].astype(jnp.float32) * share[i]
+            return out.at[i // k].add(z)
+
+        return jax.lax.cond(_here(experts[i], E), add, lambda out: out, out)
+
+    return jax.lax.fori_loop(0, N * k, pair, jnp.zeros((N, D), jnp.float32)).astype(x.dtype)
+
+
+def _expert(rows: jax.Array, expert: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """rows [R, D] through one expert: [R, D]."""
+    y = _product(rows, gate_up, expert)
+    return _product(gated(y.reshape(len(rows), -1, 2)), down, expert)
+
+
+def _product(rows: jax.Array, kernel: Kernel, expert: jax.Array) -> jax.Array:
+    """rows [R, I] times the expert's part of kernel [E, *O, I]: [R, O]. The part is a slice of rows of a matrix, which XLA reads in
+    place; XLA:CPU is quicker with it on the left.
+    """
+    E, I, dtype = kernel.shape[0], rows.shape[-1], rows.dtype
+    values = (kernel.values if isinstance(kernel, Quantized) else kernel).reshape(-1, I)
+    O = len(values) // E
+    mine = jax.lax.dynamic_slice(values, (expert * O, jnp.zeros_like(expert)), (O, I)).astype(dtype)
+    y = jnp.einsum("oi,ri->or", mine, rows, preferred_element_type=jnp.float32).T
+    if isinstance(kernel, Quantized):
+        y = y * jax.lax.dynamic_slice(kernel.scale.reshape(-1), (expert * O,), (O,))
+    return y.astype(dtype)
+
+
+# -- pairs sorted by expert ------------------------------------------------------------------------------------------------
+
+
+def _by_expert(
+    grouped: Callable[[jax.Array, Kernel, jax.Array], jax.Array],
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate_up: Kernel,
+    down: Kernel,
+) -> jax.Array:
+    """grouped(rows [R, I], kernel [E, *O, I], sizes [E]) -> [R, O]: rows of one expert after another, so many of each."""
+    (N, k), E = chosen.shape, gate_up.shape[0]
+    flat = jnp.where(_here(chosen, E), chosen, E).reshape(-1)
+    order = jnp.argsort(flat, stable=True)  # pairs that are elsewhere come last
+    place = jnp.argsort(order)
+    sizes = (flat[:, None] == jnp.arange(E)).sum(axis=0, dtype=jnp.int32)
+    held = N * min(k, E)  # no token has more experts here
+    order, here = order[:held], (jnp.arange(held) < sizes.sum())[:, None]
+
+    def only(z: jax.Array) -> jax.Array:
+        return jnp.where(here, z, jnp.zeros((), z.dtype))
+
+    y = only(grouped(_sorted(x, order, place, k), gate_up, sizes))
+    z = only(grouped(gated(y.reshape(held, -1, 2)), down, sizes))
+    z = _unsorted(z, order, place).reshape(N, k, -1).astype(jnp.float32)
+    return (z * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sorted(x: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
+    """The tokens of pairs in that order; backward a choice of rows as well, where a gather's own would add rows up one by one."""
+    return x[order // k]
+
+
+def _sorted_backward(k: int, kept: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
+    order, place = kept
+    return _unsorted(grad, order, place).reshape(-1, k, grad.shape[-1]).sum(axis=1), None, None
+
+
+_sorted.defvjp(lambda x, order, place, k: (_sorted(x, order, place, k), (order, place)), _sorted_backward)
+
+
+@jax.custom_vjp
+def _unsorted(z: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """Rows of pairs in that order -> of all pairs, 0 for those that are not among them."""
+    return jnp.where((place < len(z))[:, None], z[jnp.minimum(place, len(z) - 1)], jnp.zeros((), z.dtype))
+
+
+_unsorted.defvjp(lambda z, order, place: (_unsorted(z, order, place), order), lambda order, grad: (grad[order], None, None))
+
+
+# -- the grouped product in blocks of rows, and its gradients ----------------------------------------------------------------
+
+ROWS = 64  # of a block
+
+
+@jax.custom_vjp
+def _in_blocks(rows: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
+    """[R, O]. A block may reach into the next expert's rows, whose own blocks come later and write over it."""
+    O = int(kernel.values.size if isinstance(kernel, Quantized) else kernel.size) // kernel.shape[0] // rows.shape[-1]
+    return _over_blocks(_product, rows, kernel, sizes, O)
+
+
+def _in_blocks_backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    rows, kernel, sizes = kept
+    E, I = kernel.shape[0], rows.shape[-1]
+    matrix, padded = kernel.reshape(E, -1, I), [_padded(a) for a in (grad, rows)]
+
+    def to_rows(block: jax.Array, matrix: jax.Array, expert: jax.Array) -> jax.Array:
+        mine = jax.lax.dynamic_index_in_dim(matrix, expert, keepdims=False)
+        return jnp.einsum("ro,oi->ri", block, mine, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+    def to_kernel(total: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
+        mine, theirs = (_block(a, at) for a in padded)
+        mine = jnp.where(own[:, None], mine, jnp.zeros((), mine.dtype))
+        return total.at[expert].add(jnp.einsum("ro,ri->oi", mine, theirs, preferred_element_type=jnp.float32))
+
+    total = _each_block(to_kernel, sizes, _like(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
+    return _over_blocks(to_rows, grad, matrix, sizes, I), total.reshape(kernel.shape).astype(kernel.dtype), None
+
+
+_in_blocks.defvjp(lambda rows, kernel, sizes: (_in_blocks(rows, kernel, sizes), (rows, kernel, sizes)), _in_blocks_backward)
+
+
+def _over_blocks(
+    function: Callable[..., jax.Array], rows: jax.Array, kernel: Kernel, sizes: jax.Array, width: int
+) -> jax.Array:
+    """function(block [ROWS, I], kernel, expert) -> [ROWS, width], of every block: [R, width]."""
+    padded = _padded(rows)
+
+    def put(out: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(out, function(_block(padded, at), kernel, expert), (at, jnp.zeros_like(at)))
+
+    out = _each_block(put, sizes, _like(jnp.zeros((len(padded), width), rows.dtype), rows, kernel))
+    return out[: len(rows)]
+
+
+def _each_block(body: Callable[..., jax.Array], sizes: jax.Array, start: jax.Array) -> jax.Array:
+    """body(carry, first row, expert, own [ROWS]: which rows are the expert's) of every block, expert by expert."""
+    blocks = -(-sizes // ROWS)
+    ends, first = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
+
+    def step(i: jax.Array, carry: jax.Array) -> jax.Array:
+        expert = (ends <= i).sum(dtype=jnp.int32)
+        at = first[expert] + (i - (ends - blocks)[expert]) * ROWS
+        return body(carry, at, expert, at + jnp.arange(ROWS) < first[expert] + sizes[expert])
+
+    return jax.lax.fori_loop(jnp.int32(0), ends[-1].astype(jnp.int32), step, start)
+
+
+def _padded(rows: jax.Array) -> jax.Array:
+    return jnp.pad(rows, ((0, ROWS), (0, 0)))
+
+
+def _block(rows: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(rows, (at, jnp.zeros_like(at)), (ROWS, rows.shape[1]))
+
+
+def _like(a: jax.Array, *others: Any) -> jax.Array:
+    """A constant whose type says that it differs from device to device as others do, which a loop's carry must from its start."""
+    axes = set().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(others)))
+    return jax.lax.pcast(a, tuple(axes), to="varying")
+
+
+FORMS: dict[str, Callable[..., jax.Array]] = {
+    "reference": _reference,
+    "every": _every,
+    "chosen": _chosen,
+    "blocks": functools.partial(_by_expert, _in_blocks),
+}
