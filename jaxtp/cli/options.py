@@ -48,6 +48,8 @@ class Engine:
     """Stages that the layers are split into, one behind another."""
     data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
     """Groups of devices that share the batch."""
+    expert_parallel_size: Annotated[int, Alias(aliases=["-ep"])] = 1
+    """Groups of devices that hold different experts, and share the batch."""
     layers_per_stage: tuple[int, ...] | None = None
     """The sizes of the stages; default balanced."""
     plan: Literal["auto"] | None = None
@@ -82,6 +84,10 @@ class Engine:
     """Shard the residual stream over tokens."""
     kernel: Literal["reference", "xla", "cudnn"] | None = None
     """Attention kernel; default chosen by device and shapes."""
+    expert_layout: Literal["auto", "whole", "width"] = "auto"
+    """How experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
+    expert_kernel: Literal["reference", "chosen", "every", "blocks", "mosaic"] | None = None
+    """How experts multiply; default chosen by device and shapes."""
     tp_across_nodes: Flag = False
     """Let tensor parallelism go over the network."""
     hf_overrides: str | None = None

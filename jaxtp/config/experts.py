@@ -12,8 +12,8 @@ class Experts:
     """The experts of a sparse layer: of `count` MLPs of `width`, the `per_token` with the highest scores see a token.
 
     renormalize: the weights of those chosen add up to 1 (else they are what the softmax over all gives). shared: the width of
-    an MLP beside them that sees every token, weighted by a sigmoid of its own; 0: there is none. balance: the coefficient of the
-    load-balancing loss that the checkpoint was trained with.
+    an MLP beside them that sees every token, weighted by a sigmoid of its own; 0: there is none. dense: the layers that have an
+    MLP all the same. balance: the coefficient of the load-balancing loss that the checkpoint was trained with.
     """
 
     count: int
@@ -21,6 +21,7 @@ class Experts:
     width: int
     renormalize: bool = False
     shared: int = 0
+    dense: tuple[int, ...] = ()
     balance: float = 0.001
 
     def __post_init__(self) -> None:

@@ -34,8 +34,7 @@ class ModelConfig:
     """The shape and mathematics of one model. Sizes are counts; `rms_norm_eps` has no unit.
 
     `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
-    None for full attention. `sparse[i]` says whether layer i has `experts` in place of an MLP (default: all, where there are
-    any). `dtype` is the checkpoint's, None where it does not say.
+    None for full attention. `experts` stand in place of MLPs. `dtype` is the checkpoint's, None where it does not say.
     """
 
     model_type: str
@@ -56,7 +55,6 @@ class ModelConfig:
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
     experts: Experts | None = None
-    sparse: tuple[bool, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
@@ -64,8 +62,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
-        if not self.sparse:
-            object.__setattr__(self, "sparse", (self.experts is not None,) * self.num_layers)
         for name in _COUNTS:
             whole(name, getattr(self, name), least=1, most=INT32)
         for window in set(self.windows) - {None}:
@@ -79,16 +75,18 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-        for name in ("windows", "sparse"):
-            if len(getattr(self, name)) != self.num_layers:
-                raise ValueError(f"{len(getattr(self, name))} {name} for {self.num_layers} layers")
-        if any(self.sparse) and not self.experts:
-            raise ValueError("sparse layers need experts")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer."""
         return tuple(Kind(window=window, sparse=sparse) for window, sparse in zip(self.windows, self.sparse, strict=True))
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """Whether each layer has experts."""
+        return tuple(self.experts is not None and i not in self.experts.dense for i in range(self.num_layers))
 
     # -- lengths and sizes -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ class ModelConfig:
             out["shared_expert_intermediate_size"] = experts.shared
         if keys.layers:
             out["decoder_sparse_step"] = 1
-            out["mlp_only_layers"] = [i for i, sparse in enumerate(self.sparse) if not sparse]
+            out["mlp_only_layers"] = [*experts.dense]
         return out
 
 

@@ -45,17 +45,13 @@ class _Reader:
         heads, hidden, layers = (self.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
         bias = self.flag("attention_bias") if family.qkv_bias is None else False
         max_position = self.whole("max_position_embeddings", 2048)
-        experts, sparse, width = None, (), None
-        if family.experts:
-            experts, sparse = self.experts(family.experts), self.sparse(family.experts, layers)
-            width = experts.width
+        experts = self.experts(family.experts, layers) if family.experts else None
         made = {
             "model_type": model_type,
             "vocab_size": self.whole("vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": self.whole("intermediate_size", width),
+            "intermediate_size": self.whole("intermediate_size", experts and experts.width),
             "experts": experts,
-            "sparse": sparse,
             "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": self.whole("num_key_value_heads", heads),
@@ -124,7 +120,7 @@ class _Reader:
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    def experts(self, keys: ExpertKeys) -> Experts:
+    def experts(self, keys: ExpertKeys, layers: int) -> Experts:
         """Those of the sparse layers."""
         renormalize = self.flag("norm_topk_prob") if keys.renormalize is None else keys.renormalize
         return Experts(
@@ -134,17 +130,16 @@ class _Reader:
             width=count(keys.width, self.raw.get(keys.width)) if keys.width == "intermediate_size" else self.whole(keys.width),
             renormalize=renormalize,
             shared=self.whole("shared_expert_intermediate_size") if keys.shared else 0,
+            dense=self.dense(layers) if keys.layers else (),
             balance=self.number("router_aux_loss_coef", 0.001),
         )
 
-    def sparse(self, keys: ExpertKeys, layers: int) -> tuple[bool, ...]:
-        """Which layers have experts, as transformers chooses them."""
-        if not keys.layers:
-            return (True,) * layers
+    def dense(self, layers: int) -> tuple[int, ...]:
+        """Which layers have no experts, as transformers chooses them."""
         step, dense = count("decoder_sparse_step", self.take("decoder_sparse_step", 1)), self.take("mlp_only_layers", [])
         if not isinstance(dense, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
             raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers' numbers")
-        return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+        return tuple(i for i in range(layers) if i in dense or (i + 1) % step)
 
     # -- several -------------------------------------------------------------------------------------------------------
 

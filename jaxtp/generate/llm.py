@@ -32,9 +32,11 @@ from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import told
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
+from jaxtp.ops.experts import Products
 from jaxtp.ops.quantized import Quantization
 from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
+from jaxtp.sharding import ExpertLayout
 from jaxtp.text import Tokenizer
 
 
@@ -43,7 +45,7 @@ class LLM:
 
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
-    tensor_parallel_size × pipeline_parallel_size × data_parallel_size devices are used, or as many as `plan` says: "auto" takes
+    tensor_parallel_size × pipeline_parallel_size × data_parallel_size × expert_parallel_size devices are used, or as many as `plan` says: "auto" takes
     all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
     rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
@@ -54,8 +56,9 @@ class LLM:
     need).
     max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
     takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
-    "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, kernel: see
-    `Llama.from_pretrained`. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
+    "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel,
+    expert_layout, kernel, expert_kernel: see `Llama.from_pretrained`. expert_parallel_size: groups that hold different experts, and rows of
+    their own. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
     makes the same calls; tp stays within a process unless tp_across_nodes. Raises FileNotFoundError or ValueError, before any
     device work where it can be known then.
     """
@@ -68,6 +71,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         layers_per_stage: Sequence[int] | None = None,
         plan: Choice | None = None,
         dtype: str = "auto",
@@ -84,7 +88,9 @@ class LLM:
         load_format: str = "auto",
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
+        expert_layout: ExpertLayout = "auto",
         kernel: Kernel | None = None,
+        expert_kernel: Products | None = None,
         tp_across_nodes: bool = False,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -104,6 +110,7 @@ class LLM:
                 "tensor_parallel_size": tensor_parallel_size,
                 "pipeline_parallel_size": pipeline_parallel_size,
                 "data_parallel_size": data_parallel_size,
+                "expert_parallel_size": expert_parallel_size,
                 "max_num_seqs": max_num_seqs,
                 **{name: value for name, value in optional.items() if value is not None},
             },
@@ -121,7 +128,9 @@ class LLM:
             },
             policy=scheduling_policy,
         )
-        split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
+        split = Split(
+            tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size, ep=expert_parallel_size
+        )
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
         if isinstance(model, Llama) and lora is not None:
@@ -151,7 +160,9 @@ class LLM:
                 lora=lora,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
+                expert_layout=expert_layout,
                 kernel=kernel,
+                expert_kernel=expert_kernel,
                 across=tp_across_nodes,
                 hf_overrides=hf_overrides,
                 revision=revision,

@@ -27,7 +27,7 @@ class Block(nnx.Module):
         *,
         layout: Layout,
         kernel: Kernel | None = None,
-        products: Products | None = None,
+        expert_kernel: Products | None = None,
         region: Region = on_each_device,
     ) -> None:
         eps, D = config.rms_norm_eps, config.hidden_size
@@ -36,7 +36,7 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(D, eps=eps, layout=layout.at("mlp_norm"))
         self.sparse = config.sparse[index]
         if self.sparse:
-            self.moe = Moe(config, layout=layout.at("moe"), region=region, products=products)
+            self.moe = Moe(config, layout=layout.at("moe"), region=region, expert_kernel=expert_kernel)
         else:
             self.mlp = Mlp(config, layout=layout.at("mlp"))
 

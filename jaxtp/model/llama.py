@@ -54,18 +54,18 @@ class Llama(nnx.Module):
         dtype: str = "float32",
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
-        products: Products | None = None,
+        expert_kernel: Products | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
     ) -> None:
-        """region: how attention and experts run on each device's own part. products: how experts multiply, default what
+        """region: how attention and experts run on each device's own part. expert_kernel: how experts multiply, default what
         `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank
         of pp (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where
         the config cannot be laid out on the mesh by the rules.
         """
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
-        if products not in (None, *get_args(Products)):
-            raise ValueError(f"products={products!r} is none of {', '.join(get_args(Products))}")
+        if expert_kernel not in (None, *get_args(Products)):
+            raise ValueError(f"expert_kernel={expert_kernel!r} is none of {', '.join(get_args(Products))}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
         check_quantization(quantization, dtype)
@@ -89,7 +89,7 @@ class Llama(nnx.Module):
                 layer,
                 layout=replace(layout.at(f"layers.{layer}"), stack=stack),
                 kernel=kernel,
-                products=products,
+                expert_kernel=expert_kernel,
                 region=region,
             )
             for layer, stack in _blocks(config, rules, stacks)
@@ -112,7 +112,7 @@ class Llama(nnx.Module):
         sequence_parallel: bool = False,
         expert_layout: ExpertLayout = "auto",
         kernel: Kernel | None = None,
-        products: Products | None = None,
+        expert_kernel: Products | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
         progress: bool = True,
@@ -123,7 +123,7 @@ class Llama(nnx.Module):
         kernels in 8 bits (`ops.quantized.quantize`). lora: an adapter in PEFT's format (a folder or a hub id), merged into each
         weight in float32 as it is read. tp_plan: "auto", or globs of module names to transformers' styles (see
         `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp, "whole" ones or each one's "width" (default:
-        whole where ep·tp divides their number).
+        whole where ep·tp divides their number). expert_kernel: how experts multiply (default: `ops.experts.choose_products`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
@@ -133,7 +133,7 @@ class Llama(nnx.Module):
         rules = rules.expert_parallel(config, ep=sizes["ep"], tp=sizes["tp"], layout=expert_layout)
         check_layout(config, sizes["tp"], rules)
         dtype = config.dtype_of(dtype)
-        made = cls(config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, products=products)
+        made = cls(config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, expert_kernel=expert_kernel)
         return made.load(folder, lora=lora, progress=progress)
 
     def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:
@@ -156,7 +156,7 @@ class Llama(nnx.Module):
         dtype: str = "float32",
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
-        products: Products | None = None,
+        expert_kernel: Products | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
         seed: int = 0,
@@ -170,7 +170,7 @@ class Llama(nnx.Module):
             dtype=dtype,
             quantization=quantization,
             kernel=kernel,
-            products=products,
+            expert_kernel=expert_kernel,
             region=region,
             stacks=stacks,
         )

@@ -27,7 +27,7 @@ from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
 class Moe(nnx.Module):
     """A router [E, D], experts' kernels [E, F, 2, D] and [E, D, F], and in some families an MLP that every token sees."""
 
-    def __init__(self, config: ModelConfig, *, layout: Layout, region: Region, products: Products | None) -> None:
+    def __init__(self, config: ModelConfig, *, layout: Layout, region: Region, expert_kernel: Products | None) -> None:
         experts, D = config.experts, config.hidden_size
         assert experts
         E, F = experts.count, experts.width
@@ -37,7 +37,7 @@ class Moe(nnx.Module):
         if experts.shared:
             self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared)
             self.shared_gate = layout.param("shared_gate", routes=1, embed=D)
-        self.experts, self.layout, self.region, self.products = experts, layout, region, products
+        self.experts, self.layout, self.region, self.kernel = experts, layout, region, expert_kernel
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did. counted: see `watched`."""
@@ -59,7 +59,7 @@ class Moe(nnx.Module):
 
     def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
-        axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.products
+        axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.kernel
         where, wgmma = platform(self.layout.mesh), has_wgmma(self.layout.mesh)
 
         def local(x, chosen, weights, gate_up, down):

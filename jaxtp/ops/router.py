@@ -48,7 +48,7 @@ def watched(logits: jax.Array, chosen: jax.Array, counted: jax.Array | None) -> 
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_p = logits - log_z
     p = jnp.exp(log_p)
-    hit = (chosen[..., None] == jnp.arange(logits.shape[-1])).sum(axis=2)
+    hit = (chosen[..., None] == jnp.arange(logits.shape[-1])).sum(axis=2).astype(jnp.float32)
     each = counted[..., None]
     return Routing(
         counts=jax.lax.stop_gradient((hit * each).sum(axis=1)),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.mesh import platform
 from jaxtp.sharding import dual, spec_of, specs_of
@@ -69,12 +69,17 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
 
     @custom_vmap
     def run(*args: Any) -> Any:
-        mesh = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh
-        every = {} if axes else {"axis_names": set(mesh.axis_names)}
-        region = jax.shard_map(
-            function, mesh=mesh, in_specs=specs_of(args), out_specs=specs_of(like(*args)), check_vma=False, **every
-        )
-        return region(*args)
+        mesh, into, out = jax.typeof(jax.tree.leaves(args)[0]).sharding.mesh, specs_of(args), specs_of(like(*args))
+        if not axes:
+            every = set(mesh.axis_names)
+            region = jax.shard_map(function, mesh=mesh, in_specs=into, out_specs=out, axis_names=every, check_vma=False)
+            return region(*args)
+        # never run: only the types of what it returns are asked for, which shard_map cannot say of shares of a sum here
+        into, plain = (jax.tree.map(lambda spec: PartitionSpec(*spec.partitions), specs) for specs in (into, out))
+        region = jax.shard_map(function, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
+        bare = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)), args, into)
+        found = jax.eval_shape(region, *bare)
+        return jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=NamedSharding(mesh, s)), found, out)
 
     @run.def_vmap
     def over(size: int, batched: Any, *args: Any) -> Any:
