@@ -85,15 +85,6 @@ def platform(mesh: Mesh | jax.sharding.AbstractMesh) -> str:
     return "cpu" if device is None else {"cuda": "gpu"}.get(device.platform, device.platform)
 
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
-
-def has_wgmma(mesh: Mesh | jax.sharding.AbstractMesh) -> bool:
-    """Whether the mesh's devices are GPUs of Hopper's kind, whose tensor cores Mosaic's grouped products are written for."""
-    device = mesh.abstract_mesh.abstract_device
-    return device is not None and any(name in device.device_kind for name in HOPPER)
-
-
 def _resolve(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     for axis, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):

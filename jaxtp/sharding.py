@@ -81,13 +81,13 @@ class Rules:
         return self.using(layers="pp", vocab=("pp", "tp"), logits=("pp", "tp"))
 
     def expert_parallel(self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto") -> Rules:
-        """Experts over ep, which shards the batch as well, and over tp as `layout` says. Raises ValueError where ep is of no use,
-        or they cannot be cut so.
+        """Experts over ep, which shards the batch as well, and over tp as `layout` says. Raises ValueError where ep is of no
+        use, or they cannot be cut so.
         """
         experts = config.experts
         if experts is None:
             if ep > 1:
-                raise ValueError(f"ep={ep} is for experts, of which a {config.model_type} of this config has none; use dp or tp")
+                raise ValueError(f"ep={ep} is for experts, of which this {config.model_type} has none; use dp or tp")
             return self
         if experts.count % ep:
             legal = ", ".join(str(n) for n in range(1, experts.count + 1) if experts.count % n == 0)
@@ -97,8 +97,14 @@ class Rules:
         if chosen not in fits:
             raise ValueError(f"expert_layout={layout!r} is none of {', '.join(get_args(ExpertLayout))}")
         if not fits[chosen]:
-            what = f"the {experts.count} experts by ep·tp={ep * tp}" if chosen == "whole" else f"their width {experts.width} by tp={tp}"
-            raise ValueError(f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes")
+            what = (
+                f"the {experts.count} experts by ep·tp={ep * tp}"
+                if chosen == "whole"
+                else f"their width {experts.width} by tp={tp}"
+            )
+            raise ValueError(
+                f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes"
+            )
         rules = self.using(batch=("dp", "ep")) if ep > 1 else self
         return rules.using(experts=("ep", "tp"), expert_mlp=None) if chosen == "whole" else rules
 

@@ -75,6 +75,8 @@ def rules_from_plan(plan: str | Mapping[str, str], config: ModelConfig, *, seque
         if plan != "auto":
             raise ValueError(f'tp_plan={plan!r}: a plan is "auto" or a dict of globs to styles ({", ".join(STYLES)})')
         return Rules().sequence_parallel() if sequence_parallel else Rules()
+    if config.experts:
+        raise ValueError('tp_plan: experts are laid out by expert_layout; a mixture of experts takes "auto"')
     styles = _match(plan, config)
     overrides: dict[str, Axes] = {}
     chosen: dict[str, tuple[str, str]] = {}

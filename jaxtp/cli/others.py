@@ -40,7 +40,7 @@ _WHY = {
     "download-dir": "is the variable HF_HOME here, as everywhere with Hugging Face's hub",
     "hf-token": "is the variable HF_TOKEN here, as everywhere with Hugging Face's hub",
     "attention-backend": "is --kernel here: reference, xla or cudnn",
-    "enable-expert-parallel": "is --expert-parallel-size N here, over devices of its own; over tp whole experts are the default",
+    "enable-expert-parallel": "is --expert-parallel-size N here, over more devices; over tp experts are whole by default",
     "speculative-config": "is not there: every token is the model's own",
     "do-sample": "is --temperature here: 0 takes the likeliest token, above 0 draws",
     "greedy": "is --temperature 0 here, which is the default",

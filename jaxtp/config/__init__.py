@@ -1,8 +1,9 @@
 """ModelConfig: the mathematics of a Llama-family model, read from and written to a Hugging Face `config.json`.
 
-Nothing here knows of devices. `families` is the table of what each family fixes, `experts` mixture of experts, `rope` rotary embedding, `keys` the settings
-that change nothing, `reader` makes a config's arguments of a `config.json`, `model` is the config. A setting that this library
-does not implement raises and is named, because a model that runs with a setting ignored is a wrong model.
+Nothing here knows of devices. `families` is the table of what each family fixes, `experts` mixture of experts, `rope` rotary
+embedding, `keys` the settings that change nothing, `reader` makes a config's arguments of a `config.json`, `model` is the
+config. A setting that this library does not implement raises and is named, because a model that runs with a setting ignored is
+a wrong model.
 """
 
 from jaxtp.config.experts import Experts

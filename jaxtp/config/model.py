@@ -220,7 +220,6 @@ class ModelConfig:
             out["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.windows]
         return out
 
-
     def _experts_to_hf(self) -> dict[str, Any]:
         experts, keys = self.experts, FAMILIES[self.model_type].experts
         assert experts

@@ -50,7 +50,7 @@ class _Reader:
             "model_type": model_type,
             "vocab_size": self.whole("vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": self.whole("intermediate_size", experts and experts.width),
+            "intermediate_size": self.whole("intermediate_size", experts.width if experts else None),
             "experts": experts,
             "num_layers": layers,
             "num_heads": heads,

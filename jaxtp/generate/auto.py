@@ -36,13 +36,14 @@ def _of(devices: int, gpu: hardware.GPU) -> Cluster:
 
 
 def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
-    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows.
+    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows, or
+    it is a mixture of experts.
 
     split: what the mesh does not say; of training.
     """
     mesh = model.layout.mesh
     gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
-    if gpu is None:
+    if gpu is None or model.config.experts:
         return None
     split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
     return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization)

@@ -45,9 +45,10 @@ class LLM:
 
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
-    tensor_parallel_size × pipeline_parallel_size × data_parallel_size × expert_parallel_size devices are used, or as many as `plan` says: "auto" takes
-    all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own. With stages, groups of
-    rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes (default: balanced).
+    tensor_parallel_size × pipeline_parallel_size × data_parallel_size × expert_parallel_size devices are used, or as many as
+    `plan` says: "auto" takes all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own.
+    With stages, groups of rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes
+    (default: balanced). expert_parallel_size: groups of devices that hold different experts, and rows of their own.
     dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
@@ -56,10 +57,10 @@ class LLM:
     need).
     max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
     takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
-    "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel,
-    expert_layout, kernel, expert_kernel: see `Llama.from_pretrained`. expert_parallel_size: groups that hold different experts, and rows of
-    their own. seed: of requests that have none. Over several processes (`distributed.processes`) each of them
-    makes the same calls; tp stays within a process unless tp_across_nodes. Raises FileNotFoundError or ValueError, before any
+    "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, expert_layout, kernel,
+    expert_kernel: see `Llama.from_pretrained`. seed: of requests that have none. Over several processes
+    (`distributed.processes`) each of them makes the same calls; tp stays within a process unless tp_across_nodes. Raises
+    FileNotFoundError or ValueError, before any
     device work where it can be known then.
     """
 
@@ -128,9 +129,7 @@ class LLM:
             },
             policy=scheduling_policy,
         )
-        split = Split(
-            tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size, ep=expert_parallel_size
-        )
+        split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size, ep=expert_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
         if isinstance(model, Llama) and lora is not None:

@@ -24,8 +24,8 @@ from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
-from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.block import Block
+from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import Products
@@ -133,7 +133,9 @@ class Llama(nnx.Module):
         rules = rules.expert_parallel(config, ep=sizes["ep"], tp=sizes["tp"], layout=expert_layout)
         check_layout(config, sizes["tp"], rules)
         dtype = config.dtype_of(dtype)
-        made = cls(config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, expert_kernel=expert_kernel)
+        made = cls(
+            config, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, kernel=kernel, expert_kernel=expert_kernel
+        )
         return made.load(folder, lora=lora, progress=progress)
 
     def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:

@@ -3,8 +3,8 @@
 B batch, T tokens, D embed, E experts, k of them a token, F width of an expert, C = 2 (gate and up).
 
 Every token is on every device that holds experts it may go to: they are there already where experts are cut over tp, and an
-all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which one
-reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped.
+all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which
+one reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.config import ModelConfig
-from jaxtp.mesh import has_wgmma, platform
+from jaxtp.mesh import platform
 from jaxtp.model.layers import Mlp, residual_dim
 from jaxtp.ops.experts import Products, choose_products, mix
 from jaxtp.ops.linear import linear
@@ -41,16 +41,17 @@ class Moe(nnx.Module):
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did. counted: see `watched`."""
-        layout, mesh, over = self.layout, self.layout.mesh, self._over
+        layout, mesh = self.layout, self.layout.mesh
+        shares = {axis for axis in self._over if mesh.shape[axis] > 1}
         routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
-        everywhere = reshard(x, P(*routed.partitions, reduced={*over}), mesh)
+        everywhere = reshard(x, P(*routed.partitions, reduced=shares), mesh)
         seen = x if spec_of(x).partitions == routed.partitions else whole(everywhere)
         with jax.named_scope("router"):
             scores = layout.sharding("routed", "tokens", "routes")
             logits = linear(seen, self.router[...], out=scores, dtype=jnp.float32)
             chosen, weights = route(logits, self.experts)
         with jax.named_scope("experts"):
-            y = self._mixed(everywhere, chosen, reshard(weights, P(*routed.partitions, reduced={*over}), mesh))
+            y = self._mixed(everywhere, chosen, reshard(weights, P(*routed.partitions, reduced=shares), mesh))
             y = reshard(y, residual, mesh)
         if self.experts.shared:
             gate = linear(x, self.shared_gate[...], out=NamedSharding(mesh, residual), dtype=jnp.float32)
@@ -60,18 +61,16 @@ class Moe(nnx.Module):
     def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
         axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.kernel
-        where, wgmma = platform(self.layout.mesh), has_wgmma(self.layout.mesh)
+        where = platform(self.layout.mesh)
 
         def local(x, chosen, weights, gate_up, down):
             if axes:
                 chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
             tokens = x.shape[0] * x.shape[1]
             pairs = tokens * experts.per_token
-            products = choose_products(
-                platform=where, wgmma=wgmma, dtype=x.dtype, tokens=tokens, pairs=pairs, experts=experts.count, override=override
-            )
-            flat = (a.reshape(tokens, -1) for a in (x, chosen, weights))
-            return mix(*flat, gate_up, down, products=products).reshape(x.shape)
+            products = choose_products(platform=where, tokens=tokens, pairs=pairs, experts=experts.count, override=override)
+            rows, chosen, weights = (a.reshape(tokens, -1) for a in (x, chosen, weights))
+            return mix(rows, chosen, weights, gate_up, down, products=products).reshape(x.shape)
 
         args = x, chosen, weights, self.gate_up[...], self.down[...]
         return self.region(local, args, lambda x, *_: x, over=self._over)

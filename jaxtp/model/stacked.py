@@ -75,6 +75,8 @@ class Stacked:
         """`model` may be abstract; its weights are not touched. Raises ValueError where they are quantized."""
         if model.quantization:
             raise ValueError(f"quantization={model.quantization!r} is for generation; a model to train keeps its dtype")
+        if model.config.experts:
+            raise ValueError(f"{model.config.model_type}: mixtures of experts are not trained yet; they generate (LLM)")
         self.model, self.config, self.layout = model, model.config, model.layout
         self._blocks: dict[Kind, _Graph] = {}
         for kind, block in zip(self.config.kinds, model.layers, strict=False):

@@ -10,6 +10,7 @@ No function here communicates, and no token is dropped.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,20 +20,18 @@ import jax.numpy as jnp
 from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.swiglu import gated
 
-# chosen: the experts of each pair, read where they stand (few tokens). every: all experts on all tokens, those not chosen with a
-# weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by expert, a block of them at a time. mosaic: the
-# same by JAX's Mosaic kernels, on Hopper and later. reference: the formula, in float32.
-Products = Literal["reference", "chosen", "every", "blocks", "mosaic"]
+# chosen: the experts of each pair, read where they stand (few tokens); pairs: the same in a loop, for CPUs. every: all experts
+# on all tokens, those not chosen with a weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by
+# expert, a block of them at a time. reference: the formula, in float32.
+Products = Literal["reference", "chosen", "pairs", "every", "blocks"]
 Kernel = jax.Array | Quantized
 
 # GPUs: up to so many tokens a product's time is that of reading the weights
 FEW_TOKENS = 256
 
 
-def choose_products(
-    *, platform: str, wgmma: bool, dtype: jnp.dtype, tokens: int, pairs: int, experts: int, override: Products | None = None
-) -> Products:
-    """Which form `tokens` tokens take, of `pairs` pairs with `experts` experts in all. wgmma: as of `mesh.has_wgmma`."""
+def choose_products(*, platform: str, tokens: int, pairs: int, experts: int, override: Products | None = None) -> Products:
+    """Which form `tokens` tokens take, of `pairs` pairs with `experts` experts in all."""
     if override is not None:
         return override
     if platform == "gpu":
@@ -40,13 +39,11 @@ def choose_products(
             return "chosen"
         if tokens <= FEW_TOKENS:
             return "every"
-        return "mosaic" if wgmma and jnp.dtype(dtype).itemsize == 2 else "blocks"
-    return "chosen" if pairs <= 2 * experts else "blocks"
+        return "blocks"
+    return "pairs" if pairs <= 2 * experts else "blocks"
 
 
-def mix(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products
-) -> jax.Array:
+def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products) -> jax.Array:
     """x [N, D], chosen and weights [N, k] -> [N, D]: the sum of each token's experts that are here, by weight."""
     return FORMS[products](x, chosen, weights, gate_up, down)
 
@@ -98,8 +95,8 @@ def _every(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel,
 
 
 def _chosen(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
-    """Products as sums, into which XLA:GPU takes the choice of the kernels: none is copied. Pairs that are elsewhere all look at
-    the same expert, which is read once.
+    """Products as sums, into which XLA:GPU takes the choice of the kernels: none is copied. Pairs that are elsewhere all look
+    at the same expert, which is read once.
     """
     f32, E = jnp.float32, gate_up.shape[0]
     here = _here(chosen, E)
@@ -113,7 +110,7 @@ def _chosen(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel
 
 def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
     """The same on CPUs, a pair at a time."""
-    (N, k), (E, F, _, D) = chosen.shape, gate_up.shape
+    (N, k), E = chosen.shape, gate_up.shape[0]
     experts, share = chosen.reshape(-1), weights.reshape(-1)
 
     def pair(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -124,7 +121,8 @@ def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Ke
 
         return jax.lax.cond(_here(experts[i], E), add, lambda out: out, out)
 
-    return jax.lax.fori_loop(0, N * k, pair, jnp.zeros((N, D), jnp.float32)).astype(x.dtype)
+    start = _like(jnp.zeros(x.shape, jnp.float32), x, chosen, weights, gate_up, down)
+    return jax.lax.fori_loop(0, N * k, pair, start).astype(x.dtype)
 
 
 def _expert(rows: jax.Array, expert: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
@@ -134,16 +132,16 @@ def _expert(rows: jax.Array, expert: jax.Array, gate_up: Kernel, down: Kernel) -
 
 
 def _product(rows: jax.Array, kernel: Kernel, expert: jax.Array) -> jax.Array:
-    """rows [R, I] times the expert's part of kernel [E, *O, I]: [R, O]. The part is a slice of rows of a matrix, which XLA reads in
-    place; XLA:CPU is quicker with it on the left.
+    """rows [R, I] times the expert's part of kernel [E, *O, I]: [R, O]. The part is a slice of rows of a matrix, which XLA
+    reads in place; XLA:CPU is quicker with it on the left.
     """
-    E, I, dtype = kernel.shape[0], rows.shape[-1], rows.dtype
-    values = (kernel.values if isinstance(kernel, Quantized) else kernel).reshape(-1, I)
-    O = len(values) // E
-    mine = jax.lax.dynamic_slice(values, (expert * O, jnp.zeros_like(expert)), (O, I)).astype(dtype)
+    width, dtype = rows.shape[-1], rows.dtype
+    values = (kernel.values if isinstance(kernel, Quantized) else kernel).reshape(-1, width)
+    each = len(values) // kernel.shape[0]
+    mine = jax.lax.dynamic_slice(values, (expert * each, jnp.zeros_like(expert)), (each, width)).astype(dtype)
     y = jnp.einsum("oi,ri->or", mine, rows, preferred_element_type=jnp.float32).T
     if isinstance(kernel, Quantized):
-        y = y * jax.lax.dynamic_slice(kernel.scale.reshape(-1), (expert * O,), (O,))
+        y = y * jax.lax.dynamic_slice(kernel.scale.reshape(-1), (expert * each,), (each,))
     return y.astype(dtype)
 
 
@@ -178,7 +176,7 @@ def _by_expert(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sorted(x: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
-    """The tokens of pairs in that order; backward a choice of rows as well, where a gather's own would add rows up one by one."""
+    """The tokens of pairs in that order. Backward a choice of rows, too: a gather's own would add rows up one by one."""
     return x[order // k]
 
 
@@ -207,14 +205,13 @@ ROWS = 64  # of a block
 @jax.custom_vjp
 def _in_blocks(rows: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
     """[R, O]. A block may reach into the next expert's rows, whose own blocks come later and write over it."""
-    O = int(kernel.values.size if isinstance(kernel, Quantized) else kernel.size) // kernel.shape[0] // rows.shape[-1]
-    return _over_blocks(_product, rows, kernel, sizes, O)
+    return _over_blocks(_product, rows, kernel, sizes, math.prod(kernel.shape[1:-1]))
 
 
 def _in_blocks_backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows, kernel, sizes = kept
-    E, I = kernel.shape[0], rows.shape[-1]
-    matrix, padded = kernel.reshape(E, -1, I), [_padded(a) for a in (grad, rows)]
+    width = rows.shape[-1]
+    matrix, padded = kernel.reshape(len(kernel), -1, width), [_padded(a) for a in (grad, rows)]
 
     def to_rows(block: jax.Array, matrix: jax.Array, expert: jax.Array) -> jax.Array:
         mine = jax.lax.dynamic_index_in_dim(matrix, expert, keepdims=False)
@@ -226,7 +223,7 @@ def _in_blocks_backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Arra
         return total.at[expert].add(jnp.einsum("ro,ri->oi", mine, theirs, preferred_element_type=jnp.float32))
 
     total = _each_block(to_kernel, sizes, _like(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
-    return _over_blocks(to_rows, grad, matrix, sizes, I), total.reshape(kernel.shape).astype(kernel.dtype), None
+    return _over_blocks(to_rows, grad, matrix, sizes, width), total.reshape(kernel.shape).astype(kernel.dtype), None
 
 
 _in_blocks.defvjp(lambda rows, kernel, sizes: (_in_blocks(rows, kernel, sizes), (rows, kernel, sizes)), _in_blocks_backward)
@@ -267,7 +264,7 @@ def _block(rows: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _like(a: jax.Array, *others: Any) -> jax.Array:
-    """A constant whose type says that it differs from device to device as others do, which a loop's carry must from its start."""
+    """A constant whose type says that it differs from device to device as others do, as a loop's carry must from its start."""
     axes = set().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(others)))
     return jax.lax.pcast(a, tuple(axes), to="varying")
 
@@ -276,5 +273,6 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
     "every": _every,
     "chosen": _chosen,
+    "pairs": _one_by_one,
     "blocks": functools.partial(_by_expert, _in_blocks),
 }

@@ -52,7 +52,9 @@ def mapped(
 
     def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
         of_floats = iter(
-            _own(back, (leaves, grads), lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f), axes)
+            _own(
+                back, (leaves, grads), lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f), axes
+            )
         )
         return tuple(next(of_floats) if f else None for f in floats)
 

@@ -210,4 +210,3 @@ def _picked(beside: Any, order: Order) -> Any:
 def _apart(a: jax.Array) -> PartitionSpec:
     """The layout of `_picked` parts of an array [M, B, T]."""
     return PartitionSpec("dp", "pp", None, spec_of(a).partitions[2])
-

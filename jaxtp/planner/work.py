@@ -230,7 +230,11 @@ def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | No
 def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> None:
     """The same as an error."""
     if split.cp > 1 or split.ep > 1:
-        raise ValueError(f"{split.told()}: context and expert parallelism are not built yet; use dp, pp and tp")
+        raise ValueError(
+            f"{split.told()}: context parallelism is not built yet, and expert parallelism not planned yet; use dp, pp and tp"
+        )
+    if config.experts:
+        raise ValueError(f"{config.model_type}: mixtures of experts are not planned yet; they generate (LLM)")
     if isinstance(task, Training):
         if split.pp > 1:
             split.pipeline()

@@ -1,15 +1,19 @@
-"""Random tiny mixtures of experts: logits, greedy tokens and checkpoints equal transformers', on every mesh that experts lie on."""
+"""Random tiny mixtures of experts: logits, greedy tokens and checkpoints equal transformers', on their meshes."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp.config import ModelConfig
+from jaxtp.model.stacked import Stacked
+from jaxtp.sharding import Rules, describe
 
 SETTINGS = {
     "vocab_size": 128,
@@ -150,3 +154,133 @@ def test_round_trip(checkpoint, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(again(torch.tensor(tokens())).logits.numpy(), expected)
     assert type(model.config).from_hf(tmp_path / "out") == model.config
+
+
+def test_all_tokens_on_one_expert(tmp_path):
+    """A router that sends everything to the experts 2 and 5, so that the others get nothing: the same as transformers."""
+
+    def change(model):
+        model.model.embed_tokens.weight[:, 0] = 10  # the first channel, which alone is looked at, is always positive
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:] = 0
+            layer.mlp.gate.weight[:, 0] = torch.tensor([0.0, -1, 2, -2, -3, 1.5, -4, -5])
+
+    model = checkpoint_of("mixtral", tmp_path, change)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens())).logits.numpy()
+    for mesh in ({}, {"tp": 4}, {"ep": 4}, {"ep": 2, "tp": 2}):
+        logits = np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), progress=False)(tokens()))
+        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eight_bits_are_the_same_on_every_mesh(tmp_path):
+    checkpoint_of("qwen3-moe", tmp_path)
+    alone, *others = [
+        np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), quantization="int8", progress=False)(tokens()))
+        for mesh in ({}, {"tp": 2}, {"ep": 2, "tp": 2})
+    ]
+    plain = np.asarray(Llama.from_pretrained(tmp_path, progress=False)(tokens()))
+    assert 1e-4 < np.abs(alone - plain).max() < 0.3
+    for logits in others:
+        np.testing.assert_allclose(logits, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_each_device_holds_its_own_experts_alone(tmp_path):
+    checkpoint_of("qwen3-moe", tmp_path)
+    model = Llama.from_pretrained(tmp_path, mesh=make_mesh(ep=4, tp=2), progress=False)
+    moe = model.layers[0].moe
+    assert {shard.data.shape for shard in moe.gate_up[...].addressable_shards} == {(1, 32, 2, 64)}
+    widths = Llama.from_pretrained(tmp_path, mesh=make_mesh(ep=4, tp=2), expert_layout="width", progress=False)
+    assert {shard.data.shape for shard in widths.layers[0].moe.down[...].addressable_shards} == {(2, 64, 16)}
+    for mine in (moe, widths.layers[0].moe):
+        assert {shard.data.shape for shard in mine.router[...].addressable_shards} == {(8, 64)}
+
+
+def test_random_weights_are_the_same_on_every_mesh(tmp_path):
+    checkpoint_of("qwen2-moe", tmp_path)
+    config = Llama.from_pretrained(tmp_path, progress=False).config
+    rules = Rules().expert_parallel(config, ep=2, tp=2)
+    alone, laid = Llama.random(config), Llama.random(config, mesh=make_mesh(ep=2, tp=2), rules=rules)
+    np.testing.assert_allclose(np.asarray(laid(tokens())), np.asarray(alone(tokens())), atol=1e-5, rtol=1e-5)
+
+
+def test_sequence_parallel(tmp_path):
+    model = checkpoint_of("qwen2-moe", tmp_path)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens())).logits.numpy()
+    for mesh in ({"tp": 4}, {"ep": 2, "tp": 2}):
+        laid = Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), sequence_parallel=True, progress=False)
+        np.testing.assert_allclose(np.asarray(laid(tokens())), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients(tmp_path):
+    """Of all weights, the router's and the experts' too: equal to one device's."""
+    checkpoint_of("qwen2-moe", tmp_path)
+
+    def gradients(sequence_parallel=False, **sizes):
+        made = Llama.from_pretrained(
+            tmp_path, mesh=make_mesh(**sizes), sequence_parallel=sequence_parallel, progress=False, expert_kernel="blocks"
+        )
+        graph, state = nnx.split(made)
+        loss = jax.jit(jax.grad(lambda state: (nnx.merge(graph, state)(tokens().astype(np.int32)) ** 2).mean()))
+        with jax.set_mesh(made.layout.mesh):
+            return [np.asarray(leaf) for leaf in jax.tree.leaves(loss(state))]
+
+    alone = gradients()
+    for sequence_parallel, mesh in ((False, {"tp": 2}), (True, {"ep": 2, "tp": 2}), (False, {"dp": 2, "ep": 2})):
+        for mine, expected in zip(gradients(sequence_parallel, **mesh), alone, strict=True):
+            np.testing.assert_allclose(mine, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_what_cannot_be(tmp_path):
+    checkpoint_of("mixtral", tmp_path)
+    with pytest.raises(ValueError, match=r"ep=3 does not divide the 8 experts; legal ep for this model: 1, 2, 4, 8"):
+        Llama.from_pretrained(tmp_path, mesh=make_mesh(ep=3), progress=False)
+    with pytest.raises(ValueError, match="ep=2 is for experts, of which this llama has none; use dp or tp"):
+        LLM("demo", expert_parallel_size=2, progress=False)
+    with pytest.raises(ValueError, match="expert_layout='halves' is none of auto, whole, width"):
+        Llama.from_pretrained(tmp_path, expert_layout="halves", progress=False)
+    with pytest.raises(ValueError, match="expert_kernel='fast' is none of reference, chosen, pairs, every, blocks"):
+        Llama.from_pretrained(tmp_path, expert_kernel="fast", progress=False)
+    with pytest.raises(ValueError, match='a mixture of experts takes "auto"'):
+        Llama.from_pretrained(tmp_path, tp_plan={"lm_head": "colwise"}, progress=False)
+    config = Llama.from_pretrained(tmp_path, progress=False).config
+    with pytest.raises(ValueError, match="mixtral: mixtures of experts are not trained yet"):
+        Stacked(Llama(config, mesh=make_mesh()))
+    with pytest.raises(ValueError, match="num_experts_per_tok=9 exceeds num_experts=8"):
+        type(config).from_hf(tmp_path, overrides={"num_experts_per_tok": 9})
+    with pytest.raises(ValueError, match="num_local_experts=8 and num_experts=4: which"):
+        type(config).from_hf(tmp_path, overrides={"num_experts": 4})
+    with pytest.raises(ValueError, match=r"router_jitter_noise=0\.1 is not supported"):
+        type(config).from_hf(tmp_path, overrides={"router_jitter_noise": 0.1})
+
+
+def test_missing_experts_are_named(tmp_path):
+    checkpoint_of("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = [tensors.pop(name) for name in [*tensors] if ".1.block_sparse_moe.experts.3." in name]
+    assert len(gone) == 3
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight, "):
+        Llama.from_pretrained(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_defaults_are_those_of_transformers(family):
+    theirs = transformers.AutoConfig.for_model(family)
+    config = ModelConfig.from_hf(theirs.to_dict())
+    assert config.experts.count == theirs.num_experts
+    assert config.experts.per_token == theirs.num_experts_per_tok
+    sparse = {"model_type": family, "vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 32}
+    told = ModelConfig.from_hf({**sparse, "intermediate_size": 128})
+    assert dataclasses.replace(told.experts, width=config.experts.width) == config.experts
+
+
+def test_number_of_weights(checkpoint):
+    _, folder, _, _ = checkpoint
+    model = Llama.from_pretrained(folder, progress=False)
+    held = sum(weight.total_bytes for weight in describe(model).weights) // 4
+    assert model.config.num_params == held
+    experts = model.config.experts
+    idle = sum(model.config.sparse) * (experts.count - experts.per_token) * 3 * experts.width * 64
+    assert model.config.num_active_params == held - idle
