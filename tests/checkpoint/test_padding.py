@@ -14,7 +14,7 @@ def test_shares_of_a_table_are_the_table_and_zeros(shares):
     """Every vocabulary of 1 to 60 rows, cut as a mesh cuts it: nothing is read twice, or from where the file ends."""
     for vocab in range(1, 61):
         held = -(-vocab // shares) * shares
-        part = TABLE["embed"][0].part(tiny.config(vocab_size=vocab), (held, 3), "")
+        (part,) = TABLE["embed"][0].parts(tiny.config(vocab_size=vocab), (held, 3), "")
         table, read = np.arange(1, vocab * 3 + 1).reshape(vocab, 3), []
 
         def get(index, table=table, read=read):
