@@ -233,12 +233,20 @@ def on_each_device(
         axes = set(over).union(*(kind.varying | kind.reduced for kind in kinds))
 
         def mine(a: jax.Array) -> jax.Array:
-            a = jax.lax.pcast(a, tuple(jax.typeof(a).mat.reduced), to="varying")
-            return jax.lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying")
+            a = jax.lax.pcast(a, tuple(sorted(jax.typeof(a).mat.reduced)), to="varying")
+            return jax.lax.pcast(a, tuple(sorted(axes - jax.typeof(a).mat.varying)), to="varying")
 
         return jax.lax.pcast(jax.lax.psum(function(*jax.tree.map(mine, args)), alone), shared, to="unreduced")
 
     return jax.shard_map(own if over else function, mesh=mesh, in_specs=specs_of(args), out_specs=out)(*args)
+
+
+def varying_as(constants: Any, *others: Any) -> Any:
+    """Constants, inside a region, whose type says that they differ from device to device as others do: what a loop's carry must
+    say from its start.
+    """
+    axes = set().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(others)))
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(sorted(axes)), to="varying"), constants)
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -246,10 +254,10 @@ def whole(x: jax.Array) -> jax.Array:
     gradient the first device's counts.
     """
     spec = spec_of(x)
-    over = tuple(spec.reduced)
-    if not over:
+    if not spec.reduced:
         return x
     mesh, plain = jax.typeof(x).sharding.mesh, PartitionSpec(*spec.partitions)
+    over = tuple(axis for axis in mesh.axis_names if axis in spec.reduced)  # in one order on every process
     count = size(mesh, over)
 
     @jax.custom_vjp

@@ -60,8 +60,7 @@ class LLM:
     "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, expert_layout, kernel,
     expert_kernel: see `Llama.from_pretrained`. seed: of requests that have none. Over several processes
     (`distributed.processes`) each of them makes the same calls; tp stays within a process unless tp_across_nodes. Raises
-    FileNotFoundError or ValueError, before any
-    device work where it can be known then.
+    FileNotFoundError or ValueError, before any device work where it can be known then.
     """
 
     def __init__(

@@ -10,11 +10,9 @@ from jaxtp.model.cache import LayerCache
 from jaxtp.model.layers import Attention, Mlp, Norm, Step
 from jaxtp.model.moe import Moe
 from jaxtp.ops.attention import Kernel
-from jaxtp.ops.experts import Products
+from jaxtp.ops.experts import FEW_TOKENS, Products
 from jaxtp.ops.router import Routing
 from jaxtp.sharding import Layout, Region, on_each_device
-
-FEW_TOKENS = 256  # of a step whose time is that of reading the weights
 
 
 class Block(nnx.Module):

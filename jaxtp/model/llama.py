@@ -59,9 +59,9 @@ class Llama(nnx.Module):
         stacks: Stacks = (),
     ) -> None:
         """region: how attention and experts run on each device's own part. expert_kernel: how experts multiply, default what
-        `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank
-        of pp (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where
-        the config cannot be laid out on the mesh by the rules.
+        `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp (None: none
+        there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where the config cannot
+        be laid out on the mesh by the rules.
         """
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
         if expert_kernel not in (None, *get_args(Products)):

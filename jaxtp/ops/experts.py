@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.swiglu import gated
+from jaxtp.sharding import varying_as
 
 # chosen: the experts of each pair, read where they stand (few tokens); pairs: the same in a loop, for CPUs. every: all experts
 # on all tokens, those not chosen with a weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by
@@ -26,8 +27,7 @@ from jaxtp.ops.swiglu import gated
 Products = Literal["reference", "chosen", "pairs", "every", "blocks"]
 Kernel = jax.Array | Quantized
 
-# GPUs: up to so many tokens a product's time is that of reading the weights
-FEW_TOKENS = 256
+FEW_TOKENS = 256  # on GPUs, the time of a step of so many is that of reading the weights
 
 
 def choose_products(*, platform: str, tokens: int, pairs: int, experts: int, override: Products | None = None) -> Products:
@@ -121,7 +121,7 @@ def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Ke
 
         return jax.lax.cond(_here(experts[i], E), add, lambda out: out, out)
 
-    start = _like(jnp.zeros(x.shape, jnp.float32), x, chosen, weights, gate_up, down)
+    start = varying_as(jnp.zeros(x.shape, jnp.float32), x, chosen, weights, gate_up, down)
     return jax.lax.fori_loop(0, N * k, pair, start).astype(x.dtype)
 
 
@@ -222,7 +222,7 @@ def _in_blocks_backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Arra
         mine = jnp.where(own[:, None], mine, jnp.zeros((), mine.dtype))
         return total.at[expert].add(jnp.einsum("ro,ri->oi", mine, theirs, preferred_element_type=jnp.float32))
 
-    total = _each_block(to_kernel, sizes, _like(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
+    total = _each_block(to_kernel, sizes, varying_as(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
     return _over_blocks(to_rows, grad, matrix, sizes, width), total.reshape(kernel.shape).astype(kernel.dtype), None
 
 
@@ -238,7 +238,7 @@ def _over_blocks(
     def put(out: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(out, function(_block(padded, at), kernel, expert), (at, jnp.zeros_like(at)))
 
-    out = _each_block(put, sizes, _like(jnp.zeros((len(padded), width), rows.dtype), rows, kernel))
+    out = _each_block(put, sizes, varying_as(jnp.zeros((len(padded), width), rows.dtype), rows, kernel))
     return out[: len(rows)]
 
 
@@ -261,12 +261,6 @@ def _padded(rows: jax.Array) -> jax.Array:
 
 def _block(rows: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(rows, (at, jnp.zeros_like(at)), (ROWS, rows.shape[1]))
-
-
-def _like(a: jax.Array, *others: Any) -> jax.Array:
-    """A constant whose type says that it differs from device to device as others do, as a loop's carry must from its start."""
-    axes = set().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(others)))
-    return jax.lax.pcast(a, tuple(axes), to="varying")
 
 
 FORMS: dict[str, Callable[..., jax.Array]] = {

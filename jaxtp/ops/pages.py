@@ -9,12 +9,13 @@ No function here communicates: pages split by data-parallel group (dp) and by KV
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxtp.ops.attention import Kernel, attend_seen, visible
+from jaxtp.sharding import varying_as
 
 # How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
 # few pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
@@ -114,11 +115,11 @@ def _row_by_row(
 
         first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // span
         none = jnp.zeros((K, G * T, 1), jnp.float32)
-        start = _like((none - 1e30, none, jnp.zeros((K, G * T, H), jnp.float32)), q)
+        start = varying_as((none - 1e30, none, jnp.zeros((K, G * T, H), jnp.float32)), q)
         _, total, acc = jax.lax.fori_loop(first, -(-lengths[i] // span), block, start)
         return jax.lax.dynamic_update_index_in_dim(out, acc / jnp.maximum(total, 1e-30), i, 0)
 
-    out = jax.lax.fori_loop(0, B, row, _like(jnp.zeros(q.shape, jnp.float32), q))
+    out = jax.lax.fori_loop(0, B, row, varying_as(jnp.zeros(q.shape, jnp.float32), q))
     return jnp.einsum("BKGTH->BTKGH", out.reshape(B, K, G, T, H))
 
 
@@ -152,12 +153,6 @@ def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, l
         False,
     )
     return (out[0] if isinstance(out, tuple | list) else out).reshape(q.shape)
-
-
-def _like(tree: Any, q: jax.Array) -> Any:
-    """Constants whose type says that they differ from device to device as q does, which a loop's carry must from its start."""
-    nought = jnp.where(q.ravel()[0] > 0, 0, 0)
-    return jax.tree.map(lambda a: a + nought.astype(a.dtype), tree)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
