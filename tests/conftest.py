@@ -17,7 +17,10 @@ import pytest
 from jaxtp.generate import memory
 
 OPTIMIZED = os.environ.get("JAXTP_TESTS") == "optimized" or "XLA_FLAGS" in os.environ or jax.__version_info__ >= (0, 12)
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -42,6 +45,21 @@ COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 COMPILED_QUICKLY = COMPILED if OPTIMIZED else {**COMPILED, "XLA_FLAGS": QUICK}
+
+MAPPINGS = 20_000  # of memory, of 65,530 that Linux allows a process: each compiled program has dozens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten():
+    """A worker that runs hundreds of files would keep every program that JAX has compiled for it, until LLVM finds no place for
+    the next one and the process dies of it.
+    """
+    yield
+    held = Path("/proc/self/maps")
+    if held.exists() and held.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
