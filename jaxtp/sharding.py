@@ -1,8 +1,8 @@
 """Rules: which dim lies on which mesh axis. A weight names its dims once; its PartitionSpec is derived here.
 
 Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim,
-                      query_heads (all their channels, cut between KV heads), mlp, gate_up, experts, expert_mlp, routes (experts
-                      as a router scores them)
+                      query_heads (all their channels, cut between KV heads), channels (of all heads, whole), mlp, gate_up,
+                      experts, expert_mlp, routes (experts as a router scores them)
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
                       cache), hidden (inside the MLP), logits, cached, routed (the batch where experts see it)
 
@@ -47,6 +47,7 @@ DEFAULT: Axes = (
     ("fused", None),
     ("gate_up", None),
     ("head_dim", None),
+    ("channels", None),
     ("layers", None),
     ("experts", "ep"),
     ("expert_mlp", "tp"),
@@ -409,7 +410,7 @@ class Description(Shown):
 def describe(model: nnx.Module) -> Description:
     """Every weight of a model, abstract or real: dims, spec, bytes in all and on each device."""
     mesh = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).sharding.mesh
-    stacks = [weight.get_metadata()["stack"] for path, weight in variables(model) if path.endswith("attention_norm.weight")]
+    stacks = [weight.get_metadata()["stack"] for path, weight in variables(model) if path.endswith("attention.o")]
     places, layers = sum(map(len, stacks)), sum(layer is not None for stack in stacks for layer in stack)
     note = None
     if places > layers:

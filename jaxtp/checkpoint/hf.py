@@ -7,6 +7,7 @@ never opened.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.numpy import save_file
 
 from jaxtp.checkpoint.names import EMBED, HEAD, Index, Part, made_of
-from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors
+from jaxtp.checkpoint.names import tensors as tensors_of
+from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors, text_part
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.log import console, interactive, logger
@@ -77,7 +79,7 @@ def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> Mo
     if config.dtype and not config.tie_word_embeddings:
         return config
     try:
-        with Tensors(folder) as tensors:
+        with text_part(Tensors(folder)) as tensors:
             first = next((FLOATS[found] for found in map(tensors.dtype, tensors) if found in FLOATS), None)
             config = replace(config, dtype=config.dtype or (first if first in DTYPES else None))
             if config.tie_word_embeddings and not _one_table(tensors, config.dtype or "float32"):
@@ -108,7 +110,7 @@ def _one_table(tensors: Tensors, dtype: str) -> bool:
 def shapes(model: nnx.Module, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a model's checkpoint: their names and shapes."""
     found = (made_of(config, path, weight) for path, weight in variables(model))
-    return {part.name: part.shape(each) for each, rows in found for part in sum(rows, ())}
+    return {part.name: part.whole(each) for each, rows in found for part in sum(rows, ())}
 
 
 def load(
@@ -127,7 +129,7 @@ def load(
     """
     weights = dict(variables(model))
     found = {path: made_of(config, path, weight) for path, weight in weights.items()}
-    with Tensors(folder) as tensors, _bar(progress) as bar:
+    with text_part(Tensors(folder)) as tensors, _bar(progress) as bar:
         if config.tie_word_embeddings and HEAD in tensors and EMBED not in tensors:
             tensors.rename(HEAD, EMBED)  # one table, under its other name
         _check(tensors, config, folder, shapes(model, config))
@@ -193,12 +195,12 @@ def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path |
         array = weight.get_value()
         host = fetch(array)
         each, rows = made_of(config, path, weight)
-        for part, row in ((part, row) for row, parts in zip(host.reshape(-1, *each), rows, strict=True) for part in parts):
-            tensor = part.write(row)
+        held = zip(host.reshape(-1, *each), rows, strict=True)
+        for name, tensor in itertools.chain(*(tensors_of(parts, row).items() for row, parts in held)):
             if size and size + tensor.nbytes > max_shard_bytes:
                 flush()
                 size = 0
-            shards[-1][part.name] = tensor
+            shards[-1][name] = tensor
             size += tensor.nbytes
             total += tensor.nbytes
     flush()

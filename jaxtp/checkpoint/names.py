@@ -1,8 +1,9 @@
 """The two-way table of names: which tensors of a Hugging Face checkpoint make up each of our weights.
 
 `TABLE` has a row for each of our weights; a new one is a new row. A weight of ours is a reshape of one tensor, or several
-tensors side by side (q, k and v; gate and up). Where tp exceeds the KV heads, each KV head stands several times in ours; where
-tp does not divide the vocabulary, ours has zero rows at the end. Both are undone on the way out.
+tensors side by side (q, k and v; gate and up), which some families have below each other in one. Where tp exceeds the KV
+heads, each KV head stands several times in ours; where tp does not divide the vocabulary, ours has zero rows at the end. Both
+are undone on the way out.
 
 K KV heads as held, G query heads per held KV head, H head_dim, D embed, F mlp, V vocabulary.
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ class Part:
 
     select: where it lies in ours (an int drops that dim). rows: how many of the dims left flatten into the tensor's rows,
     the others into its columns. repeat: how often each entry of the first row dim stands in ours. size: the tensor's true
-    number of rows where ours is padded.
+    number of rows where ours is padded. within: (first row, rows in all) where it is not all of the tensor, but its rows from
+    there on.
     """
 
     name: str
@@ -39,9 +41,15 @@ class Part:
     rows: int = 1
     repeat: int = 1
     size: int | None = None
+    within: tuple[int, int] | None = None
+
+    def whole(self, ours: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape in the checkpoint, from the shape of our weight."""
+        rows, *columns = self.shape(ours)
+        return (self.within[1] if self.within else rows, *columns)
 
     def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-        """The tensor's shape in the checkpoint, from the shape of our weight."""
+        """The same of this part of it."""
         dims = self._dims(ours)
         rows = self.size or math.prod(dims[: self.rows]) // self.repeat
         return (rows, math.prod(dims[self.rows :])) if len(dims) > self.rows else (rows,)
@@ -69,7 +77,8 @@ class Part:
         if where[0].start == where[0].stop:  # a share of padding alone
             target[...] = 0
             return
-        values = get(tuple(where))
+        offset = self.within[0] if self.within else 0
+        values = get((slice(where[0].start + offset, where[0].stop + offset), *where[1:]))
         if self.repeat > 1:
             heads = np.repeat(values.reshape(last - first, -1), self.repeat, axis=0)
             values = heads[start - first * self.repeat :][: stop - start]
@@ -79,7 +88,7 @@ class Part:
         target[...] = values.reshape(target.shape)
 
     def write(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor as the checkpoint holds it, from our whole weight."""
+        """The tensor, or this part of it, as the checkpoint holds it, from our whole weight."""
         part = ours[self.select] if self.select else ours
         return np.ascontiguousarray(part[:: self.repeat].reshape(-1, *self.shape(ours.shape)[1:])[: self.size])
 
@@ -113,7 +122,25 @@ def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, .
     layer = re.search(r"\.(\d+)\.", path)
     generic = re.sub(r"\.\d+\.", ".*.", path, count=1)
     row = BY_FAMILY.get(config.model_type, {}).get(generic) or TABLE[generic]
-    return tuple(part for tensor in row for part in tensor.parts(config, shape, layer[1] if layer else ""))
+    found = [part for tensor in row for part in tensor.parts(config, shape, layer[1] if layer else "")]
+    return tuple(_below(found, shape))
+
+
+def _below(found: Sequence[Part], shape: Sequence[int]) -> Iterator[Part]:
+    """Parts of one name are of one tensor, below each other in that order."""
+    sizes = [part.shape(shape)[0] for part in found]
+    for i, part in enumerate(found):
+        same = [j for j, other in enumerate(found) if other.name == part.name]
+        rows = sum(sizes[j] for j in same)
+        yield replace(part, within=(sum(sizes[j] for j in same if j < i), rows)) if len(same) > 1 else part
+
+
+def tensors(parts: Sequence[Part], ours: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of these parts of one weight of ours, by name, as the checkpoint holds them."""
+    found: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part.write(ours))
+    return {name: written[0] if len(written) == 1 else np.concatenate(written) for name, written in found.items()}
 
 
 @dataclass(frozen=True)
@@ -154,18 +181,22 @@ def _from_start(pick: int | slice, size: int) -> int | slice:
     return pick if pick == _ALL else slice(*pick.indices(size)[:2])
 
 
-def _fused(kind: str) -> dict[str, tuple[Tensor, ...]]:
-    """The rows of the fused kernels, or of their biases."""
+_SEPARATE = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def _fused(kind: str, names: tuple[tuple[str, ...], tuple[str, ...]] = _SEPARATE) -> dict[str, tuple[Tensor, ...]]:
+    """The rows of the fused kernels, or of their biases. names: of q, k and v, and of gate and up."""
     attention, mlp, ours = "model.layers.*.self_attn", "model.layers.*.mlp", "_bias" if kind == "bias" else ""
+    (q, k, v), (gate, up) = names
     return {
         f"layers.*.attention.qkv{ours}": (
-            Tensor(f"{attention}.q_proj.{kind}", (_ALL, slice(0, -2)), rows=3),
-            Tensor(f"{attention}.k_proj.{kind}", (_ALL, -2), rows=2, per_kv_head=True),
-            Tensor(f"{attention}.v_proj.{kind}", (_ALL, -1), rows=2, per_kv_head=True),
+            Tensor(f"{attention}.{q}.{kind}", (_ALL, slice(0, -2)), rows=3),
+            Tensor(f"{attention}.{k}.{kind}", (_ALL, -2), rows=2, per_kv_head=True),
+            Tensor(f"{attention}.{v}.{kind}", (_ALL, -1), rows=2, per_kv_head=True),
         ),
         f"layers.*.mlp.gate_up{ours}": (
-            Tensor(f"{mlp}.gate_proj.{kind}", (_ALL, 0)),
-            Tensor(f"{mlp}.up_proj.{kind}", (_ALL, 1)),
+            Tensor(f"{mlp}.{gate}.{kind}", (_ALL, 0)),
+            Tensor(f"{mlp}.{up}.{kind}", (_ALL, 1)),
         ),
     }
 
@@ -205,6 +236,16 @@ TABLE: dict[str, tuple[Tensor, ...]] = {
     "layers.*.moe.shared_gate": (Tensor("model.layers.*.mlp.shared_expert_gate.weight"),),
     "layers.*.attention_norm.weight": (Tensor("model.layers.*.input_layernorm.weight"),),
     "layers.*.mlp_norm.weight": (Tensor("model.layers.*.post_attention_layernorm.weight"),),
+    "layers.*.attention_post_norm.weight": (Tensor("model.layers.*.post_attention_layernorm.weight"),),
+    "layers.*.mlp_post_norm.weight": (Tensor("model.layers.*.post_feedforward_layernorm.weight"),),
 }
 # where a family spells it otherwise
-BY_FAMILY = {"mixtral": _experts("model.layers.*.block_sparse_moe", "w1", "w3", "w2")}
+_GEMMA: dict[str, tuple[Tensor, ...]] = {
+    "layers.*.mlp_norm.weight": (Tensor("model.layers.*.pre_feedforward_layernorm.weight"),)
+}
+BY_FAMILY: dict[str, dict[str, tuple[Tensor, ...]]] = {
+    "mixtral": _experts("model.layers.*.block_sparse_moe", "w1", "w3", "w2"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": _fused("weight", (("qkv_proj",) * 3, ("gate_up_proj",) * 2)),
+}

@@ -62,9 +62,32 @@ class Tensors:
         """The tensor `name` is called `other` from here on."""
         self._at[other] = self._at.pop(name)
 
+    def drop(self, name: str) -> None:
+        """There is no such tensor from here on."""
+        del self._at[name]
+
     def _slice(self, name: str) -> Any:
         file, _, own = self._at[name]
         return file.get_slice(own)
+
+
+# Where checkpoints of more than text keep their language model: as they are published, and as transformers 5 writes them
+_LANGUAGE = ("language_model.model.", "model.language_model.")
+
+
+def text_part(tensors: Tensors) -> Tensors:
+    """The same tensors; of a checkpoint of more than text those of its language model alone, named as one's own."""
+    prefix = next((prefix for prefix in _LANGUAGE if any(name.startswith(prefix) for name in tensors)), None)
+    if prefix is None:
+        return tensors
+    for name in list(tensors):
+        if name.startswith(prefix):
+            tensors.rename(name, f"model.{name.removeprefix(prefix)}")
+        elif name.startswith("language_model."):
+            tensors.rename(name, name.removeprefix("language_model."))
+        elif name != "lm_head.weight":
+            tensors.drop(name)
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:

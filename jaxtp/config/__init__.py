@@ -7,9 +7,21 @@ a wrong model.
 """
 
 from jaxtp.config.experts import Experts
-from jaxtp.config.families import FAMILIES, Family
+from jaxtp.config.families import FAMILIES, Activation, Family, NormPosition
 from jaxtp.config.keys import DTYPES
-from jaxtp.config.model import Kind, ModelConfig
+from jaxtp.config.model import Kind, ModelConfig, RopeName
 from jaxtp.config.rope import ROPE_TYPES, Rope
 
-__all__ = ["DTYPES", "FAMILIES", "ROPE_TYPES", "Experts", "Family", "Kind", "ModelConfig", "Rope"]
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "ROPE_TYPES",
+    "Activation",
+    "Experts",
+    "Family",
+    "Kind",
+    "ModelConfig",
+    "NormPosition",
+    "Rope",
+    "RopeName",
+]

@@ -9,6 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of the gate, and ours
+# Settings that are the same number in both spellings, where a family has the key
+NUMBERS = {
+    "attention_scale": "attention_multiplier",
+    "attention_softcap": "attn_logit_softcapping",
+    "logits_softcap": "final_logit_softcapping",
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logits_scaling": "logits_scaling",
+}
 DTYPE_NAMES = {**{name: name for name in DTYPES}, "float": "float32", "half": "float16"}  # torch's other names
 
 HARMLESS = frozenset(
@@ -19,7 +29,7 @@ HARMLESS = frozenset(
         "task_specific_params prefix unsloth_fixed unsloth_version unsloth_tiled_mlp "
         # how tensors are kept, cut or computed
         "dtype torch_dtype torchscript use_bfloat16 tf_legacy_loss pruned_heads pretraining_tp use_cache attn_implementation "
-        "use_flash_attention use_flash_attention_2 use_flash_attn flash_attention chunk_size_feed_forward "
+        "use_flash_attention use_flash_attention_2 use_flash_attn flash_attention chunk_size_feed_forward cache_implementation "
         "output_attentions output_hidden_states return_dict "
         # of training: initialisation and dropout
         "initializer_range attention_dropout attn_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout "
@@ -45,8 +55,6 @@ HARMLESS = frozenset(
     ).split()
 )
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1, None),
     "rotary_pct": (1, None),
     "quantization_config": (None,),
     "add_cross_attention": (False, None),
@@ -59,6 +67,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1, None),
     "router_jitter_noise": (0, None),
     "clip_qkv": (None,),
+    "attn_logit_softcapping": (None,),
+    "lm_head_bias": (False, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
 }
 # Of `rope_scaling`, beside what `rope.KINDS` names: who trained with it.
 ROPE_HARMLESS = ("finetuned",)

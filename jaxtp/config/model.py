@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtp import files
 from jaxtp.checks import INT32, whole
 from jaxtp.config.experts import Experts
-from jaxtp.config.families import FAMILIES
-from jaxtp.config.keys import DTYPE_NAMES, DTYPES
+from jaxtp.config.families import FAMILIES, Activation, NormPosition
+from jaxtp.config.keys import ACTIVATIONS, DTYPE_NAMES, DTYPES, NUMBERS
 from jaxtp.config.reader import read
 from jaxtp.config.rope import Rope, rope_to_hf
 
@@ -22,11 +22,15 @@ _COUNTS = (
 )
 
 
+RopeName = Literal["global", "local"]
+
+
 class Kind(NamedTuple):
     """What sets a layer apart from others: layers of one kind run the same program on weights of the same shapes."""
 
     window: int | None = None
     sparse: bool = False
+    rope: RopeName | None = "global"
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,14 @@ class ModelConfig:
     """The shape and mathematics of one model. Sizes are counts; `rms_norm_eps` has no unit.
 
     `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
-    None for full attention. `experts` stand in place of MLPs. `dtype` is the checkpoint's, None where it does not say.
+    None for full attention. `experts` stand in place of MLPs. `rotated[i]` says whether layer i has RoPE (empty: all); layers with a window have `local_rope` where there is one.
+    `dtype` is the checkpoint's, None where it does not say.
+
+    norm_position: norms stand before attention and MLP ("pre"), behind them ("post"), or both. norm_unit_offset: norms multiply
+    with 1 + their weight. qk_norm_across_heads: the norms of q and k are over all heads together, not each. attention_scale: of
+    scores, default 1/√head_dim. attention_softcap, logits_softcap: see `ops.attention.capped`. embedding_multiplier: of what is
+    looked up, rounded to the model's dtype. residual_multiplier: of what attention and MLP add. logits_scaling: what logits are
+    divided by.
     """
 
     model_type: str
@@ -53,6 +64,18 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False
+    norm_position: NormPosition = "pre"
+    norm_unit_offset: bool = False
+    activation: Activation = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    local_rope: Rope | None = None
+    rotated: tuple[bool, ...] = ()
     windows: tuple[int | None, ...] = ()
     experts: Experts | None = None
     bos_token_id: int | None = None
@@ -62,6 +85,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if all(self.rotated):
+            object.__setattr__(self, "rotated", ())
         for name in _COUNTS:
             whole(name, getattr(self, name), least=1, most=INT32)
         for window in set(self.windows) - {None}:
@@ -73,15 +98,39 @@ class ModelConfig:
                 f"num_key_value_heads={self.num_kv_heads} does not divide num_attention_heads={self.num_heads}; "
                 f"legal: {_divisors(self.num_heads)}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        for rope in filter(None, (self.rope, self.local_rope)):
+            rope.check(self.head_dim)
+        for ours, theirs in NUMBERS.items():
+            value = getattr(self, ours)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{theirs}={value} must be above 0 and finite")
+        if self.experts and self.activation != "silu":
+            raise ValueError(f"experts have SwiGLU alone; the activation {self.activation!r} is not supported with them")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        if self.rotated and len(self.rotated) != self.num_layers:
+            raise ValueError(f"{len(self.rotated)} rotated for {self.num_layers} layers")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer."""
-        return tuple(Kind(window=window, sparse=sparse) for window, sparse in zip(self.windows, self.sparse, strict=True))
+        each = zip(self.windows, self.sparse, self.rotated or (True,) * self.num_layers, strict=True)
+        return tuple(Kind(window, sparse, self._rope_of(window) if turns else None) for window, sparse, turns in each)
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied with."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def _rope_of(self, window: int | None) -> RopeName:
+        return "local" if window and self.local_rope else "global"
+
+    @property
+    def ropes(self) -> dict[RopeName, Rope]:
+        """The rotary embeddings that its layers have."""
+        both: dict[RopeName, Rope | None] = {"global": self.rope, "local": self.local_rope}
+        used = {kind.rope for kind in self.kinds}
+        return {name: rope for name, rope in both.items() if rope and name in used}
 
     @property
     def sparse(self) -> tuple[bool, ...]:
@@ -93,6 +142,8 @@ class ModelConfig:
     @property
     def context(self) -> int:
         """Tokens of a sequence at most: `max_position_embeddings`, or what RoPE scaling makes of it (`Rope.context`)."""
+        if self.local_rope:  # Gemma 3's max_position_embeddings has the factor in it
+            return self.max_position_embeddings
         return min(self.rope.context(self.max_position_embeddings), INT32)
 
     def check_length(self, name: str, tokens: int, *, way: str = "") -> None:
@@ -121,10 +172,21 @@ class ModelConfig:
         """Number of weights, tied ones counted once."""
         d, h = self.hidden_size, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
-        layer = qkv * d + d * self.num_heads * h + 2 * d
-        layer += qkv * self.qkv_bias + d * self.o_bias + 2 * h * self.qk_norm
+        layer = qkv * d + d * self.num_heads * h + self.block_norms * d
+        layer += qkv * self.qkv_bias + d * self.o_bias + self.qk_norm_params
         tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + sum(map(self.mlp_params, self.sparse)) + tables + d
+
+    @property
+    def block_norms(self) -> int:
+        """Norms over the residual stream in a block."""
+        return 4 if self.norm_position == "both" else 2
+
+    @property
+    def qk_norm_params(self) -> int:
+        """Weights of a layer's norms of q and k."""
+        heads = self.num_heads + self.num_kv_heads if self.qk_norm_across_heads else 2
+        return heads * self.head_dim * self.qk_norm
 
     @property
     def num_active_params(self) -> int:
@@ -194,13 +256,13 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": _ACTIVATION_NAMES[self.activation],
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope.theta,
-            "rope_scaling": rope_to_hf(self.rope),
+            **rope_to_hf(self.rope, max_position=self.max_position_embeddings),
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
+            "pad_token_id": None,  # transformers' own of some families lies beyond small vocabularies
             "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
         }
         if self.dtype:
@@ -216,8 +278,20 @@ class ModelConfig:
             out |= self._experts_to_hf()
         if family.window_switch:
             out["use_sliding_window"] = window is not None
+        if family.window_switch or family.window_pattern is not None:
             out["sliding_window"] = window
             out["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.windows]
+        if family.activation:
+            out["hidden_activation"] = out["hidden_act"]
+        out |= {theirs: getattr(self, ours) for ours, theirs in NUMBERS.items() if theirs in family.keys}
+        if "query_pre_attn_scalar" in family.keys:
+            out["query_pre_attn_scalar"] = round(self.score_scale**-2)
+        if "partial_rotary_factor" in family.keys:
+            out["partial_rotary_factor"] = self.rope.partial_rotary_factor
+        if "no_rope_layers" in family.keys:
+            out["no_rope_layers"] = [int(kind.rope is not None) for kind in self.kinds]
+        if self.local_rope:
+            out["rope_local_base_freq"] = self.local_rope.theta
         return out
 
     def _experts_to_hf(self) -> dict[str, Any]:
@@ -238,6 +312,9 @@ class ModelConfig:
             out["decoder_sparse_step"] = 1
             out["mlp_only_layers"] = [*experts.dense]
         return out
+
+
+_ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def _divisors(n: int) -> list[int]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxtp.checks import INT32, number, whole
 from jaxtp.config.experts import ExpertKeys, Experts
-from jaxtp.config.families import FAMILIES, Family, family_of
-from jaxtp.config.keys import DTYPE_NAMES, DTYPES, FIXED, HARMLESS
-from jaxtp.config.rope import respelled, rope_of
+from jaxtp.config.families import FAMILIES, Family, family_of, text_part
+from jaxtp.config.keys import ACTIVATIONS, DTYPE_NAMES, DTYPES, FIXED, HARMLESS, NUMBERS
+from jaxtp.config.rope import Rope, respelled, rope_of
 
 _LAYERS = _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -19,7 +19,7 @@ def read(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
 
     Raises ValueError for whatever is not implemented, or of another type than it must be.
     """
-    found = respelled(raw)
+    found = respelled(text_part(raw))
     for key, value in respelled(overrides).items():
         found.pop(key, None)
         if value is not None:
@@ -46,6 +46,7 @@ class _Reader:
         bias = self.flag("attention_bias") if family.qkv_bias is None else False
         max_position = self.whole("max_position_embeddings", 2048)
         experts = self.experts(family.experts, layers) if family.experts else None
+        rotated = self.rotated(family, layers)
         made = {
             "model_type": model_type,
             "vocab_size": self.whole("vocab_size"),
@@ -58,18 +59,20 @@ class _Reader:
             "head_dim": self.whole("head_dim", hidden // max(heads, 1)),
             "max_position_embeddings": max_position,
             "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
-            "rope": rope_of(
-                self.take("rope_theta", 10000.0),
-                self.take("rope_scaling", {}),
-                max_position=max_position,
-                original=self.take("original_max_position_embeddings"),
-            ),
+            "rope": self.rope(family, max_position),
+            "local_rope": self.local_rope(family),
+            "rotated": rotated,
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
             "qkv_bias": bias if family.qkv_bias is None else family.qkv_bias,
             "o_bias": bias if family.o_bias is None else family.o_bias,
             "mlp_bias": self.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
             "qk_norm": family.qk_norm,
-            "windows": self.windows(family, layers),
+            "qk_norm_across_heads": family.qk_norm_across_heads,
+            "norm_position": family.norm_position,
+            "norm_unit_offset": family.norm_unit_offset,
+            "activation": self.activation(family),
+            "windows": self.windows(family, layers, rotated),
+            **self.numbers(family, hidden),
             "bos_token_id": self.token("bos_token_id", self.raw.get("bos_token_id")),
             "eos_token_ids": token_ids("eos_token_id", self.raw.get("eos_token_id")),
             "dtype": self.dtype(),
@@ -141,9 +144,78 @@ class _Reader:
             raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers' numbers")
         return tuple(i for i in range(layers) if i in dense or (i + 1) % step)
 
+    # -- numbers that a family has ---------------------------------------------------------------------------------------
+
+    def numbers(self, family: Family, hidden: int) -> dict[str, float | None]:
+        """Multipliers, scales and soft caps."""
+        found: dict[str, float | None] = {}
+        for ours, theirs in NUMBERS.items():
+            if theirs in family.keys:
+                value = self.take(theirs)
+                if not (number(value) or (value is None and "softcap" in ours)):
+                    raise ValueError(f"{theirs}={value!r} must be a number")
+                found[ours] = value
+        if "query_pre_attn_scalar" in family.keys:
+            found["attention_scale"] = self.whole("query_pre_attn_scalar") ** -0.5
+        if family.scaled_embedding:
+            found["embedding_multiplier"] = hidden**0.5
+        return found
+
+    def activation(self, family: Family) -> str:
+        """Of the gate. Gemma's configs name it under two keys, and the first ones say gelu where they mean its tanh form."""
+        legal = {"hidden_act": {*ACTIVATIONS}}
+        if family.activation:
+            mine = {theirs for theirs, ours in ACTIVATIONS.items() if ours == family.activation}
+            legal = {"hidden_act": {*mine, "gelu"}, "hidden_activation": mine}
+        said = {key: self.take(key) for key in legal}
+        for key, value in said.items():
+            if value is not None and not (isinstance(value, str) and value in legal[key]):
+                raise ValueError(f"{key}={value!r} is not supported; supported: {sorted(legal[key])}")
+        return family.activation or ACTIVATIONS[said["hidden_act"] or "silu"]
+
+    # -- rotary embedding ------------------------------------------------------------------------------------------------
+
+    def rope(self, family: Family, max_position: int) -> Rope:
+        """Of layers that see everything, or of all."""
+        scaling = dict(self.take("rope_scaling", {}))
+        outside, inside = self.take("partial_rotary_factor", 1.0), scaling.pop("partial_rotary_factor", None)
+        partial = outside if inside is None else inside
+        if not number(partial):
+            raise ValueError(f"partial_rotary_factor={partial!r} must be a number")
+        if partial != 1 and "partial_rotary_factor" not in family.keys:
+            raise ValueError(f"partial_rotary_factor={partial!r} is not supported for this model_type")
+        kinds = {key: scaling[key] for key in ("type", "rope_type") if key in scaling}
+        if family.ropes:
+            for key, kind in kinds.items():
+                if kind in ("su", "yarn") and "longrope" in family.ropes:  # what Phi-3 called it first
+                    scaling[key] = "longrope"
+                elif kind not in (*family.ropes, None):
+                    raise ValueError(f"rope type {kind!r} is not supported for this model_type; supported: {family.ropes}")
+        original = self.take("original_max_position_embeddings")
+        theta = self.take("rope_theta", 10000.0)
+        return rope_of(theta, scaling, max_position=max_position, original=original, partial=partial)
+
+    def local_rope(self, family: Family) -> Rope | None:
+        """Of layers with a window, where they have their own."""
+        if "rope_local_base_freq" not in family.keys:
+            return None
+        return rope_of(self.take("rope_local_base_freq"), {}, max_position=1, original=None)
+
+    def rotated(self, family: Family, layers: int) -> tuple[bool, ...]:
+        """Which layers have RoPE at all."""
+        if "no_rope_layers" not in family.keys:
+            return (True,) * layers
+        interval = count("no_rope_layer_interval", self.take("no_rope_layer_interval", 4))
+        named = self.take("no_rope_layers")
+        if named is None:
+            return tuple((i + 1) % interval != 0 for i in range(layers))
+        if not (isinstance(named, list | tuple) and len(named) >= layers and all(each in (0, 1) for each in named)):
+            raise ValueError(f"no_rope_layers={named!r} must be a list of a 1 (RoPE) or a 0 (none) for each of {layers} layers")
+        return tuple(bool(each) for each in named[:layers])
+
     # -- several -------------------------------------------------------------------------------------------------------
 
-    def windows(self, family: Family, layers: int) -> tuple[int | None, ...]:
+    def windows(self, family: Family, layers: int, rotated: tuple[bool, ...]) -> tuple[int | None, ...]:
         """The sliding window of each layer."""
         switch, kinds = self.raw.pop("use_sliding_window", None), self.take("layer_types")
         if switch is not None and not isinstance(switch, bool):
@@ -154,6 +226,8 @@ class _Reader:
             raise ValueError(f"layer_types must name {' or '.join(_LAYERS)} alone, not {kinds}")
         if switch and not (family.windowed or family.window_switch):
             raise ValueError("use_sliding_window=True is not supported for this model_type")
+        if family.window_pattern is not None:
+            return self._windows_by_layer(family, layers, kinds)
         used = family.windowed or (family.window_switch and switch)
         if not used and (family.window_switch or switch is False):
             self.raw.pop("sliding_window", None)  # switched off, whatever its size
@@ -161,7 +235,10 @@ class _Reader:
         window = None if window is None else count("sliding_window", window)
         if family.window_switch and used:
             first = count("max_window_layers", self.take("max_window_layers", 28), least=0)
-            kinds = kinds or [_SLIDING if i >= first else _FULL for i in range(layers)]
+            chosen = (
+                [not turns for turns in rotated] if "no_rope_layers" in family.keys else [i >= first for i in range(layers)]
+            )
+            kinds = kinds or [_SLIDING if sliding else _FULL for sliding in chosen]
             return tuple(window if kind == _SLIDING else None for kind in kinds)
         every = _SLIDING if window else _FULL
         if kinds and {*kinds} != {every}:
@@ -169,6 +246,22 @@ class _Reader:
                 f"layer_types names others than {every}, which this model_type and sliding_window make every layer"
             )
         return (window,) * layers
+
+    def _windows_by_layer(self, family: Family, layers: int, kinds: Any) -> tuple[int | None, ...]:
+        """Where `layer_types` or a pattern chooses the layers."""
+        window, same = self.take("sliding_window"), self.take("sliding_window_size")
+        if same not in (None, window):
+            raise ValueError(f"sliding_window={window!r} and sliding_window_size={same!r}: which?")
+        window = None if window is None else count("sliding_window", window)
+        pattern = family.window_pattern or 0
+        if "sliding_window_pattern" in family.keys:
+            pattern = count("sliding_window_pattern", self.take("sliding_window_pattern", pattern))
+        if not pattern:
+            kinds = kinds or [_SLIDING if window else _FULL] * layers
+        kinds = kinds or [_SLIDING if (i + 1) % pattern else _FULL for i in range(layers)]
+        if window is None and _SLIDING in kinds:
+            raise ValueError(f"layers are of the type {_SLIDING}, which needs sliding_window")
+        return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def refuse_the_rest(self) -> None:
         for key, legal in FIXED.items():

@@ -20,7 +20,16 @@ def choose_read(model: Llama) -> Read:
     """How the cache is read on the model's devices. GPUs that are only compiled for are taken at their word."""
     layout, config, stages = model.layout, model.config, bool(model.stacks)
     where, windows = platform(layout.mesh), any(config.windows)
-    read = paged.choose_read(platform=where, dtype=layout.dtype, head_dim=config.head_dim, windows=windows, stages=stages)
+    read = paged.choose_read(
+        platform=where,
+        dtype=layout.dtype,
+        head_dim=config.head_dim,
+        windows=windows,
+        stages=stages,
+        softcap=config.attention_softcap,
+    )
+    if config.attention_softcap and where == "gpu":
+        logger.info("attention scores have a soft cap, which cuDNN's kernels have not: XLA computes attention, in blocks")
     here = [device for device in layout.mesh.devices.flat if device in jax.local_devices()]
     if read == "cudnn" and here and not cudnn_reads(here[0], layout_of(model)):
         return "gather" if stages else "slab"

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxtp.config import ModelConfig
 from jaxtp.model.cache import LayerCache
-from jaxtp.model.layers import Attention, Mlp, Norm, Step
+from jaxtp.model.layers import Attention, Mlp, Norm, Step, scaled
 from jaxtp.model.moe import Moe
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import FEW_TOKENS, Products
@@ -16,7 +16,10 @@ from jaxtp.sharding import Layout, Region, on_each_device
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in the place of the MLP."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in the place of the MLP.
+
+    Norms may stand behind both as well, or there alone.
+    """
 
     def __init__(
         self,
@@ -28,11 +31,13 @@ class Block(nnx.Module):
         expert_kernel: Products | None = None,
         region: Region = on_each_device,
     ) -> None:
-        eps, D = config.rms_norm_eps, config.hidden_size
-        self.attention_norm = Norm(D, eps=eps, layout=layout.at("attention_norm"))
+        before, behind = config.norm_position != "post", config.norm_position != "pre"
+        self.attention_norm = Norm(config, layout=layout.at("attention_norm")) if before else None
+        self.attention_post_norm = Norm(config, layout=layout.at("attention_post_norm")) if behind else None
         self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region)
-        self.mlp_norm = Norm(D, eps=eps, layout=layout.at("mlp_norm"))
-        self.sparse = config.sparse[index]
+        self.mlp_norm = Norm(config, layout=layout.at("mlp_norm")) if before else None
+        self.mlp_post_norm = Norm(config, layout=layout.at("mlp_post_norm")) if behind else None
+        self.sparse, self.residual_multiplier = config.sparse[index], config.residual_multiplier
         if self.sparse:
             self.moe = Moe(config, layout=layout.at("moe"), region=region, expert_kernel=expert_kernel)
         else:
@@ -43,14 +48,22 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """x [B, T, D] in the residual stream's layout, both ways; and what the router did, where there is one."""
         with jax.named_scope("attention"):  # what a profile tells apart
-            y, cache = self.attention(self.attention_norm(x), step, cache)
-            x = _settled(x + y, step)
+            y, cache = self.attention(_normed(self.attention_norm, x), step, cache)
+            x = self._added(x, _normed(self.attention_post_norm, y), step)
         if not self.sparse:
             with jax.named_scope("mlp"):
-                return _settled(x + self.mlp(self.mlp_norm(x)), step), cache, None
+                y = _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x)))
+                return self._added(x, y, step), cache, None
         with jax.named_scope("moe"):
-            y, routing = self.moe(self.mlp_norm(x), step.counted)
-            return _settled(x + y, step), cache, routing
+            y, routing = self.moe(_normed(self.mlp_norm, x), step.counted)
+            return self._added(x, _normed(self.mlp_post_norm, y), step), cache, routing
+
+    def _added(self, x: jax.Array, y: jax.Array, step: Step) -> jax.Array:
+        return _settled(x + scaled(y, self.residual_multiplier), step)
+
+
+def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 def _settled(x: jax.Array, step: Step) -> jax.Array:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtp.config import ModelConfig
+from jaxtp.config import ModelConfig, RopeName
 from jaxtp.mesh import platform
 from jaxtp.model.cache import Lanes, LayerCache
 from jaxtp.ops.attention import Kernel, attend_fresh, choose_kernel
@@ -29,12 +30,12 @@ from jaxtp.sharding import Layout, Region, beside
 class Step:
     """What every layer needs to know of the tokens at hand.
 
-    cos, sin [B, T, H/2] float32; positions [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it
-    the tokens go and what they see. counted [B, T] float32: which tokens count in what is told of routers, default all.
+    ropes: (cos, sin) of each rotary embedding of the model, [B, T, R/2] float32, R the channels of a head that turn; positions
+    [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it the tokens go and what they see. counted
+    [B, T] float32: which tokens count in what is told of routers, default all.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    ropes: dict[RopeName, tuple[jax.Array, jax.Array]]
     positions: jax.Array
     segment_ids: jax.Array | None = None
     lanes: Lanes | None = None
@@ -42,15 +43,45 @@ class Step:
 
 
 class Norm(nnx.Module):
-    """RMSNorm."""
+    """RMSNorm, over the residual stream or each head. size, dim: of its weight; default one for each channel of the stream."""
 
-    def __init__(self, size: int, *, eps: float, layout: Layout, dim: str = "embed") -> None:
-        self.weight = layout.param("weight", **{dim: size})
-        self.eps = eps
+    def __init__(self, config: ModelConfig, *, layout: Layout, size: int | None = None, dim: str = "embed") -> None:
+        self.weight = layout.param("weight", **{dim: size or config.hidden_size})
+        self.eps, self.unit_offset = config.rms_norm_eps, config.norm_unit_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., D]."""
-        return rms_norm(x, self.weight[...], eps=self.eps)
+        return rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
+
+
+class HeadsNorm(Norm):
+    """RMSNorm over all heads of a projection together. Every device holds all of its weight, and takes what is its own heads'."""
+
+    def __init__(self, config: ModelConfig, *, layout: Layout, heads: int) -> None:
+        super().__init__(config, layout=layout, size=heads * config.head_dim, dim="channels")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, K, G, H] -> the same; KV heads may stand several times in K, all of them as often."""
+        weight, (held, *rest) = self.weight[...], x.shape[2:]
+        weight = weight.reshape(-1, *rest, out_sharding=_replicated(weight, 1 + len(rest)))
+        copies = held // weight.shape[0]
+        if copies > 1:
+            weight = jnp.broadcast_to(weight[:, None], (weight.shape[0], copies, *rest), out_sharding=_replicated(weight, 4))
+            weight = weight.reshape(held, *rest, out_sharding=_replicated(weight, 1 + len(rest)))
+        return rms_norm(x, weight, eps=self.eps, unit_offset=self.unit_offset)
+
+
+def _head_norm(config: ModelConfig, heads: int, *, layout: Layout) -> Norm:
+    """Of queries or keys of so many heads."""
+    if config.qk_norm_across_heads:
+        return HeadsNorm(config, layout=layout, heads=heads)
+    return Norm(config, layout=layout, size=config.head_dim, dim="head_dim")
+
+
+def _replicated(x: jax.Array, dims: int) -> NamedSharding:
+    """That of an array of so many dims, whole on every device, as x is."""
+    own = jax.typeof(x).sharding
+    return NamedSharding(own.mesh, PartitionSpec(*[None] * dims, reduced=own.spec.reduced))
 
 
 class Attention(nnx.Module):
@@ -65,10 +96,14 @@ class Attention(nnx.Module):
         self.qkv_bias = layout.param("qkv", kv_heads=K, fused=G + 2, head_dim=H) if config.qkv_bias else None
         self.o_bias = layout.param("o", embed=D) if config.o_bias else None
         if config.qk_norm:
-            self.q_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("q_norm"), dim="head_dim")
-            self.k_norm = Norm(H, eps=config.rms_norm_eps, layout=layout.at("k_norm"), dim="head_dim")
-        self.qk_norm, self.window, self.layout, self.region = config.qk_norm, config.windows[index], layout, region
-        self.kernel = choose_kernel(platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, override=kernel)
+            self.q_norm = _head_norm(config, config.num_heads, layout=layout.at("q_norm"))
+            self.k_norm = _head_norm(config, config.num_kv_heads, layout=layout.at("k_norm"))
+        kind = config.kinds[index]
+        self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.kernel = choose_kernel(
+            platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, softcap=self.softcap, override=kernel
+        )
 
     def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout, and the cache with these tokens in it."""
@@ -80,7 +115,8 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
             qk = jnp.concatenate([q, k], axis=3)
-        qk = rotate(qk, step.cos, step.sin)
+        if self.rope:
+            qk = rotate(qk, *step.ropes[self.rope])
         q, k = jax.lax.split(qk, (qk.shape[3] - 1, 1), axis=3)
         out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache)
         residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
@@ -92,11 +128,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Every device attends with its own rows and heads: a region without communication."""
         # bound here, so that the region closes over plain values only
-        window, kernel = self.window, self.kernel
+        kernel, window, scale, softcap = self.kernel, self.window, self.scale, self.softcap
         if cache is None:
 
             def among(q, k, v, segment_ids):
-                return attend_fresh(q, k, v, kernel=kernel, window=window, segment_ids=segment_ids)
+                return attend_fresh(
+                    q, k, v, kernel=kernel, window=window, scale=scale, softcap=softcap, segment_ids=segment_ids
+                )
 
             return self.region(among, (q, k, v, step.segment_ids), lambda q, *_: q), None
 
@@ -114,6 +152,8 @@ class Attention(nnx.Module):
                     reach=lanes.reach,
                     kernel=kernel,
                     window=window,
+                    scale=scale,
+                    softcap=softcap,
                 ).reshape(1, -1, *q.shape[2:])
                 for tokens, table, lengths in lanes.parts()
             ]
@@ -124,7 +164,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]. width: F, default the config's."""
+    """SwiGLU or GEGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]. width: F, default the config's."""
 
     def __init__(self, config: ModelConfig, *, layout: Layout, width: int | None = None) -> None:
         D, F = config.hidden_size, width or config.intermediate_size
@@ -132,7 +172,7 @@ class Mlp(nnx.Module):
         self.down = layout.param("down", embed=D, mlp=F)
         self.gate_up_bias = layout.param("gate_up", mlp=F, gate_up=2) if config.mlp_bias else None
         self.down_bias = layout.param("down", embed=D) if config.mlp_bias else None
-        self.layout = layout
+        self.activation, self.layout = config.activation, layout
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout."""
@@ -140,10 +180,15 @@ class Mlp(nnx.Module):
         y = linear(x, self.gate_up[...], out=hidden.sharding("batch", "tokens", "hidden", None))
         if self.gate_up_bias is not None:
             y = y + beside(self.gate_up_bias[...], y)
-        y = gated(y)
+        y = gated(y, self.activation)
         residual = self.layout.at("down").sharding("batch", residual_dim(y.shape[1], self.layout), None)
         z = linear(y, self.down[...], out=residual)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)
+
+
+def scaled(x: jax.Array, by: float) -> jax.Array:
+    """x · by, in float32 in between; nothing is done where by is 1."""
+    return x if by == 1 else (x.astype(jnp.float32) * by).astype(x.dtype)
 
 
 def kv_heads_held(config: ModelConfig, layout: Layout) -> int:

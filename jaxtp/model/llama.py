@@ -26,8 +26,8 @@ from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
-from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim
-from jaxtp.ops.attention import Kernel
+from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
+from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.quantized import Quantization, check_quantization, quantize
@@ -94,7 +94,7 @@ class Llama(nnx.Module):
             )
             for layer, stack in _blocks(config, rules, stacks)
         )
-        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps, layout=layout.at("norm"))
+        self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
         self.config, self.layout, self.stacks, self.quantization = config, layout, stacks, quantization
         self.source: str | None = None  # the folder it was loaded from
@@ -163,7 +163,7 @@ class Llama(nnx.Module):
         stacks: Stacks = (),
         seed: int = 0,
     ) -> Llama:
-        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms 1, biases 0."""
+        """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms' factors 1, biases 0."""
         mesh = mesh or make_mesh()
         model = cls(
             config,
@@ -297,9 +297,8 @@ class Llama(nnx.Module):
     def embedded(self, tokens: jax.Array | np.ndarray) -> jax.Array:
         """tokens [B, T] -> [B, T, D] in the residual stream's layout."""
         tokens = self.layout.place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
-        return embed(
-            self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens.shape[1], self.layout), None)
-        )
+        x = embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens.shape[1], self.layout), None))
+        return scaled(x, float(jnp.dtype(x.dtype).type(self.config.embedding_multiplier)))
 
     def step(
         self,
@@ -314,21 +313,18 @@ class Llama(nnx.Module):
         lengths [B, T] or [B, 1]: tokens of each one's row so far, a prompt counting whole from the start (default: of a row
         that ends here).
         """
-        cos, sin = rotation(
-            self.config.rope,
-            positions,
-            positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths,
-            head_dim=self.config.head_dim,
-            max_position=self.config.max_position_embeddings,
-        )
-        return Step(cos, sin, positions, segment_ids, lanes)
+        config, lengths = self.config, positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths
+        turn = functools.partial(rotation, head_dim=config.head_dim, max_position=config.max_position_embeddings)
+        ropes = {name: turn(rope, positions, lengths) for name, rope in config.ropes.items()}
+        return Step(ropes, positions, segment_ids, lanes)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, V'] float32, V' the vocabulary as held (padded to what the mesh divides)."""
         table, layout = (self.embed, self.layout.at("embed")) if self.head is None else (self.head, self.layout.at("head"))
         x = self.layout.gather(x)
-        return linear(x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
+        logits = linear(x, table[...], out=layout.sharding("batch", "tokens", "logits"), dtype=jnp.float32)
+        return capped(scaled(logits, 1 / self.config.logits_scaling), self.config.logits_softcap)
 
     @property
     def vocab_held(self) -> int:
@@ -392,13 +388,14 @@ def _drawing(
     name: the weight, of any layer; None for a place that is empty on every rank.
     """
     norm, made_of = "norm" in (name or ""), parts(config, name, each) if name else ()
+    neutral = float(norm and not config.norm_unit_offset)
 
     def one(key: jax.Array) -> jax.Array:
         out = jnp.zeros(each, dtype)
         for i, part in enumerate(made_of):
             shape = part.shape(each)
             if norm or len(shape) == 1:
-                tensor = jnp.full(shape, float(norm), dtype)
+                tensor = jnp.full(shape, neutral, dtype)
             else:
                 tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(dtype)
             out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,24 @@ Kernel = Literal["reference", "xla", "cudnn"]
 BLOCK, MAX_BLOCKS = 128, 8  # queries of a block at least, and blocks at most
 
 
-def choose_kernel(*, platform: str, dtype: jnp.dtype, head_dim: int, override: Kernel | None = None) -> Kernel:
+def choose_kernel(
+    *, platform: str, dtype: jnp.dtype, head_dim: int, softcap: float | None = None, override: Kernel | None = None
+) -> Kernel:
     """Which kernel attends among fresh tokens (training and prefill).
 
-    cuDNN's flash attention takes 16-bit types and head_dims that are multiples of 8 up to 128 on every GPU since Ampere;
-    everything else is left to XLA.
+    cuDNN's flash attention takes 16-bit types and head_dims that are multiples of 8 up to 128 on every GPU since Ampere, and
+    knows no soft cap of scores; everything else is left to XLA. Raises ValueError where cuDNN is asked for in spite of a cap.
     """
+    if override == "cudnn" and softcap is not None:
+        raise ValueError("kernel='cudnn' has no soft cap of attention scores, which this model has; use xla, or leave it out")
     if override is not None:
         return override
-    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if platform == "gpu" and fits else "xla"
+    return "cudnn" if platform == "gpu" and cudnn_fits(dtype, head_dim, softcap) else "xla"
+
+
+def cudnn_fits(dtype: jnp.dtype, head_dim: int, softcap: float | None) -> bool:
+    """Whether cuDNN's attention computes such heads."""
+    return jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128 and softcap is None
 
 
 def attend_fresh(
@@ -41,12 +49,14 @@ def attend_fresh(
     *,
     kernel: Kernel,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention among the tokens at hand: q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H].
 
     A query sees itself and what stands before it: within `window` tokens and in its own segment (segment_ids [B, T])
-    where these are given.
+    where these are given. Scores are scale · q·k (default 1/√H), and with a soft cap, which cuDNN has not, `capped`.
     """
     B, T, K, G, H = q.shape
     if kernel == "cudnn":
@@ -54,24 +64,40 @@ def attend_fresh(
         span = None if window is None else (window - 1, 0)
         heads = q.reshape(B, T, K * G, H)
         out = jax.nn.dot_product_attention(
-            heads, k, v, mask=same, is_causal=True, local_window_size=span, implementation="cudnn"
+            heads, k, v, mask=same, scale=scale, is_causal=True, local_window_size=span, implementation="cudnn"
         )
         return out.reshape(q.shape)
     block = T if kernel == "reference" else max(BLOCK, -(-T // MAX_BLOCKS))
-    return _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, block, window)
+    scoring = _Scoring(H**-0.5 if scale is None else scale, softcap)
+    return _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, block, window, scoring)
 
 
-def attend_seen(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, kernel: Kernel) -> jax.Array:
+def attend_seen(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    *,
+    kernel: Kernel,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Attention where `seen` [B, T, S] says so: q [B, T, K, G, H], k and v [B, K, S, H] -> [B, T, K, G, H].
 
-    A single token is a matter of reading keys and values once, which plain products do; more go through `kernel`.
+    A single token is a matter of reading keys and values once, which plain products do; more go through `kernel`. scale,
+    softcap: as of `attend_fresh`.
     """
     B, T, K, G, H = q.shape
     if T == 1 or kernel != "cudnn":
-        return _attend(q, k, v, seen, dims="BTKGH")[0]
+        return _attend(q, k, v, seen, _Scoring(H**-0.5 if scale is None else scale, softcap), dims="BTKGH")[0]
     heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], implementation="cudnn")
+    out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], scale=scale, implementation="cudnn")
     return out.reshape(q.shape)
+
+
+def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap · tanh(x / softcap): x where it is small, and never beyond the cap (Gemma 2, arXiv:2408.00118, §2); None: x."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
@@ -80,13 +106,22 @@ def visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     return seen if window is None else seen & (key > query - window)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, dims: str) -> tuple[jax.Array, jax.Array]:
-    """softmax(q·k / √H)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it in the dtype of
+class _Scoring(NamedTuple):
+    """What makes scores of q·k."""
+
+    scale: float
+    softcap: float | None
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scoring: _Scoring, *, dims: str
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scores)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it in the dtype of
     q, [B, T, K, G, H], and the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
 
     dims: the order of q's. For a cache as it is in the decode loop ("BTKGH"), XLA:CPU copies the keys in the other order.
     """
-    scores = _scores(q, k, seen, dims=dims)
+    scores = _where(seen, _scores(q, k, scoring, dims=dims))
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -95,8 +130,11 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, dims: 
     return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: jax.Array, seen: jax.Array, *, dims: str = "BKGTH") -> jax.Array:
-    scores = _product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * (q.shape[-1] ** -0.5)
+def _scores(q: jax.Array, k: jax.Array, scoring: _Scoring, *, dims: str = "BKGTH") -> jax.Array:
+    return capped(_product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * scoring.scale, scoring.softcap)
+
+
+def _where(seen: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
@@ -121,20 +159,32 @@ def _blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | Non
         yield queries, keys, seen
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, block: int, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    block: int,
+    window: int | None,
+    scoring: _Scoring,
 ) -> jax.Array:
     """q [B, T, K, G, H], k and v [B, K, T, H] -> [B, T, K, G, H]."""
-    return _blocked_forward(q, k, v, segment_ids, block, window)[0]
+    return _blocked_forward(q, k, v, segment_ids, block, window, scoring)[0]
 
 
 def _blocked_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, block: int, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    block: int,
+    window: int | None,
+    scoring: _Scoring,
 ) -> tuple[jax.Array, Any]:
     heads = jnp.einsum("BTKGH->BKGTH", q)
     parts = [
-        _attend(heads[:, :, :, queries], k[:, :, keys], v[:, :, keys], seen, dims="BKGTH")
+        _attend(heads[:, :, :, queries], k[:, :, keys], v[:, :, keys], seen, scoring, dims="BKGTH")
         for queries, keys, seen in _blocks(q.shape[1], block, window, segment_ids)
     ]
     out = jnp.concatenate([part for part, _ in parts], axis=1)
@@ -144,18 +194,22 @@ def _blocked_forward(
 
 
 def _blocked_backward(
-    block: int, window: int | None, kept: Any, grad: jax.Array
+    block: int, window: int | None, scoring: _Scoring, kept: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segment_ids, out, log_z = kept
-    T, dtype, scale = q.shape[1], q.dtype, q.shape[-1] ** -0.5
+    T, dtype = q.shape[1], q.dtype
     q, grad, out = (jnp.einsum("BTKGH->BKGTH", a) for a in (q, grad, out))
     along = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for queries, keys, seen in _blocks(T, block, window, segment_ids):
         asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
-        weights = jnp.exp(_scores(asked, k[:, :, keys], seen) - log_z[:, :, :, queries])
+        scores = _scores(asked, k[:, :, keys], scoring)
+        weights = jnp.exp(_where(seen, scores) - log_z[:, :, :, queries])
         to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
-        to_scores = (weights * (to_weights - along[:, :, :, queries]) * scale).astype(dtype)
+        to_scores = weights * (to_weights - along[:, :, :, queries]) * scoring.scale
+        if scoring.softcap is not None:  # the slope of the cap: 1 - tanh²
+            to_scores = to_scores * (1 - (scores / scoring.softcap) ** 2)
+        to_scores = to_scores.astype(dtype)
         to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))
         beyond = [(0, 0), (0, 0), (keys.start, T - keys.stop), (0, 0)]
         to_k = to_k + jnp.pad(_product("BKGTS,BKGTH->BKSH", to_scores, asked), beyond)

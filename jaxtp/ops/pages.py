@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtp.ops.attention import Kernel, attend_seen, visible
+from jaxtp.ops.attention import Kernel, attend_seen, capped, cudnn_fits, visible
 from jaxtp.sharding import varying_as
 
 # How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
@@ -23,12 +23,15 @@ from jaxtp.sharding import varying_as
 Read = Literal["gather", "rows", "slab", "cudnn"]
 
 
-def choose_read(*, platform: str, dtype: jnp.dtype, head_dim: int, windows: bool, stages: bool) -> Read:
-    """How the cache is read on such devices. windows: whether any layer has one; stages: whether layers stand in several."""
+def choose_read(
+    *, platform: str, dtype: jnp.dtype, head_dim: int, windows: bool, stages: bool, softcap: float | None = None
+) -> Read:
+    """How the cache is read on such devices. windows: whether any layer has one; stages: whether layers stand in several;
+    softcap: of scores, which cuDNN has not.
+    """
     if platform == "cpu":
         return "rows"
-    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    if fits and not windows:
+    if cudnn_fits(dtype, head_dim, softcap) and not windows:
         return "cudnn"
     return "gather" if stages else "slab"
 
@@ -53,19 +56,22 @@ def attend_pages(
     reach: int,
     kernel: Kernel,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """q [B, T, K, G, H] over the pools [P, K, S, H], whose table [B, N] says where a row's pages are -> [B, T, K, G, H].
 
     The query at position p of `positions` [B, T] sees its row's slots 0…p (the last `window` of them). lengths [B]: how many
     slots of the row any of its queries sees; a row of length 0 is idle, and its result means nothing. reach: a bound on all
-    lengths; forms that read all slots alike read so many.
+    lengths; forms that read all slots alike read so many. scale, softcap: as of `attend_fresh`.
     """
-    B, T, _, _, _ = q.shape
-    S = keys.shape[2]
+    B, T, _, _, H = q.shape
+    S, scale = keys.shape[2], H**-0.5 if scale is None else scale
     if read == "rows":
-        return _row_by_row(q, keys, values, table, positions, lengths, window).astype(q.dtype)
+        return _row_by_row(q, keys, values, table, positions, lengths, window, scale, softcap).astype(q.dtype)
     if read == "cudnn" and T == 1 and window is None:
-        return _cudnn(q, keys, values, table, lengths)
+        assert softcap is None
+        return _cudnn(q, keys, values, table, lengths, scale)
     if read == "slab" and T == 1:
         k, v = keys[:B, :, :reach], values[:B, :, :reach]
     elif read == "slab":
@@ -73,7 +79,7 @@ def attend_pages(
     else:
         k, v = (_gathered(pool, table[:, : -(-reach // S)]) for pool in (keys, values))
     seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
-    return attend_seen(q, k, v, seen, kernel=kernel)
+    return attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
 
 
 def _gathered(pool: jax.Array, table: jax.Array) -> jax.Array:
@@ -90,6 +96,8 @@ def _row_by_row(
     positions: jax.Array,
     lengths: jax.Array,
     window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
     """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others.
 
@@ -97,7 +105,7 @@ def _row_by_row(
     """
     (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
     span = many * S
-    q = (jnp.einsum("BTKGH->BKGTH", q).reshape(B, K, G * T, H) * H**-0.5).astype(keys.dtype)
+    q = (jnp.einsum("BTKGH->BKGTH", q).reshape(B, K, G * T, H) * scale).astype(keys.dtype)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
     def row(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -107,7 +115,7 @@ def _row_by_row(
             top, total, acc = carry
             k, v = (jnp.concatenate([a[pages[j * many + n]] for n in range(many)], axis=1) for a in (keys, values))
             seen = visible(jnp.tile(at, G)[:, None], j * span + jnp.arange(span)[None, :], window)
-            scores = jnp.where(seen, _product("KQH,KSH->KQS", mine, k), -jnp.inf)
+            scores = jnp.where(seen, capped(_product("KQH,KSH->KQS", mine, k), softcap), -jnp.inf)
             new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - new), jnp.exp(top - new)
             total = total * kept + weights.sum(axis=-1, keepdims=True)
@@ -123,7 +131,7 @@ def _row_by_row(
     return jnp.einsum("BKGTH->BTKGH", out.reshape(B, K, G, T, H))
 
 
-def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array) -> jax.Array:
+def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array, scale: float) -> jax.Array:
     """One query a row, [B, 1, K, G, H]. jax's own front of it wants as many pages as tables have places, which a pool that rows
     share has not.
     """
@@ -142,7 +150,7 @@ def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, l
         none,
         tables,
         tables,
-        H**-0.5,
+        scale,
         42,
         0.0,
         (False, False),

@@ -57,8 +57,8 @@ def params(config: ModelConfig, split: Split) -> Params:
     queries, mlp = config.num_heads * H // tp, config.intermediate_size // tp
     rows = queries + 2 * kv * H
     kernels = (rows * D, D * queries, 2 * mlp * D, mlp * D)
-    block = sum(kernels) + 2 * D
-    unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm * 2 * H
+    block = sum(kernels) + config.block_norms * D
+    unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm_params
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D

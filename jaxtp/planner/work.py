@@ -191,7 +191,14 @@ def read_of(config: ModelConfig, split: Split, dtype: str) -> Read:
     """How GPUs read the cache."""
     windows, stages = any(config.windows), split.pp > 1
     kind = jnp.dtype(dtype)
-    return choose_read(platform="gpu", dtype=kind, head_dim=config.head_dim, windows=windows, stages=stages)
+    return choose_read(
+        platform="gpu",
+        dtype=kind,
+        head_dim=config.head_dim,
+        windows=windows,
+        stages=stages,
+        softcap=config.attention_softcap,
+    )
 
 
 def decode_step(split: Split, task: Generation) -> Step:

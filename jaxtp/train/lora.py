@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtp.checkpoint.adapters import TABLES, Adapter, Lora, fits
+from jaxtp.checkpoint.adapters import FUSED, TABLES, Adapter, Lora, fits
 from jaxtp.checkpoint.names import Part, parts
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops import linear
@@ -104,6 +104,11 @@ class Adapters:
         for target in self.lora.targets:
             if target.rpartition(".")[2] in TABLES:
                 raise ValueError(f"lora.targets: {target} is no kernel of the layers; those alone are trained as adapters")
+            if target.rpartition(".")[2] in FUSED:
+                raise ValueError(
+                    f"lora.targets: {target} is q, k and v or gate and up in one, whose adapters are merged as a checkpoint is "
+                    "loaded, but not trained; such models train o_proj and down_proj"
+                )
             if not any(module == target or module.endswith(f".{target}") for module in named):
                 raise ValueError(f"lora.targets: {target} is no module of this model of {self._layers} layers")
         for name, patterns in (("rank", self.lora.rank_pattern), ("alpha", self.lora.alpha_pattern)):

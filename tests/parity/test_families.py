@@ -15,6 +15,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SOFTCAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
+LOCAL = {
+    "num_hidden_layers": 3,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 5.0, 9.0]}
+LONGROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS}}
 CASES = {
     "llama-1": ("Llama", {"num_key_value_heads": 8}),
     "llama-gqa": ("Llama", {}),
@@ -53,6 +63,42 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 2}),
+    "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "num_hidden_layers": 3, **SOFTCAPS},
+    ),
+    "gemma2-no-caps": ("Gemma2", {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"], **LOCAL},
+    ),
+    "phi3": ("Phi3", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "phi3-window": ("Phi3", {"sliding_window": 7}),
+    "phi3-partial": ("Phi3", {"hidden_size": 128, "partial_rotary_factor": 0.75}),
+    "phi3-longrope": ("Phi3", {"max_position_embeddings": 256, "original_max_position_embeddings": 64, **LONGROPE}),
+    "phi3-longrope-long": ("Phi3", {"original_max_position_embeddings": 8, **LONGROPE}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "num_hidden_layers": 3, "rope_theta": 5e6}),
+    "smollm3-window": (
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "mistral-nemo": ("Mistral", {"sliding_window": None, "head_dim": 12, "rope_theta": 1e6}),
+    "ministral": (
+        "Ministral",
+        {"sliding_window": 6, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "qwen3-bias": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
 }
 PROMPTS = [[5, 9, 11], list(range(3, 25)), [7], [100, 2, 8, 4, 4, 4, 60, 1, 99]]
@@ -76,13 +122,14 @@ def checkpoint(request, tmp_path_factory):
         "pad_token_id": None,
         **options,
     }
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(1 + 0.1 * torch.randn_like(weight) if "norm" in name else 0.1 * torch.randn_like(weight))
+            one = float("norm" in name and not family.startswith("Gemma"))
+            weight.copy_(one + 0.1 * torch.randn_like(weight))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     with torch.no_grad():
