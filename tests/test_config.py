@@ -36,6 +36,20 @@ def test_presets_survive_a_round_trip(name):
         ("qwen2.5-7b", 7.62),
         ("qwen3-8b", 8.19),
         ("qwen3-0.6b", 0.60),
+        ("mistral-nemo-12b", 12.25),
+        ("ministral-8b", 8.02),
+        ("gemma-2b", 2.51),
+        ("gemma-7b", 8.54),
+        ("gemma-2-2b", 2.61),
+        ("gemma-2-9b", 9.24),
+        ("gemma-2-27b", 27.23),
+        ("gemma-3-1b", 1.00),
+        ("gemma-3-4b", 3.88),
+        ("gemma-3-27b", 27.01),
+        ("phi-4", 14.66),
+        ("olmo-2-7b", 7.30),
+        ("granite-3.1-8b", 8.17),
+        ("smollm3-3b", 3.08),
     ],
 )
 def test_presets_have_the_published_number_of_weights(name, billions):
@@ -59,8 +73,8 @@ def test_transformers_4_and_5_spell_rope_differently_and_mean_the_same():
     ("change", "message"),
     [
         (
-            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-            r"rope type 'longrope' is not supported; supported: .*'yarn'",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            r"rope type 'proportional' is not supported; supported: .*'yarn', 'longrope'",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope type 'llama3' needs low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "spin": 1}}, r"unknown rope settings \['spin'\]"),

@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 
 def config(**changes) -> ModelConfig:
     """The tiny config with some fields changed."""
-    return dataclasses.replace(CONFIG, windows=(), **changes)
+    return dataclasses.replace(CONFIG, **{"windows": (), **changes})
 
 
 def checkpoint(folder: Path, *, tokenizer: bool = True, seed: int = 0, **changes) -> Path:

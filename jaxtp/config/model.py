@@ -38,8 +38,8 @@ class ModelConfig:
     """The shape and mathematics of one model. Sizes are counts; `rms_norm_eps` has no unit.
 
     `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
-    None for full attention. `experts` stand in place of MLPs. `rotated[i]` says whether layer i has RoPE (empty: all); layers with a window have `local_rope` where there is one.
-    `dtype` is the checkpoint's, None where it does not say.
+    None for full attention. `experts` stand in place of MLPs. `rotated[i]` says whether layer i has RoPE (empty: all have);
+    layers with a window have `local_rope` where there is one. `dtype` is the checkpoint's, None where it does not say.
 
     norm_position: norms stand before attention and MLP ("pre"), behind them ("post"), or both. norm_unit_offset: norms multiply
     with 1 + their weight. qk_norm_across_heads: the norms of q and k are over all heads together, not each. attention_scale: of

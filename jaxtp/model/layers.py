@@ -55,7 +55,7 @@ class Norm(nnx.Module):
 
 
 class HeadsNorm(Norm):
-    """RMSNorm over all heads of a projection together. Every device holds all of its weight, and takes what is its own heads'."""
+    """RMSNorm over all heads of a projection together. Every device holds all of its weight, and takes its own heads' part."""
 
     def __init__(self, config: ModelConfig, *, layout: Layout, heads: int) -> None:
         super().__init__(config, layout=layout, size=heads * config.head_dim, dim="channels")

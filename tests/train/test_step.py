@@ -10,14 +10,26 @@ import tiny
 from runs import SETTINGS, packed, rows, run
 
 from jaxtp import Llama, make_mesh
+from jaxtp.config import Rope
 from jaxtp.checkpoint.names import parts
 from jaxtp.train.optim import Optimizer
 
+GEMMA = {"tie_word_embeddings": True, "norm_unit_offset": True, "activation": "gelu_tanh", "embedding_multiplier": 8.0}
+GEMMA |= {"norm_position": "both", "attention_scale": 12**-0.5, "num_layers": 3}
+GEMMA2 = {**GEMMA, "model_type": "gemma2", "attention_softcap": 2.0, "logits_softcap": 3.0, "windows": (5, None, 5)}
+GEMMA3 = {**GEMMA, "model_type": "gemma3_text", "qk_norm": True, "local_rope": Rope(100.0), "windows": (5, 5, None)}
+OLMO2 = {"model_type": "olmo2", "qk_norm": True, "qk_norm_across_heads": True, "norm_position": "post"}
+GRANITE = {"model_type": "granite", "attention_scale": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+GRANITE |= {"logits_scaling": 2.5}
 CASES = {
     "padding": ({}, rows),
     "packing": ({}, packed),
     "tied": ({"tie_word_embeddings": True}, packed),
     "qkv bias": ({"model_type": "qwen2", "qkv_bias": True}, packed),
+    "gemma 2": (GEMMA2, packed),
+    "gemma 3": (GEMMA3, rows),
+    "olmo 2": (OLMO2, packed),
+    "granite": (GRANITE, rows),
     "qk norm, one kv head": ({"model_type": "qwen3", "qk_norm": True, "num_kv_heads": 1}, rows),
 }
 

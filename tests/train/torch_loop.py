@@ -45,6 +45,10 @@ class Loop:
         if "segment_ids" in tensors:
             seen = seen & (tensors["segment_ids"][:, :, None] == tensors["segment_ids"][:, None, :])
         mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None].expand(len(tensors["tokens"]), 1, T, T)
+        window = getattr(self.model.config, "sliding_window", None)
+        if window and getattr(self.model.config, "layer_types", None):  # a mask for each type of layers
+            near = torch.where(torch.ones(T, T).triu(1 - window).bool(), mask, torch.finfo(torch.float32).min)
+            mask = {"full_attention": mask, "sliding_attention": near}
         out = self.model(
             input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False
         )
