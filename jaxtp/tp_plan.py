@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from jaxtp.config import ModelConfig
+from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.sharding import Axes, Rules
 
 # transformers' names for the same thing
@@ -60,7 +60,15 @@ _LINEARS = {
     "layers.{i}.mlp.down_proj": _Linear(_MLP + ".down", "embed", "mlp"),
     "lm_head": _Linear("head", "vocab", "embed", "logits"),
 }
-_NORMS = ("layers.{i}.input_layernorm", "layers.{i}.post_attention_layernorm", "norm")
+# where a family has q, k and v in one module, and gate and up
+_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+_NOT_FUSED = ("k_proj", "v_proj", "up_proj")
+# of a block, by their position
+_NORMS = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 _HEAD_NORMS = ("layers.{i}.self_attn.q_norm", "layers.{i}.self_attn.k_norm")
 
 
@@ -80,7 +88,7 @@ def rules_from_plan(plan: str | Mapping[str, str], config: ModelConfig, *, seque
     styles = _match(plan, config)
     overrides: dict[str, Axes] = {}
     chosen: dict[str, tuple[str, str]] = {}
-    for pattern, linear in _LINEARS.items():
+    for pattern, linear in _linears(config).items():
         for i in range(config.num_layers) if "{i}" in pattern else (0,):
             module, path = pattern.format(i=i), linear.path.format(i=i)
             if config.tie_word_embeddings and module == "lm_head":
@@ -94,7 +102,11 @@ def rules_from_plan(plan: str | Mapping[str, str], config: ModelConfig, *, seque
             chosen[path] = (module, style)
             overrides[path] = (*overrides.get(path, ()), *_table(linear, style, module))
     forgotten = sorted(
-        {p for p in _modules(config, _LINEARS) if p not in styles and not (p == "lm_head" and config.tie_word_embeddings)}
+        {
+            p
+            for p in _modules(config, _linears(config))
+            if p not in styles and not (p == "lm_head" and config.tie_word_embeddings)
+        }
     )
     if forgotten:
         warnings.warn(f"the tp_plan leaves these unsharded: {', '.join(_generic(forgotten))}", stacklevel=3)
@@ -105,7 +117,7 @@ def rules_from_plan(plan: str | Mapping[str, str], config: ModelConfig, *, seque
 def plan_of(rules: Rules, config: ModelConfig) -> dict[str, str]:
     """The plan that these rules are, in Hugging Face's form, with layers written as `*` where all are alike."""
     found: dict[str, str] = {}
-    for pattern, linear in _LINEARS.items():
+    for pattern, linear in _linears(config).items():
         if pattern == "lm_head" and config.tie_word_embeddings:
             linear = _Linear("embed", "vocab", "embed", "logits")
         each = [_style(rules, linear, linear.path.format(i=i)) for i in range(config.num_layers)]
@@ -114,13 +126,13 @@ def plan_of(rules: Rules, config: ModelConfig) -> dict[str, str]:
         else:
             found[pattern.format(i="*")] = each[0]
     if rules.axis("sequence"):
-        found.update({pattern.format(i="*"): "sequence_parallel" for pattern in _NORMS})
+        found.update({pattern.format(i="*"): "sequence_parallel" for pattern in _norms(config)})
     return found
 
 
 def _match(plan: Mapping[str, str], config: ModelConfig) -> dict[str, str]:
     """Every module that the plan names, with its style in our vocabulary."""
-    known = _modules(config, (*_LINEARS, *_NORMS, *(_HEAD_NORMS if config.qk_norm else ())))
+    known = _modules(config, (*_linears(config), *_norms(config), *(_HEAD_NORMS if config.qk_norm else ())))
     styles: dict[str, str] = {}
     for glob, style in plan.items():
         if style not in STYLES:
@@ -130,6 +142,23 @@ def _match(plan: Mapping[str, str], config: ModelConfig) -> dict[str, str]:
             raise ValueError(f"tp_plan: {glob!r} matches no module; modules: {', '.join(_generic(known))}")
         styles.update(dict.fromkeys(matched, STYLES[style]))
     return styles
+
+
+def _linears(config: ModelConfig) -> dict[str, _Linear]:
+    """The linear layers of a model, by their names."""
+    if not FAMILIES[config.model_type].fused:
+        return _LINEARS
+    found = {}
+    for pattern, linear in _LINEARS.items():
+        block, _, name = pattern.rpartition(".")
+        if name not in _NOT_FUSED:
+            found[f"{block}.{_FUSED[name]}" if name in _FUSED else pattern] = linear
+    return found
+
+
+def _norms(config: ModelConfig) -> tuple[str, ...]:
+    """Those over the residual stream."""
+    return (*(f"layers.{{i}}.{name}" for name in _NORMS[config.norm_position]), "norm")
 
 
 def _modules(config: ModelConfig, patterns: Mapping[str, object] | tuple[str, ...]) -> list[str]:
@@ -167,7 +196,7 @@ def _style(rules: Rules, linear: _Linear, path: str) -> str:
 
 
 def _sequence_parallel(styles: Mapping[str, str], config: ModelConfig) -> bool:
-    norms = _modules(config, _NORMS)
+    norms = _modules(config, _norms(config))
     named = [norm for norm in norms if styles.get(norm) == "sequence_parallel"]
     if named and len(named) < len(norms):
         missing = _generic([norm for norm in norms if norm not in named])

@@ -160,6 +160,33 @@ def test_plans_are_printed_as_they_are_read():
             assert rules_from_plan(plan_of(rules, config), config) == rules
 
 
+FUSED = {k: v for k, v in AUTO.items() if not k.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))}
+FUSED |= {"layers.*.self_attn.qkv_proj": "colwise", "layers.*.mlp.gate_up_proj": "colwise"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan", "norms"),
+    [
+        ({"model_type": "phi3"}, FUSED, ("input", "post_attention")),
+        ({"model_type": "olmo2", "norm_position": "post"}, AUTO, ("post_attention", "post_feedforward")),
+        (
+            {"model_type": "gemma2", "norm_position": "both"},
+            AUTO,
+            ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+        ),
+    ],
+)
+def test_plans_name_the_modules_that_a_family_has(changes, plan, norms):
+    config = tiny.config(**changes)
+    assert plan_of(Rules(), config) == plan
+    plan = {**plan, **{f"layers.*.{norm}_layernorm": "sequence_parallel" for norm in norms}, "norm": "sequence_parallel"}
+    rules = rules_from_plan(plan, config)
+    assert plan_of(rules, config) == plan
+    assert rules_from_plan(plan_of(rules, config), config) == rules
+    with pytest.raises(ValueError, match=f"missing on layers.*{norms[-1]}_layernorm"):
+        rules_from_plan({k: v for k, v in plan.items() if not k.endswith(f"{norms[-1]}_layernorm")}, config)
+
+
 def test_what_a_plan_forgets_is_reported():
     with pytest.warns(UserWarning, match=r"leaves these unsharded: embed_tokens, .*layers.\*.mlp.down_proj"):
         rules_from_plan(ATTENTION, tiny.config())

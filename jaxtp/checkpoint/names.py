@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtp.config import ModelConfig
+from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.sharding import layers_of
 
 Index = tuple[slice, ...]
@@ -121,7 +121,8 @@ def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, .
     """The tensors that make up our weight at `path` (e.g. "layers.3.attention.qkv") of the given shape."""
     layer = re.search(r"\.(\d+)\.", path)
     generic = re.sub(r"\.\d+\.", ".*.", path, count=1)
-    row = BY_FAMILY.get(config.model_type, {}).get(generic) or TABLE[generic]
+    own = BELOW if FAMILIES[config.model_type].fused else BY_FAMILY.get(config.model_type, {})
+    row = own.get(generic) or TABLE[generic]
     found = [part for tensor in row for part in tensor.parts(config, shape, layer[1] if layer else "")]
     return tuple(_below(found, shape))
 
@@ -247,5 +248,5 @@ BY_FAMILY: dict[str, dict[str, tuple[Tensor, ...]]] = {
     "mixtral": _experts("model.layers.*.block_sparse_moe", "w1", "w3", "w2"),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "phi3": _fused("weight", (("qkv_proj",) * 3, ("gate_up_proj",) * 2)),
 }
+BELOW = _fused("weight", (("qkv_proj",) * 3, ("gate_up_proj",) * 2))  # where it has them in one

@@ -33,6 +33,7 @@ class Family:
     qk_norm_across_heads: bool = False
     activation: Activation | None = None
     scaled_embedding: bool = False  # by √hidden_size
+    fused: bool = False  # q, k and v are one tensor of a checkpoint, gate and up another
     ropes: tuple[str, ...] = ()  # kinds that transformers takes for it; default all
     keys: tuple[str, ...] = ()
     experts: ExpertKeys | None = None
@@ -119,6 +120,7 @@ FAMILIES = {
         qkv_bias=False,
         o_bias=False,
         windowed=True,
+        fused=True,
         ropes=("default", "longrope"),
         keys=("partial_rotary_factor",),
         defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},

@@ -66,7 +66,7 @@ class HeadsNorm(Norm):
         weight = weight.reshape(-1, *rest, out_sharding=_replicated(weight, 1 + len(rest)))
         copies = held // weight.shape[0]
         if copies > 1:
-            weight = jnp.broadcast_to(weight[:, None], (weight.shape[0], copies, *rest), out_sharding=_replicated(weight, 4))
+            weight = jnp.broadcast_to(weight[:, None], (weight.shape[0], copies, *rest))
             weight = weight.reshape(held, *rest, out_sharding=_replicated(weight, 1 + len(rest)))
         return rms_norm(x, weight, eps=self.eps, unit_offset=self.unit_offset)
 

@@ -18,10 +18,18 @@ def gated(y: jax.Array, activation: Activation = "silu") -> jax.Array:
     """activation(gate) · up, [...], where y [..., 2] holds gate and up. The backward pass keeps y alone, and reckons in
     float32.
 
-    gelu_tanh: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) (https://arxiv.org/abs/1606.08415).
+    gelu_tanh: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) (https://arxiv.org/abs/1606.08415), in float32.
     """
-    act = jax.nn.silu if activation == "silu" else jax.nn.gelu
-    return act(y[..., 0]) * y[..., 1]
+    gate, up = y[..., 0], y[..., 1]
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    x = gate.astype(jnp.float32)
+    return (x * jax.nn.sigmoid(_exponent(x))).astype(y.dtype) * up
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """Whose sigmoid is (1 + tanh(…)) / 2, and exact where that is nearly 0 or 1."""
+    return 2 * _ROOT * (x + _CUBE * x**3)
 
 
 def _forward(y: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array]:
@@ -38,9 +46,10 @@ def _backward(activation: Activation, y: jax.Array, g: jax.Array) -> tuple[jax.A
         s = jax.nn.sigmoid(gate)
         both = s * jnp.where(to_gate, up * (1 + gate * (1 - s)), gate)
     else:
-        t = jnp.tanh(_ROOT * (gate + _CUBE * gate**3))
-        slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * _ROOT * (1 + 3 * _CUBE * gate**2)
-        both = jnp.where(to_gate, up * slope, 0.5 * gate * (1 + t))
+        e = _exponent(gate)
+        s = jax.nn.sigmoid(e)
+        slope = s * (1 + gate * jax.nn.sigmoid(-e) * 2 * _ROOT * (1 + 3 * _CUBE * gate**2))
+        both = jnp.where(to_gate, up * slope, gate * s)
     return ((g[..., None].astype(jnp.float32) * both).astype(y.dtype),)
 
 

@@ -155,6 +155,20 @@ def test_head_dims_that_cudnn_does_not_take_fall_back_to_xla():
     assert not any("fmha" in call for call in report.calls)
 
 
+def test_a_soft_cap_of_scores_is_left_to_xla(caplog):
+    caplog.set_level("INFO", logger="jaxtp")
+    capped = Llama(shallow(preset("gemma-2-27b"), 1), mesh=mesh(4), dtype="bfloat16")  # of head_dim 128
+    assert (capped.layers[0].attention.kernel, choose_read(capped)) == ("xla", "slab")
+    assert "attention scores have a soft cap, which cuDNN's kernels have not" in caplog.text
+    caplog.clear()
+    plain = dataclasses.replace(capped.config, attention_softcap=None)
+    free = Llama(plain, mesh=mesh(4), dtype="bfloat16")
+    assert (free.layers[0].attention.kernel, choose_read(free)) == ("cudnn", "cudnn")
+    assert not caplog.text
+    with pytest.raises(ValueError, match="kernel='cudnn' has no soft cap of attention scores, which this model has; use xla"):
+        Llama(capped.config, mesh=mesh(4), dtype="bfloat16", kernel="cudnn")
+
+
 def test_sampling_never_gathers_the_logits():
     from jaxtp.ops.sampling import Features
 

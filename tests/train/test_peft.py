@@ -34,6 +34,7 @@ FAMILIES = {
     "llama": {},
     "qwen2": {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": True, "num_kv_heads": 2},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "num_kv_heads": 8},
+    "phi3": {"model_type": "phi3", "num_kv_heads": 2},
 }
 KERNELS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PATTERNS = {
@@ -50,6 +51,7 @@ CASES = {
     "one layer, not v": ("qwen3", {"target_modules": KERNELS, "layers_to_transform": 1, "exclude_modules": ["v_proj"]}),
     "an expression": ("qwen3", {"target_modules": r".*\.(0\.self_attn\.[qv]_proj|1\.mlp\.gate_proj)"}),
     "a pattern of layers": ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}),
+    "q, k and v in one": ("phi3", {"target_modules": "all-linear", "rank_pattern": {"qkv_proj": 3}}),
     "the tables too": ("llama", {"target_modules": ["embed_tokens", "lm_head", "o_proj"]}),
 }
 IDS = np.arange(3, 83, dtype=np.int32).reshape(2, 40)
@@ -130,6 +132,17 @@ def test_every_mesh_merges_the_same_and_saves_it(made, mesh, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         np.testing.assert_allclose(tensor, expected[name], atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_q_k_and_v_in_one_are_merged_on_every_mesh_and_not_trained(made):
+    base, folder, theirs = made("q, k and v in one")
+    ours = Llama.from_pretrained(base, lora=folder, mesh=make_mesh(tp=4), progress=False)
+    np.testing.assert_allclose(ours(IDS), logits_of(theirs), atol=1e-5, rtol=1e-5)
+    stacked = Stacked(Llama(ours.config, mesh=make_mesh()))
+    for target in ("qkv_proj", "gate_up_proj"):
+        with pytest.raises(ValueError, match=f"lora.targets: {target} is q, k and v or gate and up in one, whose adapters"):
+            Adapters(stacked, Lora(rank=2, targets=(target,)))
+    assert len(Adapters(stacked, Lora(rank=2, targets=("o_proj", "down_proj"))).sites) == 2
 
 
 def test_it_is_merged_in_float32_and_rounded_once(made):

@@ -10,8 +10,8 @@ import tiny
 from runs import SETTINGS, packed, rows, run
 
 from jaxtp import Llama, make_mesh
-from jaxtp.config import Rope
 from jaxtp.checkpoint.names import parts
+from jaxtp.config import Rope
 from jaxtp.train.optim import Optimizer
 
 GEMMA = {"tie_word_embeddings": True, "norm_unit_offset": True, "activation": "gelu_tanh", "embedding_multiplier": 8.0}

@@ -1,0 +1,97 @@
+"""Attention with its own scale, a soft cap of scores, a window and documents: the formula's, in float64, in every form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtp.ops.attention import attend_fresh, choose_kernel
+from jaxtp.ops.pages import attend_pages, choose_read
+
+B, T, K, G, H, S = 2, 300, 2, 2, 8, 16
+SCALE, CAP = 0.7, 2.0
+
+
+def formula(q, k, v, seen, *, scale, softcap, grad=None):
+    """q [B, T, K, G, H], k and v [B, S, K, H], seen [B, T, S]; with the result's gradient also those of q, k and v."""
+    scores = np.einsum("btkgh,bskh->bkgts", q, k) * scale
+    capped = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    weights = np.where(seen[:, None, None], np.exp(capped), 0.0)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("bkgts,bskh->btkgh", weights, v)
+    if grad is None:
+        return out
+    to_weights = np.einsum("btkgh,bskh->bkgts", grad, v)
+    to_scores = weights * (to_weights - (weights * to_weights).sum(axis=-1, keepdims=True)) * scale
+    to_scores = to_scores if softcap is None else to_scores / np.cosh(scores / softcap) ** 2
+    to_v = np.einsum("bkgts,btkgh->bskh", weights, grad)
+    return out, np.einsum("bkgts,bskh->btkgh", to_scores, k), np.einsum("bkgts,btkgh->bskh", to_scores, q), to_v
+
+
+def drawn(seed=0, tokens=T):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((B, tokens, K, G, H)), *(rng.standard_normal((B, T, K, H)) for _ in range(2))
+
+
+def seen_by(positions, window):
+    """positions [B, T]."""
+    keys = np.arange(T)
+    return (keys <= positions[..., None]) & (keys > positions[..., None] - (window or T))
+
+
+OPTIONS = [(None, None, None), (SCALE, None, 40), (None, CAP, None), (SCALE, CAP, 40)]
+
+
+@pytest.mark.parametrize(("scale", "softcap", "window"), OPTIONS)
+@pytest.mark.parametrize("kernel", ["reference", "xla"])
+def test_among_fresh_tokens_and_its_gradient(kernel, scale, softcap, window):
+    q, k, v = drawn()
+    documents = np.repeat(np.arange(3), T // 3)[None].repeat(B, axis=0)
+    seen = seen_by(np.arange(T)[None].repeat(B, axis=0), window) & (documents[:, :, None] == documents[:, None])
+    grad = np.random.default_rng(1).standard_normal(q.shape)
+    exact = formula(q, k, v, seen, scale=scale or H**-0.5, softcap=softcap, grad=grad)
+
+    def ours(q, k, v):
+        return attend_fresh(
+            q, k, v, kernel=kernel, window=window, scale=scale, softcap=softcap, segment_ids=jnp.asarray(documents, jnp.int32)
+        )
+
+    out, back = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    for found, expected in zip((out, *back(jnp.asarray(grad, jnp.float32))), exact, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "softcap", "window"), OPTIONS)
+@pytest.mark.parametrize("new", [1, 20])
+@pytest.mark.parametrize("read", ["gather", "rows", "slab"])
+def test_over_pages(read, new, scale, softcap, window):
+    q, k, v = drawn(tokens=new)
+    lengths = np.array([T, 150])
+    positions = lengths[:, None] - new + np.arange(new)
+    expected = formula(q, k, v, seen_by(positions, window), scale=scale or H**-0.5, softcap=softcap)
+    # slot s of row b lies in a page of its own, or, of a slab, row b is page b
+    size, each = (T, 1) if read == "slab" else (S, -(-T // S))
+    table = np.arange(B * each).reshape(B, each)
+    table = table if read == "slab" else np.random.default_rng(2).permutation(table.ravel()).reshape(B, each)
+    pools = []
+    for cached in (k, v):
+        padded = np.pad(cached, ((0, 0), (0, each * size - T), (0, 0), (0, 0))).reshape(B, each, size, K, H)
+        pool = np.zeros((B * each, K, size, H), np.float32)
+        pool[table] = padded.swapaxes(2, 3)
+        pools.append(jnp.asarray(pool))
+    found = attend_pages(
+        jnp.asarray(q, jnp.float32), *pools, *(jnp.asarray(a, jnp.int32) for a in (table, positions, lengths)),
+        read=read, reach=T, kernel="xla", window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_cudnn_is_not_chosen_for_a_soft_cap():
+    fits = {"platform": "gpu", "dtype": jnp.bfloat16, "head_dim": 128}
+    assert (choose_kernel(**fits), choose_kernel(**fits, softcap=50.0)) == ("cudnn", "xla")
+    assert choose_kernel(**{**fits, "head_dim": 256}) == "xla"
+    reads = {**fits, "windows": False, "stages": False}
+    assert (choose_read(**reads), choose_read(**reads, softcap=50.0)) == ("cudnn", "slab")
+    assert choose_read(**{**reads, "stages": True}, softcap=50.0) == "gather"
+    with pytest.raises(ValueError, match="kernel='cudnn' has no soft cap of attention scores"):
+        choose_kernel(**fits, softcap=50.0, override="cudnn")
