@@ -183,6 +183,11 @@ class ModelConfig:
         return 4 if self.norm_position == "both" else 2
 
     @property
+    def norms_behind(self) -> bool:
+        """Whether norms stand behind attention and MLP, and need what these give to go backward."""
+        return self.norm_position != "pre"
+
+    @property
     def qk_norm_params(self) -> int:
         """Weights of a layer's norms of q and k."""
         heads = self.num_heads + self.num_kv_heads if self.qk_norm_across_heads else 2

@@ -31,7 +31,7 @@ class Block(nnx.Module):
         expert_kernel: Products | None = None,
         region: Region = on_each_device,
     ) -> None:
-        before, behind = config.norm_position != "post", config.norm_position != "pre"
+        before, behind = config.norm_position != "post", config.norms_behind
         self.attention_norm = Norm(config, layout=layout.at("attention_norm")) if before else None
         self.attention_post_norm = Norm(config, layout=layout.at("attention_post_norm")) if behind else None
         self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region)

@@ -55,6 +55,8 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
     else:
         say.reduce("tp", stream, times=2 * blocks)
         say.reduce(both, stream)  # the embedding
+    if config.qk_norm_across_heads:  # a sum of squares of q and one of k
+        say.reduce("tp", 4 * step.tokens * 2, dtype="f32", times=blocks)
     if split.pp > 1:
         say("collective-permute", "pp", stream // part)
         # what is asked for of the last stage, for the head that all ranks hold
@@ -74,29 +76,37 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     say = _Say(split, NAMES[dtype])
     D, rows = config.hidden_size, batch // split.microbatches // split.dp
     stream, scattered = rows * seq_len * D * size, split.sequence_parallel and seq_len % split.tp == 0
-    again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat]
+    again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat] * (2 if config.norms_behind else 1)
     # how often tokens go through how many layers forward and back, and how often a layer's forward sums are made
     turns, layers, sums = split.microbatches, split.stages(config).slots, 2 + again
     if split.pp > 1:  # its backward pass begins with a forward pass; a peeled last tick has nothing to hand on
         turns, sums = turns * split.chunks + split.pp - 1, 4 + again
     spare = int(split.peeled)
     both, part = ("pp", "tp"), stream // split.tp if scattered else stream
+    each, kind = (4, "f32") if config.norm_unit_offset else (size, None)  # norms' gradients: of 1 + w, in float32
     if scattered:  # inputs of products are gathered for each pass, and once more for their gradients, unless they were kept
         gathers = sums - again + (2 if split.remat == "none" else 4)
         say("all-gather", "tp", stream, times=turns * (gathers * layers + 2))
         say("reduce-scatter", "tp", stream, times=turns * ((sums + 2) * layers + 2))
-        norms = 2 * D + (2 * config.head_dim if config.qk_norm else 0)
-        say.reduce("tp", rows * norms * size, times=turns * layers)
+        own = 0 if config.qk_norm_across_heads else config.qk_norm_params
+        norms = config.block_norms * D + own
+        say.reduce("tp", rows * norms * each, dtype=kind, times=turns * layers)
         if split.pp > 1 and split.dp == 1:  # the last norm's: summed over the turns first
-            say.reduce("tp", rows * 2 * D * size)
+            say.reduce("tp", rows * 2 * D * each, dtype=kind)
         else:
-            say.reduce("tp", rows * D * size, times=turns)
+            say.reduce("tp", rows * D * each, dtype=kind, times=turns)
         say.reduce("pp", part, times=2 * turns)  # what enters, and the gradient that the head gives
     else:
         say.reduce("tp", stream, times=turns * (sums + 2) * layers)
         say.reduce(both, stream, times=2 * turns)
-        if config.qk_norm:  # theirs: each device has its own heads
-            say.reduce("tp", rows * 2 * config.head_dim * size, times=turns * layers)
+        if config.qk_norm and not config.qk_norm_across_heads:  # theirs: each device has its own heads
+            say.reduce("tp", rows * config.qk_norm_params * each, dtype=kind, times=turns * layers)
+    if config.qk_norm_across_heads:
+        # each device has its own heads' gradients; sums of squares of q and k, made again and with two more to go backward
+        say("all-gather", "tp", rows * config.qk_norm_params * size, times=turns * layers)
+        squares = 4 * rows * seq_len * 2
+        say.reduce("tp", squares, dtype="f32", times=turns * layers * (1 + (split.remat == "full")))
+        say.reduce("tp", 2 * squares, dtype="f32", times=turns * layers)
     if split.pp > 1:
         say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
         say("collective-permute", "pp", part, times=2 * turns - spare)

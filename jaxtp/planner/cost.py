@@ -135,7 +135,7 @@ class Machine:
         config, tp = self.config, self.split.tp
         D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
         kv, mlp = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp
-        stream = 10 * D / (tp if self.split.sequence_parallel else 1)  # two norms, two sums
+        stream = (6 + 2 * config.block_norms) * D / (tp if self.split.sequence_parallel else 1)  # norms, and two sums
         moved = self.size * tokens * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
         return Time(weights=self.products(tokens), other=moved, launch=KERNELS * LAUNCH)
 
@@ -213,7 +213,7 @@ def train(machine: Machine, task: Training) -> Time:
     layers = split.stages(config).slots * split.chunks
     forward = machine.layer(rows, task.seq_len, task.seq_len)
     # what the backward pass computes again; in a pipeline it begins with a forward pass in any case
-    once_more = dataclasses.replace(forward, weights=machine.products(tokens, down=False))
+    once_more = dataclasses.replace(forward, weights=machine.products(tokens, down=config.norms_behind))
     again = {
         "none": Time(),
         "save-dots": Time(other=forward.other),

@@ -214,8 +214,9 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
     qkv = tokens * (heads + 2 * max(config.num_kv_heads, tp) * config.head_dim) / tp
     out = tokens * (heads + 4 / size * config.num_heads) / tp  # with the logarithm of the softmax's sum, in float32
     mlp = tokens * config.intermediate_size / tp
+    norms = config.block_norms  # their inputs
     kept = {
-        "none": 4 * stream + 2 * whole + qkv + out + 3 * mlp,  # the inputs of products, gathered
+        "none": (2 + norms) * stream + 2 * whole + qkv + out + 3 * mlp,  # the inputs of products, gathered
         "save-dots": 2 * stream + qkv + out + 2 * mlp,
         "save-attention": stream + out,
         "full": stream,

@@ -63,7 +63,7 @@ def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     tp, M = split.tp, split.microbatches
     tokens = task.batch // M // split.dp * task.seq_len
     products, scores = memory.products(config, split), task.seq_len * config.num_heads * config.head_dim // tp
-    down = config.intermediate_size // tp * config.hidden_size
+    down = 0 if config.norms_behind else config.intermediate_size // tp * config.hidden_size
     again = {"none": 0, "save-dots": 0, "save-attention": 2 * (products - down), "full": 2 * (products - down) + 4 * scores}
     layer = 6 * products + 14 * scores + again[split.remat]
     head = 8 * config.hidden_size * math.ceil(config.vocab_size / (tp * split.pp))

@@ -27,6 +27,7 @@ PAIRS = [
     ("llama-3.1-70b", "H100", Split(tp=8), FEW),
     ("llama-3.1-70b", "H100", Split(pp=2, tp=4), FEW),
     ("llama-3.1-405b", "H100", Split(pp=4, tp=8), FEW),
+    ("olmo-2-7b", "H100", Split(tp=4), FEW),
     ("llama-3.1-8b", "H100", Split(), EIGHT_BITS),
     ("llama-3.1-70b", "H100", Split(pp=2, tp=2), EIGHT_BITS),
     ("llama-3.1-8b", "H100", Split(dp=8, zero=3, remat="save-dots"), Training(16, 4096)),
