@@ -39,7 +39,7 @@ def build(
     """cache_tokens: that the pages of all groups may hold. max_num_batched_tokens: of a step, of all groups (default: what a
     step can have before it takes longer). read: how the cache is read (default: `choose_read`).
     """
-    groups = model.layout.parts("batch")
+    groups, rope = model.layout.parts("batch"), model.config.rope
     read = read or choose_read(model)
     rows = -(-max_num_seqs // groups)
     size = max_model_len if read == "slab" else page_size
@@ -59,6 +59,7 @@ def build(
         queue=max_num_queued,
         caching=prefix_caching and read != "slab",
         slab=read == "slab",
+        turn=rope.original_max_position if rope.kind == "longrope" else None,
     )
     logger.info("the cache has %d pages of %d tokens, read by %s%s", pages * groups, size, read, _cached(limits))
     buckets = Buckets(limits, read, width)

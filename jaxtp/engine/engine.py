@@ -23,7 +23,7 @@ from jaxtp.engine.plan import Cards, Shape
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.request import Listener, Request
 from jaxtp.engine.runner import Runner
-from jaxtp.engine.scheduler import Limits, Scheduler, Work
+from jaxtp.engine.scheduler import LONG, Limits, Scheduler, Work
 from jaxtp.engine.sequence import Sequence
 from jaxtp.engine.step import CALL_STEPS, Made
 from jaxtp.model import Llama
@@ -149,13 +149,24 @@ class Engine:
         most = room if params.max_tokens is None else min(room, params.max_tokens)
         stops = (*(() if params.ignore_eos else self.eos), *params.stop_token_ids)
         rank = priority if self.limits.policy == "priority" else 0
-        sequences = [Sequence(request, i, order=(rank, number, i), max_tokens=most, stop_ids=stops) for i in range(params.n)]
+        turned = self._turned(len(prompt))
+        sequences = [
+            Sequence(request, i, order=(rank, number, i), max_tokens=most, stop_ids=stops, turned=turned)
+            for i in range(params.n)
+        ]
         with self._lock:
             self.scheduler.add(sequences)
             request.sequences = sequences
             self._asked[features(params)] += params.n
         self.wake.set()
         return request
+
+    def _turned(self, tokens: int) -> bytes:
+        """How the keys of so long a prompt are turned, where that depends on its length."""
+        config = self.model.config
+        if self.limits.turn is not None and tokens > self.limits.turn:
+            return LONG
+        return b"%d" % tokens if config.rope.kind == "dynamic" and tokens > config.max_position_embeddings else b""
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises ValueError for what can never run."""

@@ -97,7 +97,7 @@ class Cards:
         for name, value in {
             "row": sequence.row,
             "count": 1,
-            "prompt": len(sequence.request.prompt),
+            "prompt": sequence.span,
             "ends": 1,
             "top_k": max(params.top_k, 0),
             "seed": np.uint32(sequence.request.seed).astype(np.int32),

@@ -14,6 +14,7 @@ from jaxtp.engine.request import QueueFull
 from jaxtp.engine.sequence import Sequence
 
 Policy = Literal["fcfs", "priority"]
+LONG = b"long"  # how keys are turned beyond `Limits.turn`
 SOON = 8  # steps that whoever waits for a row may wait longer
 
 
@@ -22,7 +23,8 @@ class Limits:
     """groups: of data parallelism; each has `rows` rows and `pages` pages of `size` tokens. chunk: prompt tokens of a lane.
     tokens: of a group in one step, rows and chunks together (one chunk always goes along). stages: ticks from a token's entry
     to its successor. queue: completions that may wait (None: any number). caching: texts that begin alike share pages. slab: a
-    page holds a whole row, and row i has page i.
+    page holds a whole row, and row i has page i. turn: rows that grow beyond so many tokens are computed anew there, since
+    their rotary embedding is another one from then on (None: it is not).
     """
 
     groups: int
@@ -36,6 +38,7 @@ class Limits:
     queue: int | None = None
     caching: bool = True
     slab: bool = False
+    turn: int | None = None
 
     def most(self, work: list[Work]) -> int:
         """Rows that a step with this work must have in each group."""
@@ -135,9 +138,14 @@ class Scheduler:
         limits, tick = self.limits, self.tick
         self.tick += 1
         self._wake(tick)
+        self._turn()
         work = [Work() for _ in range(limits.groups)]
         making = [
-            [s for s in running if s.computed >= s.target and s.ready <= tick and s.sent < s.max_tokens]
+            [
+                s
+                for s in running
+                if s.computed >= s.target and s.ready <= tick and s.sent < s.max_tokens and not self._at_turn(s)
+            ]
             for running in self.running
         ]
         prompts = self._admissible() or any(s.computed < s.target for running in self.running for s in running)
@@ -176,6 +184,8 @@ class Scheduler:
         """How many steps rows can take together: as many as one of them needs, and all have pages for."""
         left = [s.max_tokens - s.sent for mine in making for s in mine]
         steps = min(steps, max(left, default=1))
+        if (turn := self.limits.turn) is not None:
+            steps = min([steps, *(turn - s.computed for mine in making for s in mine if s.span <= turn)])
         if self.waiting:  # for a row that ends
             steps = min(steps, min(left, default=1), SOON)
         size = self.limits.size
@@ -273,13 +283,30 @@ class Scheduler:
                 sequence.pages.append(pages.take())
                 continue
             last = self.running[sequence.group][-1]
-            self._leave(last)
-            last.epoch += 1
+            self._again(last)
             self.preemptions += 1
-            heapq.heappush(self.waiting, last)
             if last is sequence:
                 return False
         return True
+
+    def _at_turn(self, sequence: Sequence) -> bool:
+        """Whether its next token is the first that its rotary embedding does not reach."""
+        turn = self.limits.turn
+        return turn is not None and sequence.span <= turn <= sequence.computed
+
+    def _turn(self) -> None:
+        """Rows at their turn begin again, once all of their tokens have come back."""
+        for running in self.running if self.limits.turn is not None else ():
+            for sequence in [s for s in running if self._at_turn(s) and s.made == s.sent and s.sent < s.max_tokens]:
+                self._again(sequence)
+
+    def _again(self, sequence: Sequence) -> None:
+        """It loses its row, and waits for another one with the tokens that it has."""
+        self._leave(sequence)
+        sequence.epoch += 1
+        if self.limits.turn is not None and sequence.span <= self.limits.turn < len(sequence.ids):
+            sequence.turn(LONG)
+        heapq.heappush(self.waiting, sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running[sequence.group].remove(sequence)
