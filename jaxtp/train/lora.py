@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtp.checkpoint.adapters import FUSED, TABLES, Adapter, Lora, fits
+from jaxtp.checkpoint.adapters import TABLES, Adapter, Lora, fits
 from jaxtp.checkpoint.names import Part, parts
+from jaxtp.config import FAMILIES
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops import linear
 from jaxtp.sharding import fetch, put
+
+SEPARATE = ("o_proj", "down_proj")  # what every family has by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,11 @@ class Adapters:
         for target in self.lora.targets:
             if target.rpartition(".")[2] in TABLES:
                 raise ValueError(f"lora.targets: {target} is no kernel of the layers; those alone are trained as adapters")
-            if target.rpartition(".")[2] in FUSED:
+            kind = target.rpartition(".")[2]
+            if FAMILIES[self.stacked.config.model_type].fused and kind not in SEPARATE:
                 raise ValueError(
-                    f"lora.targets: {target} is q, k and v or gate and up in one, whose adapters are merged as a checkpoint is "
-                    "loaded, but not trained; such models train o_proj and down_proj"
+                    f"lora.targets: {target}: this model has q, k and v in one module, and gate and up; adapters for these are "
+                    f"merged as a checkpoint is loaded, but not trained. Targets that are: {', '.join(SEPARATE)}"
                 )
             if not any(module == target or module.endswith(f".{target}") for module in named):
                 raise ValueError(f"lora.targets: {target} is no module of this model of {self._layers} layers")

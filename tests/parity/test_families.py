@@ -55,7 +55,7 @@ CASES = {
         },
     ),
     "rope-yarn-factor": ("Llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}),
-    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-nemo": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen2-window": (
@@ -68,7 +68,6 @@ CASES = {
         "Gemma2",
         {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "num_hidden_layers": 3, **SOFTCAPS},
     ),
-    "gemma2-no-caps": ("Gemma2", {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": (
         "Gemma3",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"], **LOCAL},
@@ -94,7 +93,6 @@ CASES = {
         "SmolLM3",
         {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 6},
     ),
-    "mistral-nemo": ("Mistral", {"sliding_window": None, "head_dim": 12, "rope_theta": 1e6}),
     "ministral": (
         "Ministral",
         {"sliding_window": 6, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
@@ -159,7 +157,7 @@ def test_logits(checkpoint, tp):
 
 # on every mesh where a family differs in what decoding does: its cache, its KV heads, its window, its vocabulary; the others
 # in turns, since the logits of each are compared on every mesh
-EVERYWHERE = ("llama-gqa", "kv-replicated", "odd-vocabulary", "mistral-window", "qwen2-window", "qwen3")
+EVERYWHERE = ("llama-gqa", "kv-replicated", "odd-vocabulary", "mistral-window", "qwen2-window", "qwen3", "gemma2", "olmo2")
 GREEDY = [(case, tp) for i, case in enumerate(CASES) for tp in (1, 2, 4) if case in EVERYWHERE or tp == (1, 2, 4)[i % 3]]
 
 

@@ -139,8 +139,10 @@ def test_q_k_and_v_in_one_are_merged_on_every_mesh_and_not_trained(made):
     ours = Llama.from_pretrained(base, lora=folder, mesh=make_mesh(tp=4), progress=False)
     np.testing.assert_allclose(ours(IDS), logits_of(theirs), atol=1e-5, rtol=1e-5)
     stacked = Stacked(Llama(ours.config, mesh=make_mesh()))
-    for target in ("qkv_proj", "gate_up_proj"):
-        with pytest.raises(ValueError, match=f"lora.targets: {target} is q, k and v or gate and up in one, whose adapters"):
+    for target in ("qkv_proj", "layers.1.mlp.gate_up_proj", "q_proj"):
+        with pytest.raises(
+            ValueError, match=f"{target}: this model has q, k and v in one .* Targets that are: o_proj, down_proj"
+        ):
             Adapters(stacked, Lora(rank=2, targets=(target,)))
     assert len(Adapters(stacked, Lora(rank=2, targets=("o_proj", "down_proj"))).sites) == 2
 
