@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from jaxtp.parallel.schedules import Circulation, Schedule
     from jaxtp.planner import Plan, plan
     from jaxtp.presets import PRESETS, preset
-    from jaxtp.sharding import Rules, describe
+    from jaxtp.sharding import Rules
+    from jaxtp.weights import describe
 
 __all__ = [
     "AXES",
@@ -61,7 +62,8 @@ _ROOMS = {  # where each name lives; a room is entered when one of its names is 
     "parallel.schedules": ("Circulation", "Schedule"),
     "planner": ("Plan", "plan"),
     "presets": ("PRESETS", "preset"),
-    "sharding": ("Rules", "describe"),
+    "sharding": ("Rules",),
+    "weights": ("describe",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

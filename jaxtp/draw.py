@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from jaxtp.parallel.schedules import Circulation, Schedule
-from jaxtp.sharding import variables
+from jaxtp.weights import variables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

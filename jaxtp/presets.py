@@ -40,7 +40,7 @@ _QWEN3 = {"qk_norm": True, "head_dim": 128, "rms_norm_eps": 1e-6}
 _QWEN_ROPE = Rope(theta=1000000.0)
 
 _NEMO = {"head_dim": 128}
-_OLMO2 = {"qk_norm": True, "qk_norm_across_heads": True, "norm_position": "post", "rms_norm_eps": 1e-6}
+_OLMO2 = {"qk_norm": True, "qk_norm_across_heads": True, "norm_position": "post", "norm_form": "float32", "rms_norm_eps": 1e-6}
 _GRANITE = {
     "embedding_multiplier": 12.0,
     "attention_scale": 0.0078125,
@@ -55,9 +55,9 @@ def _gemma(kind: str, vocab: int, d: int, f: int, layers: int, heads: int, kv: i
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
-        "norm_unit_offset": True,
+        "norm_form": "unit_offset",
         "activation": "gelu_tanh",
-        "embedding_multiplier": d**0.5,
+        "scaled_embedding": True,
         **more,
     }
     return _model(kind, vocab, d, f, layers, heads, kv, context, settings.pop("rope", Rope()), **settings)

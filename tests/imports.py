@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "jaxtp"
 ROOMS = """
-log checks compilation_cache tables files text buckets config presets mesh xla_flags distributed sharding tp_plan ops
+log checks compilation_cache tables files text buckets config presets mesh xla_flags distributed sharding weights tp_plan ops
 checkpoint model parallel draw planner engine generate train audit load serve cli __main__
 """.split()
 

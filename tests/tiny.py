@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxtp import LLM, Llama, ModelConfig, make_mesh
-from jaxtp.sharding import variables
+from jaxtp.weights import variables
 
 CONFIG = ModelConfig(
     model_type="llama",

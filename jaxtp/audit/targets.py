@@ -31,10 +31,10 @@ from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
-from jaxtp.sharding import variables
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
+from jaxtp.weights import variables
 
 INSTALL = "pip install 'jaxtp[gpu-compiler]' and pip install --no-deps nvidia-cudnn-cu13"
 

@@ -28,7 +28,8 @@ from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors, text_part
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.log import console, interactive, logger
-from jaxtp.sharding import fetch, variables
+from jaxtp.sharding import fetch
+from jaxtp.weights import variables
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tiktoken.model"),

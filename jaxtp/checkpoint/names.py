@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtp.config import FAMILIES, ModelConfig
-from jaxtp.sharding import layers_of
+from jaxtp.weights import layers_of
 
 Index = tuple[slice, ...]
 

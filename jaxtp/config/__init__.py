@@ -7,7 +7,7 @@ a wrong model.
 """
 
 from jaxtp.config.experts import Experts
-from jaxtp.config.families import FAMILIES, Activation, Family, NormPosition
+from jaxtp.config.families import FAMILIES, Activation, Family, NormForm, NormPosition
 from jaxtp.config.keys import DTYPES
 from jaxtp.config.model import Kind, ModelConfig, RopeName
 from jaxtp.config.rope import ROPE_TYPES, Rope
@@ -21,6 +21,7 @@ __all__ = [
     "Family",
     "Kind",
     "ModelConfig",
+    "NormForm",
     "NormPosition",
     "Rope",
     "RopeName",

@@ -11,6 +11,7 @@ from jaxtp.log import logger
 
 Activation = Literal["silu", "gelu_tanh"]
 NormPosition = Literal["pre", "post", "both"]  # of a block's attention and MLP
+NormForm = Literal["rounded", "float32", "unit_offset"]  # see `ops.norm`
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Family:
     window_switch: bool = False  # `use_sliding_window`, `max_window_layers`, `layer_types` choose the layers
     window_pattern: int | None = None  # every so manieth layer has none, where `layer_types` does not say (0: all have one)
     norm_position: NormPosition = "pre"
-    norm_unit_offset: bool = False
+    norm_form: NormForm = "rounded"
     qk_norm_across_heads: bool = False
     activation: Activation | None = None
     scaled_embedding: bool = False  # by √hidden_size
@@ -40,7 +41,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-_GEMMA: dict[str, Any] = {"norm_unit_offset": True, "activation": "gelu_tanh", "scaled_embedding": True}
+_GEMMA: dict[str, Any] = {"norm_form": "unit_offset", "activation": "gelu_tanh", "scaled_embedding": True}
 _GEMMA_DEFAULTS = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -128,6 +129,7 @@ FAMILIES = {
     "olmo2": Family(
         "Olmo2ForCausalLM",
         norm_position="post",
+        norm_form="float32",
         qk_norm=True,
         qk_norm_across_heads=True,
         defaults={"rms_norm_eps": 1e-5},

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtp import files
 from jaxtp.checks import INT32, whole
 from jaxtp.config.experts import Experts
-from jaxtp.config.families import FAMILIES, Activation, NormPosition
+from jaxtp.config.families import FAMILIES, Activation, NormForm, NormPosition
 from jaxtp.config.keys import ACTIVATIONS, DTYPE_NAMES, DTYPES, NUMBERS
 from jaxtp.config.reader import read
 from jaxtp.config.rope import Rope, rope_to_hf
@@ -41,11 +41,11 @@ class ModelConfig:
     None for full attention. `experts` stand in place of MLPs. `rotated[i]` says whether layer i has RoPE (empty: all have);
     layers with a window have `local_rope` where there is one. `dtype` is the checkpoint's, None where it does not say.
 
-    norm_position: norms stand before attention and MLP ("pre"), behind them ("post"), or both. norm_unit_offset: norms multiply
-    with 1 + their weight. qk_norm_across_heads: the norms of q and k are over all heads together, not each. attention_scale: of
-    scores, default 1/√head_dim. attention_softcap, logits_softcap: see `ops.attention.capped`. embedding_multiplier: of what is
-    looked up, rounded to the model's dtype. residual_multiplier: of what attention and MLP add. logits_scaling: what logits are
-    divided by.
+    norm_position: norms stand before attention and MLP ("pre"), behind them ("post"), or both. norm_form: see `ops.norm`.
+    qk_norm_across_heads: the norms of q and k are over all heads together, not each. attention_scale: of scores, default
+    1/√head_dim. attention_softcap, logits_softcap: see `ops.attention.capped`. What is looked up is multiplied with
+    embedding_multiplier, and with √hidden_size, rounded to the model's dtype, where scaled_embedding. residual_multiplier: of
+    what attention and MLP add. logits_scaling: what logits are divided by.
     """
 
     model_type: str
@@ -66,11 +66,12 @@ class ModelConfig:
     qk_norm: bool = False
     qk_norm_across_heads: bool = False
     norm_position: NormPosition = "pre"
-    norm_unit_offset: bool = False
+    norm_form: NormForm = "rounded"
     activation: Activation = "silu"
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    scaled_embedding: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0

@@ -69,10 +69,11 @@ class _Reader:
             "qk_norm": family.qk_norm,
             "qk_norm_across_heads": family.qk_norm_across_heads,
             "norm_position": family.norm_position,
-            "norm_unit_offset": family.norm_unit_offset,
+            "norm_form": family.norm_form,
             "activation": self.activation(family),
+            "scaled_embedding": family.scaled_embedding,
             "windows": self.windows(family, layers, rotated),
-            **self.numbers(family, hidden),
+            **self.numbers(family),
             "bos_token_id": self.token("bos_token_id", self.raw.get("bos_token_id")),
             "eos_token_ids": token_ids("eos_token_id", self.raw.get("eos_token_id")),
             "dtype": self.dtype(),
@@ -146,7 +147,7 @@ class _Reader:
 
     # -- numbers that a family has ---------------------------------------------------------------------------------------
 
-    def numbers(self, family: Family, hidden: int) -> dict[str, float | None]:
+    def numbers(self, family: Family) -> dict[str, float | None]:
         """Multipliers, scales and soft caps."""
         found: dict[str, float | None] = {}
         for ours, theirs in NUMBERS.items():
@@ -157,8 +158,6 @@ class _Reader:
                 found[ours] = value
         if "query_pre_attn_scalar" in family.keys:
             found["attention_scale"] = self.whole("query_pre_attn_scalar") ** -0.5
-        if family.scaled_embedding:
-            found["embedding_multiplier"] = hidden**0.5
         return found
 
     def activation(self, family: Family) -> str:

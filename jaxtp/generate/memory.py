@@ -14,7 +14,7 @@ from jaxtp.buckets import PAGE
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
-from jaxtp.sharding import weights
+from jaxtp.weights import weights
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, layout: Layout, size: int | None = None, dim: str = "embed") -> None:
         self.weight = layout.param("weight", **{dim: size or config.hidden_size})
-        self.eps, self.unit_offset = config.rms_norm_eps, config.norm_unit_offset
+        self.eps, self.form = config.rms_norm_eps, config.norm_form
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., D]."""
-        return rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
+        return rms_norm(x, self.weight[...], eps=self.eps, form=self.form)
 
 
 class HeadsNorm(Norm):
@@ -68,7 +68,7 @@ class HeadsNorm(Norm):
         if copies > 1:
             weight = jnp.broadcast_to(weight[:, None], (weight.shape[0], copies, *rest))
             weight = weight.reshape(held, *rest, out_sharding=_replicated(weight, 1 + len(rest)))
-        return rms_norm(x, weight, eps=self.eps, unit_offset=self.unit_offset)
+        return rms_norm(x, weight, eps=self.eps, form=self.form)
 
 
 def _head_norm(config: ModelConfig, heads: int, *, layout: Layout) -> Norm:

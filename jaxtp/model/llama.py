@@ -6,7 +6,6 @@ B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxtp.checkpoint import adapters, hf
-from jaxtp.checkpoint.names import parts
 from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
+from jaxtp.model.initial import initial_weight
 from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
 from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.quantized import Quantization, check_quantization, quantize
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, layers_of, names, on_each_device, variables
+from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
 from jaxtp.tp_plan import rules_from_plan
+from jaxtp.weights import layers_of, variables
 
 KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
 Stacks = tuple[tuple[int | None, ...], ...]
@@ -181,7 +181,7 @@ class Llama(nnx.Module):
         for path, weight in variables(model):
             here = layers_of(path, weight)
             stacked = bool(weight.get_metadata()["stack"])
-            drawn = _random([keys[name or path] for name in here], config, here, weight.get_value(), stacked=stacked)
+            drawn = initial_weight([keys[name or path] for name in here], config, here, weight.get_value(), stacked=stacked)
             weight.set_value(model.kept(path, drawn))
         return model
 
@@ -298,7 +298,9 @@ class Llama(nnx.Module):
         """tokens [B, T] -> [B, T, D] in the residual stream's layout."""
         tokens = self.layout.place(jnp.asarray(tokens, jnp.int32), "batch", "tokens")
         x = embed(self.embed[...], tokens, out=self.layout.sharding("batch", residual_dim(tokens.shape[1], self.layout), None))
-        return scaled(x, float(jnp.dtype(x.dtype).type(self.config.embedding_multiplier)))
+        if self.config.scaled_embedding:  # in the model's dtype, as Gemma was trained
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        return scaled(x, self.config.embedding_multiplier)
 
     def step(
         self,
@@ -362,55 +364,6 @@ def _compiled(
     cache: Cache | None,
 ) -> jax.Array | tuple[jax.Array, Cache]:
     return model(tokens, positions, segment_ids, cache)
-
-
-def _random(
-    keys: list[jax.Array], config: ModelConfig, names: list[str | None], abstract: jax.ShapeDtypeStruct, *, stacked: bool
-) -> jax.Array:
-    """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
-    is laid out. keys, names: of each row (None and any key: no layer stands there).
-    """
-    name, sharding = next(filter(None, names), None), abstract.sharding
-    generic = name and re.sub(r"\.\d+\.", ".0.", name, count=1)  # layers share a program
-    draw = _drawing(config, generic, abstract.shape[stacked:], abstract.dtype, sharding, stacked)
-    if not stacked:
-        return draw(keys[0])
-    with jax.set_mesh(sharding.mesh):
-        return draw(np.stack([jax.random.key_data(key) for key in keys]), np.array([bool(name) for name in names]))
-
-
-@functools.lru_cache(64)
-def _drawing(
-    config: ModelConfig, name: str | None, each: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, stacked: bool
-) -> Callable[..., jax.Array]:
-    """The program that draws a weight of shape `each` from its key, or a stack of them from [rows, 2] keys and which are there.
-
-    name: the weight, of any layer; None for a place that is empty on every rank.
-    """
-    norm, made_of = "norm" in (name or ""), parts(config, name, each) if name else ()
-    neutral = float(norm and not config.norm_unit_offset)
-
-    def one(key: jax.Array) -> jax.Array:
-        out = jnp.zeros(each, dtype)
-        for i, part in enumerate(made_of):
-            shape = part.shape(each)
-            if norm or len(shape) == 1:
-                tensor = jnp.full(shape, neutral, dtype)
-            else:
-                tensor = (0.02 * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(dtype)
-            out = out.at[part.select].set(part.spread(tensor, each)) if part.select else part.spread(tensor, each)
-        return out
-
-    if not stacked:
-        return jax.jit(one, out_shardings=sharding)
-
-    def stack(keys: jax.Array, there: jax.Array) -> jax.Array:
-        drawn = jax.vmap(lambda key: one(jax.random.wrap_key_data(key)))(keys)
-        return jnp.where(there.reshape(-1, *[1] * len(each)), drawn, jnp.zeros((), drawn.dtype))
-
-    over = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-    draw = jax.sharding.auto_axes(stack, out_sharding=sharding)  # each rank draws its own
-    return jax.jit(lambda keys, there: draw(jax.sharding.reshard(keys, over), jax.sharding.reshard(there, over)))
 
 
 def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:

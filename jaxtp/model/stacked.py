@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtp.config import Kind
 from jaxtp.model.layers import Step
 from jaxtp.model.llama import Llama
-from jaxtp.sharding import on_each_device, variables
+from jaxtp.sharding import on_each_device
+from jaxtp.weights import variables
 
 Params = dict[str, jax.Array]
 BLOCK = "layers.*."

@@ -7,18 +7,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxtp.config import NormForm
 from jaxtp.sharding import beside
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, unit_offset: bool = False) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, form: NormForm = "rounded") -> jax.Array:
     """x / rms(x) · weight over the dims of `weight`, which are the last of x; float32 inside, x's dtype out. Where these dims
     are sharded, the sums of squares cross devices, and nothing else.
 
-    As in Llama the normalised x is rounded to its dtype before the product; with unit_offset, as in Gemma, the factor is
-    1 + weight, and all of it is float32.
+    form: where the normalised x meets the weight. rounded to its dtype (Llama); in float32 (OLMo 2); unit_offset: in float32
+    with a factor of 1 + weight (Gemma).
     """
     weight, dims = beside(weight, x), tuple(range(-weight.ndim, 0))
-    return _offset(x, weight, eps, dims) if unit_offset else weight * _normed(x, eps, dims)
+    if form == "rounded":
+        return weight * _normed(x, eps, dims)
+    return _in_float32(x, weight, eps, dims, float(form == "unit_offset"))
 
 
 # the backward pass keeps x, and nothing in float32
@@ -28,8 +31,8 @@ def _normed(x: jax.Array, eps: float, dims: tuple[int, ...]) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=dims, keepdims=True) + eps)).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
-def _offset(x: jax.Array, weight: jax.Array, eps: float, dims: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4))
+def _in_float32(x: jax.Array, weight: jax.Array, eps: float, dims: tuple[int, ...], offset: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=dims, keepdims=True) + eps)
-    return (y * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)

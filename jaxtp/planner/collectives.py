@@ -83,7 +83,7 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         turns, sums = turns * split.chunks + split.pp - 1, 4 + again
     spare = int(split.peeled)
     both, part = ("pp", "tp"), stream // split.tp if scattered else stream
-    each, kind = (4, "f32") if config.norm_unit_offset else (size, None)  # norms' gradients: of 1 + w, in float32
+    each, kind = (size, None) if config.norm_form == "rounded" else (4, "f32")  # norms' gradients
     if scattered:  # inputs of products are gathered for each pass, and once more for their gradients, unless they were kept
         gathers = sums - again + (2 if split.remat == "none" else 4)
         say("all-gather", "tp", stream, times=turns * (gathers * layers + 2))

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.config import Rope
-from jaxtp.sharding import variables
+from jaxtp.weights import variables
 
 IDS = np.arange(3, 43).reshape(2, 20)
 GEMMA3 = {
-    **{"model_type": "gemma3_text", "norm_position": "both", "norm_unit_offset": True, "activation": "gelu_tanh"},
+    **{"model_type": "gemma3_text", "norm_position": "both", "norm_form": "unit_offset", "activation": "gelu_tanh"},
     **{"qk_norm": True, "local_rope": Rope(100.0), "windows": (5, None), "attention_scale": 12**-0.5},
-    **{"tie_word_embeddings": True, "embedding_multiplier": 8.0, "eos_token_ids": (1, 106), "bos_token_id": 2},
+    **{"tie_word_embeddings": True, "scaled_embedding": True, "eos_token_ids": (1, 106), "bos_token_id": 2},
 }
 
 

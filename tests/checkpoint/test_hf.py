@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtp import Llama, make_mesh
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import parts
-from jaxtp.sharding import variables
+from jaxtp.weights import variables
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import tiny
 from jaxtp import LLM, Llama, Rules, SamplingParams, describe, make_mesh
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import layers_of, variables
+from jaxtp.weights import layers_of, variables
 
 # a row alone, fewer rows than stages, rows that the stages do not divide, and many
 MESHES = [

@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peer import NEW, PROMPTS, greedy, logits, read_again, tokens, written
 from safetensors.numpy import load_file, save_file
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.config import ModelConfig
 from jaxtp.model.stacked import Stacked
-from jaxtp.sharding import describe
+from jaxtp.weights import describe
 
-SETTINGS = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
 CASES = {
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "mixtral-odd": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7}),
@@ -66,43 +55,14 @@ CASES = {
     ),
 }
 MESHES = [{}, {"tp": 2}, {"tp": 4}, {"ep": 2}, {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2}]
-PROMPTS = [[5, 9, 11], list(range(3, 25)), [7], [100, 2, 8, 4, 4, 4, 60, 1, 99]]
-NEW = 20
-
-
-def checkpoint_of(case, folder, change=lambda model: None):
-    """transformers' model, written to a folder."""
-    family, options = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**{**SETTINGS, **options})
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(1 + 0.1 * torch.randn_like(weight) if "norm" in name else 0.1 * torch.randn_like(weight))
-        change(model)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module", params=CASES)
 def checkpoint(request, tmp_path_factory):
     """(name, folder, logits of transformers for a batch of tokens, its greedy completions of PROMPTS)."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = checkpoint_of(request.param, folder)
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens())).logits.numpy()
-        completions = [greedy(model, prompt) for prompt in PROMPTS]
-    return request.param, folder, logits, completions
-
-
-def tokens():
-    return np.random.default_rng(0).integers(0, 128, (4, 24))
-
-
-def greedy(model, prompt):
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
+    model = written(folder, *CASES[request.param])
+    return request.param, folder, logits(model, tokens(4)), [greedy(model, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("layout", ["whole", "width"])
@@ -117,7 +77,7 @@ def test_logits(checkpoint, mesh, layout):
     if layout == "width" and mesh.get("tp", 1) == 1:
         return  # the same program
     model = Llama.from_pretrained(folder, mesh=make_mesh(**mesh), expert_layout=layout, progress=False)
-    np.testing.assert_allclose(np.asarray(model(tokens())), expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(model(tokens(4))), expected, atol=1e-5, rtol=1e-5)
 
 
 GREEDY = {
@@ -146,11 +106,7 @@ def test_round_trip(checkpoint, tmp_path):
     _, folder, expected, _ = checkpoint
     model = Llama.from_pretrained(folder, mesh=make_mesh(ep=2, tp=2), progress=False)
     model.save_pretrained(tmp_path / "out", max_shard_bytes=50_000)
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        np.testing.assert_array_equal(again(torch.tensor(tokens())).logits.numpy(), expected)
+    np.testing.assert_array_equal(logits(read_again(tmp_path / "out"), tokens(4)), expected)
     assert type(model.config).from_hf(tmp_path / "out") == model.config
 
 
@@ -163,28 +119,27 @@ def test_all_tokens_on_one_expert(tmp_path):
             layer.mlp.gate.weight[:] = 0
             layer.mlp.gate.weight[:, 0] = torch.tensor([0.0, -1, 2, -2, -3, 1.5, -4, -5])
 
-    model = checkpoint_of("mixtral", tmp_path, change)
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens())).logits.numpy()
+    model = written(tmp_path, *CASES["mixtral"], change)
+    expected = logits(model, tokens(4))
     for mesh in ({}, {"tp": 4}, {"ep": 4}, {"ep": 2, "tp": 2}):
-        logits = np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), progress=False)(tokens()))
-        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+        found = np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), progress=False)(tokens(4)))
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_eight_bits_are_the_same_on_every_mesh(tmp_path):
-    checkpoint_of("qwen3-moe", tmp_path)
+    written(tmp_path, *CASES["qwen3-moe"])
     alone, *others = [
-        np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), quantization="int8", progress=False)(tokens()))
+        np.asarray(Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), quantization="int8", progress=False)(tokens(4)))
         for mesh in ({}, {"tp": 2}, {"ep": 2, "tp": 2})
     ]
-    plain = np.asarray(Llama.from_pretrained(tmp_path, progress=False)(tokens()))
+    plain = np.asarray(Llama.from_pretrained(tmp_path, progress=False)(tokens(4)))
     assert 1e-4 < np.abs(alone - plain).max() < 0.3
-    for logits in others:
-        np.testing.assert_allclose(logits, alone, atol=1e-5, rtol=1e-5)
+    for other in others:
+        np.testing.assert_allclose(other, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_each_device_holds_its_own_experts_alone(tmp_path):
-    checkpoint_of("qwen3-moe", tmp_path)
+    written(tmp_path, *CASES["qwen3-moe"])
     model = Llama.from_pretrained(tmp_path, mesh=make_mesh(ep=4, tp=2), progress=False)
     moe = model.layers[0].moe
     assert {shard.data.shape for shard in moe.gate_up[...].addressable_shards} == {(1, 32, 2, 64)}
@@ -195,16 +150,15 @@ def test_each_device_holds_its_own_experts_alone(tmp_path):
 
 
 def test_sequence_parallel(tmp_path):
-    model = checkpoint_of("qwen2-moe", tmp_path)
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens())).logits.numpy()
+    model = written(tmp_path, *CASES["qwen2-moe"])
+    expected = logits(model, tokens(4))
     for mesh in ({"tp": 4}, {"ep": 2, "tp": 2}):
         laid = Llama.from_pretrained(tmp_path, mesh=make_mesh(**mesh), sequence_parallel=True, progress=False)
-        np.testing.assert_allclose(np.asarray(laid(tokens())), expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(laid(tokens(4))), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be(tmp_path):
-    checkpoint_of("mixtral", tmp_path)
+    written(tmp_path, *CASES["mixtral"])
     with pytest.raises(ValueError, match=r"ep=3 does not divide the 8 experts; legal ep for this model: 1, 2, 4, 8"):
         Llama.from_pretrained(tmp_path, mesh=make_mesh(ep=3), progress=False)
     with pytest.raises(ValueError, match="ep=2 is for experts, of which this llama has none; use dp or tp"):
@@ -227,7 +181,7 @@ def test_what_cannot_be(tmp_path):
 
 
 def test_missing_experts_are_named(tmp_path):
-    checkpoint_of("mixtral", tmp_path)
+    written(tmp_path, *CASES["mixtral"])
     tensors = load_file(tmp_path / "model.safetensors")
     gone = [tensors.pop(name) for name in [*tensors] if ".1.block_sparse_moe.experts.3." in name]
     assert len(gone) == 3

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from peer import NEW, PROMPTS, greedy, logits, read_again, tokens, written
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 
@@ -99,60 +98,23 @@ CASES = {
     ),
     "qwen3-bias": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
 }
-PROMPTS = [[5, 9, 11], list(range(3, 25)), [7], [100, 2, 8, 4, 4, 4, 60, 1, 99]]
-NEW = 20
 
 
 @pytest.fixture(scope="module", params=CASES)
 def checkpoint(request, tmp_path_factory):
     """(folder, logits of transformers for a batch of tokens, its greedy completions of PROMPTS)."""
-    family, options = CASES[request.param]
-    settings = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": None,
-        **options,
-    }
-    config = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")(**settings)
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            one = float("norm" in name and not family.startswith("Gemma"))
-            weight.copy_(one + 0.1 * torch.randn_like(weight))
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens())).logits.numpy()
-        completions = [greedy(model, prompt) for prompt in PROMPTS]
-    return folder, logits, completions
-
-
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 128, (2, 24))
-
-
-def greedy(model, prompt: list[int]) -> list[int]:
-    """Token by token over transformers' own cache."""
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
+    model = written(folder, *CASES[request.param])
+    return folder, logits(model, tokens(2)), [greedy(model, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_logits(checkpoint, tp):
     folder, expected, _ = checkpoint
     model = Llama.from_pretrained(folder, mesh=make_mesh(tp=tp), progress=False)
-    logits = np.asarray(model(tokens()))
-    assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+    found = np.asarray(model(tokens(2)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # on every mesh where a family differs in what decoding does: its cache, its KV heads, its window, its vocabulary; the others
@@ -175,9 +137,5 @@ def test_round_trip(checkpoint, tmp_path):
     model = Llama.from_pretrained(folder, mesh=make_mesh(tp=4), progress=False)
     model.save_pretrained(tmp_path / "out", max_shard_bytes=50_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        np.testing.assert_array_equal(again(torch.tensor(tokens())).logits.numpy(), expected)
+    np.testing.assert_array_equal(logits(read_again(tmp_path / "out"), tokens(2)), expected)
     assert type(model.config).from_hf(tmp_path / "out") == model.config

@@ -15,7 +15,7 @@ from jaxtp.audit.targets import abstract_llama
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.quantized import quantize
 from jaxtp.planner import Generation, Split, memory
-from jaxtp.sharding import describe, variables
+from jaxtp.weights import describe, variables
 
 PROMPTS = ["", "Once upon a time, there was a cat", "Lily", "The big dog and the little bird were friends."]
 NEW = 60

@@ -19,7 +19,7 @@ CONFIGS = {
     "tied": tiny.config(tie_word_embeddings=True, vocab_size=131),
     "biases": tiny.config(qkv_bias=True, o_bias=True, mlp_bias=True, num_layers=3),
     "qk-norm": tiny.config(qk_norm=True, head_dim=16),
-    "norms on both sides": tiny.config(model_type="gemma2", norm_position="both", norm_unit_offset=True),
+    "norms on both sides": tiny.config(model_type="gemma2", norm_position="both", norm_form="unit_offset"),
     "norms over all heads": tiny.config(model_type="olmo2", norm_position="post", qk_norm=True, qk_norm_across_heads=True),
     "few KV heads": tiny.config(num_kv_heads=2, num_layers=5),
 }

@@ -17,13 +17,14 @@ from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.quantized import quantize
-from jaxtp.sharding import Rules, variables
+from jaxtp.sharding import Rules
 from jaxtp.train import Run, evaluate, export, train
 from jaxtp.train.config import parse
 from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.step import Trainer
+from jaxtp.weights import variables
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

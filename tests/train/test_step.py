@@ -14,11 +14,11 @@ from jaxtp.checkpoint.names import parts
 from jaxtp.config import Rope
 from jaxtp.train.optim import Optimizer
 
-GEMMA = {"tie_word_embeddings": True, "norm_unit_offset": True, "activation": "gelu_tanh", "embedding_multiplier": 8.0}
+GEMMA = {"tie_word_embeddings": True, "norm_form": "unit_offset", "activation": "gelu_tanh", "scaled_embedding": True}
 GEMMA |= {"norm_position": "both", "attention_scale": 12**-0.5, "num_layers": 3}
 GEMMA2 = {**GEMMA, "model_type": "gemma2", "attention_softcap": 2.0, "logits_softcap": 3.0, "windows": (5, None, 5)}
 GEMMA3 = {**GEMMA, "model_type": "gemma3_text", "qk_norm": True, "local_rope": Rope(100.0), "windows": (5, 5, None)}
-OLMO2 = {"model_type": "olmo2", "qk_norm": True, "qk_norm_across_heads": True, "norm_position": "post"}
+OLMO2 = {"model_type": "olmo2", "qk_norm": True, "qk_norm_across_heads": True, "norm_position": "post", "norm_form": "float32"}
 GRANITE = {"model_type": "granite", "attention_scale": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
 GRANITE |= {"logits_scaling": 2.5}
 CASES = {
