@@ -2,7 +2,7 @@
 
 Dims of weights       layers (of a stack), vocab, embed, kv_heads, fused (the queries, key and value of a KV head), head_dim,
                       query_heads (all their channels, cut between KV heads), channels (of all heads, whole), mlp, gate_up,
-                      experts, expert_mlp, routes (experts as a router scores them)
+                      experts, expert_mlp, routes (experts as a router scores them), shared_gate
 Dims of activations   batch, tokens (inside a block), sequence (tokens of the residual stream), heads (of q, k, v and the
                       cache), hidden (inside the MLP), logits, cached, routed (the batch where experts see it)
 
@@ -48,6 +48,7 @@ DEFAULT: Axes = (
     ("experts", "ep"),
     ("expert_mlp", "tp"),
     ("routes", None),
+    ("shared_gate", None),
     ("routed", "dp"),
 )
 # How a layer's experts are cut over tp: whole experts, or each one's width; auto: whole where their number allows it.
@@ -127,6 +128,11 @@ class Layout:
     def at(self, name: str) -> Layout:
         """The layout of the submodule or weight `name`."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The axes that rows are spread over: dp, and ep where experts lie on it."""
+        return names(self.rules.axis("batch", self.path))
 
     def parts(self, dim: str) -> int:
         """Into how many pieces `dim` is cut here."""
@@ -220,6 +226,7 @@ def on_each_device(
     whole over them then must be shares as well, which is to say that these `args` are `reduced` there.
     """
     mesh = next(jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
+    args = jax.tree.map(_plainly_reduced, args)
     alone = tuple(axis for axis in over if mesh.shape[axis] == 1)  # a share there is the sum
     shared = tuple(axis for axis in over if axis not in alone)
     out = jax.tree.map(lambda spec: PartitionSpec(*spec.partitions, unreduced={*shared}), specs_of(like(*args)))
@@ -236,6 +243,12 @@ def on_each_device(
         return jax.lax.pcast(jax.lax.psum(function(*jax.tree.map(mine, args)), alone), shared, to="unreduced")
 
     return jax.shard_map(own if over else function, mesh=mesh, in_specs=specs_of(args), out_specs=out)(*args)
+
+
+def _plainly_reduced(x: jax.Array) -> jax.Array:
+    """x, whose type says `reduced` only of axes that have several devices: others leave a gradient that shard_map reshapes."""
+    spec, mesh = spec_of(x), jax.typeof(x).sharding.mesh
+    return reshard(x, PartitionSpec(*spec.partitions, reduced={axis for axis in spec.reduced if mesh.shape[axis] > 1}), mesh)
 
 
 def varying_as(constants: Any, *others: Any) -> Any:

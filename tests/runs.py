@@ -56,12 +56,14 @@ def run(
     schedule: str = "1f1b",
     chunks: int = 1,
     layers_per_stage: tuple[int, ...] | None = None,
+    expert_layout: str = "auto",
     **trainer,
 ) -> Run:
     """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
     config = config or tiny.config()
     over = make_mesh(**(mesh or {}))
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
+    rules = rules.expert_parallel(config, ep=over.shape["ep"], tp=over.shape["tp"], layout=expert_layout)
     pipeline, pp = None, over.shape["pp"]
     if pp > 1:
         rules = rules.pipeline_parallel()

@@ -265,12 +265,12 @@ class Llama(nnx.Module):
         lengths: jax.Array | None = None,
         cache: Cache | None = None,
         lanes: Lanes | None = None,
-        run: Callable[[jax.Array, Step], jax.Array] | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """The same up to the last norm: [B, T, D] in the residual stream's layout.
+        run: Callable[[jax.Array, Step], tuple[jax.Array, Any]] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """The same up to the last norm: [B, T, D] in the residual stream's layout; and the cache, where there is one.
 
         lengths: see `step`. lanes: with a cache, where in it the tokens go and what they see. run: another way to go through
-        the blocks than one after another (without a cache), as training has.
+        the blocks than one after another (without a cache), as training has; what it tells beside x comes in the cache's place.
         """
         if self.stacks:
             raise ValueError(
@@ -285,7 +285,8 @@ class Llama(nnx.Module):
         step = self.step(positions, segment_ids, lengths=lengths, lanes=lanes)
         x = self.embedded(tokens)
         if run is not None:
-            return self.norm(run(x, step)), None
+            x, told = run(x, step)
+            return self.norm(x), told
         layers: list[LayerCache | None] = []
         for i, block in enumerate(self.layers):
             x, layer, _ = block(x, step, None if cache is None else cache.layers[i])
@@ -310,7 +311,7 @@ class Llama(nnx.Module):
         lengths: jax.Array | None = None,
         lanes: Lanes | None = None,
     ) -> Step:
-        """What every layer needs to know of tokens at `positions` [B, T].
+        """What every layer needs to know of tokens at `positions` [B, T]; in the segment 0 they are padding.
 
         lengths [B, T] or [B, 1]: tokens of each one's row so far, a prompt counting whole from the start (default: of a row
         that ends here).
@@ -318,7 +319,8 @@ class Llama(nnx.Module):
         config, lengths = self.config, positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths
         turn = functools.partial(rotation, head_dim=config.head_dim, max_position=config.max_position_embeddings)
         ropes = {name: turn(rope, positions, lengths) for name, rope in config.ropes.items()}
-        return Step(ropes, positions, segment_ids, lanes)
+        counted = None if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+        return Step(ropes, positions, segment_ids, lanes, counted)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:

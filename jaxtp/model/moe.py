@@ -36,12 +36,13 @@ class Moe(nnx.Module):
         self.down = layout.param("down", experts=E, embed=D, expert_mlp=F)
         if experts.shared:
             self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared)
-            self.shared_gate = layout.param("shared_gate", routes=1, embed=D)
+            self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
         self.experts, self.layout, self.region, self.kernel = experts, layout, region, expert_kernel
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did. counted: see `watched`."""
         layout, mesh = self.layout, self.layout.mesh
+        counted = None if counted is None else layout.place(counted, "routed", "tokens")
         shares = {axis for axis in self._over if mesh.shape[axis] > 1}
         routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
         everywhere = reshard(x, P(*routed.partitions, reduced=shares), mesh)

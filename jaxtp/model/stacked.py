@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtp.config import Kind
 from jaxtp.model.layers import Step
 from jaxtp.model.llama import Llama
+from jaxtp.ops.router import Routing
 from jaxtp.sharding import on_each_device
 from jaxtp.weights import variables
 
@@ -76,8 +77,6 @@ class Stacked:
         """`model` may be abstract; its weights are not touched. Raises ValueError where they are quantized."""
         if model.quantization:
             raise ValueError(f"quantization={model.quantization!r} is for generation; a model to train keeps its dtype")
-        if model.config.experts:
-            raise ValueError(f"{model.config.model_type}: mixtures of experts are not trained yet; they generate (LLM)")
         self.model, self.config, self.layout = model, model.config, model.layout
         self._blocks: dict[Kind, _Graph] = {}
         for kind, block in zip(self.config.kinds, model.layers, strict=False):
@@ -111,18 +110,18 @@ class Stacked:
         *,
         remat: str = "none",
         bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
-    ) -> jax.Array:
-        """tokens [B, T] -> [B, T, D] after the last norm, as `Llama.hidden`.
+    ) -> tuple[jax.Array, Routing | None]:
+        """tokens [B, T] -> [B, T, D] after the last norm, as `Llama.hidden`; and what routers did (see `blocks`).
 
         remat: a key of `REMAT`. bring: makes a layer's weights (by path, arrays without the L dim) ready for use, inside the
         loop. `params` may hold more of a layer than its weights, for `bring`.
         """
 
-        def run(x: jax.Array, step: Step) -> jax.Array:
+        def run(x: jax.Array, step: Step) -> tuple[jax.Array, Routing | None]:
             stacks = {path: weight for path, weight in params.items() if path.startswith(BLOCK)}
             return self.blocks(stacks, x, step, kinds=self.config.kinds, remat=remat, bring=bring)
 
-        return self.whole(params).hidden(tokens, positions, segment_ids, run=run)[0]
+        return self.whole(params).hidden(tokens, positions, segment_ids, run=run)
 
     def blocks(
         self,
@@ -134,20 +133,24 @@ class Stacked:
         filled: jax.Array | None = None,
         remat: str = "none",
         bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Routing | None]:
         """x [B, T, D] through blocks of these kinds, one after another. stacks: their weights, each [n, ...] of those n blocks
         that have it. filled [blocks] bool: leaves x as it is where there is no block.
+
+        With it what the routers of those blocks that have one did, [blocks, B, ...]; None where none has.
         """
 
-        def run(kind: Kind, x: jax.Array, weights: Params, here: jax.Array | None) -> jax.Array:
+        def run(kind: Kind, x: jax.Array, weights: Params, here: jax.Array | None) -> tuple[jax.Array, Routing | None]:
             graph, ready = self._blocks[kind], bring(weights)
             block = nnx.merge(graph.definition, jax.tree.unflatten(graph.tree, [ready[name] for name in graph.names]))
-            y, _, _ = block(x, step, None)
-            return y if here is None else jnp.where(here, y, x)
+            y, _, routing = block(x, step, None)
+            if here is None:
+                return y, routing
+            return jnp.where(here, y, x), jax.tree.map(lambda a: jnp.where(here, a, jnp.zeros((), a.dtype)), routing)
 
         if remat != "none":  # a scan has no common parts
             run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False, static_argnums=0)
-        first = 0
+        first, routings = 0, []
         for pattern, times in repeats(kinds):
             last = first + len(pattern) * times
             # of each stack, the blocks of the pattern that have it, and its rows here
@@ -156,16 +159,22 @@ class Stacked:
             part = {path: _rows(w, before[path], len(of[path]), times) for path, w in stacks.items() if of[path]}
             here = None if filled is None else _rows(filled, first, len(pattern), times)
 
-            def body(x: jax.Array, part: Any, pattern: Any = pattern, of: Any = of) -> tuple[jax.Array, None]:
-                rows, here = part
+            def body(x: jax.Array, part: Any, pattern: Any = pattern, of: Any = of) -> tuple[jax.Array, list[Routing]]:
+                (rows, here), told = part, []
                 for i, kind in enumerate(pattern):
                     mine = {path: _row(w, of[path].index(i), len(of[path])) for path, w in rows.items() if i in of[path]}
-                    x = run(kind, x, mine, None if here is None else _row(here, i, len(pattern)))
-                return x, None
+                    x, routing = run(kind, x, mine, None if here is None else _row(here, i, len(pattern)))
+                    told += [] if routing is None else [routing]
+                return x, told
 
-            x, _ = jax.lax.scan(body, x, (part, here))
+            x, told = jax.lax.scan(body, x, (part, here))
+            routings += [_in_order(told)] if told else []
             first = last
-        return x
+        return x, jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings) if routings else None
+
+    def layers(self, path: str) -> list[int]:
+        """The layers that stand in a stack, row by row: all, or those with an MLP, or with experts."""
+        return [i for i, kind in enumerate(self.config.kinds) if self._has(kind, path)]
 
     def _has(self, kind: Kind, path: str) -> bool:
         """Whether blocks of that kind have the parameter, or the kernel that it stands beside."""
@@ -260,6 +269,13 @@ def _rows(stack: jax.Array, first: int, each: int, times: int) -> jax.Array:
 
 def _row(rows: jax.Array, i: int, each: int) -> jax.Array:
     return rows if each == 1 else rows[i]
+
+
+def _in_order(told: list[Any]) -> Any:
+    """What each place of a pattern told [times, ...], as the layers come: [times · places, ...]."""
+    if len(told) == 1:
+        return told[0]
+    return jax.tree.map(lambda *places: jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:]), *told)
 
 
 def generic(path: str) -> tuple[str, int | None]:

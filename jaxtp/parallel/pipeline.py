@@ -88,9 +88,9 @@ class Pipeline:
 
     def gradients(
         self, parts: Parts, tables: Arrays, stacks: Arrays, *, fixed: tuple[Arrays, Arrays], batch: Any, over: jax.Array
-    ) -> tuple[Arrays, Arrays, tuple[jax.Array, ...]]:
-        """(gradients of tables, of stacks, sums): of what `parts.leave` gives, over all rows and microbatches of `batch`
-        [M, B, T], divided by `over`.
+    ) -> tuple[Arrays, Arrays, tuple[jax.Array, ...], Any]:
+        """(gradients of tables, of stacks, sums, told): of what `parts.leave` gives, over all rows and microbatches of `batch`
+        [M, B, T], divided by `over`; and what stages told, added up over microbatches and groups, [P, v, ...].
 
         tables: what all ranks use, typed `reduced` over dp. stacks: of the blocks' weights, as `arrange` makes them, whole
         over dp. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed over dp.
@@ -104,7 +104,8 @@ class Pipeline:
             state, _ = jax.lax.scan(body, state, run.orders.during(first, first + ticks))
             first += ticks
         sums = tuple(s.sum() / over for s in state.sums)
-        return state.tables, {path: self._uncut(g) for path, g in state.stacks.items()}, sums
+        told = jax.tree.map(lambda a: a.sum(axis=0), state.told)
+        return state.tables, {path: self._uncut(g) for path, g in state.stacks.items()}, sums, told
 
     def sums(self, parts: Parts, tables: Arrays, stacks: Arrays, batch: Any) -> tuple[jax.Array, ...]:
         """What `parts.leave` gives, summed over the microbatches, without gradients."""

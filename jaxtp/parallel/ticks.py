@@ -31,13 +31,14 @@ Arrays = dict[str, jax.Array]
 class Parts:
     """A model cut in three, `micro` being one microbatch of [B, T] arrays.
 
-    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], filled [n] bool, x [b, T, D], micro) -> x; it sees one rank's
-    and one group's arrays, and of `micro` what `needed` takes of it. leave(tables, x, micro) -> sums of each row [B], of which
-    the first is what is learned from.
+    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], filled [n] bool, x [b, T, D], micro) -> (x, told); it sees one
+    rank's and one group's arrays, and of `micro` what `needed` takes of it. told: None, or (what a stage costs [], which is
+    learned from as a mean over microbatches and groups, and other numbers). leave(tables, x, micro) -> sums of each row [B], of
+    which the first is what is learned from.
     """
 
     enter: Callable[[Arrays, Any], jax.Array]
-    stage: Callable[[Arrays, jax.Array, jax.Array, Any], jax.Array]
+    stage: Callable[[Arrays, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
     leave: Callable[[Arrays, jax.Array, Any], tuple[jax.Array, ...]]
     needed: Callable[[Any], Any]
 
@@ -46,7 +47,7 @@ class Parts:
 @dataclass(frozen=True)
 class State:
     """Between ticks. forth, back [d, P, b, T, D]: what came from the neighbours. kept [d, P, S, b, T, D]: inputs of chunks.
-    tables, stacks: gradients so far, in float32. sums: of the losses.
+    tables, stacks: gradients so far, in float32. sums: of the losses. told [d, P, v, ...]: by stages.
     """
 
     forth: jax.Array
@@ -55,6 +56,7 @@ class State:
     tables: Arrays
     stacks: Arrays
     sums: tuple[jax.Array, ...]
+    told: Any
 
 
 class Pass:
@@ -99,7 +101,16 @@ class Pass:
             tables={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in tables.items()},
             stacks={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in stacks.items()},
             sums=jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding.spec), sums),
+            told=jax.tree.map(
+                lambda a: zeros((groups, ranks, self.stages.chunks, *a.shape[2:]), a.dtype, _by_chunk(a.sharding.spec)),
+                jax.eval_shape(self._told, stacks, flow) if stacks else None,
+            ),
         )
+
+    def _told(self, stacks: Arrays, x: jax.Array) -> Any:
+        order, beside = jax.tree.map(lambda a: a[0], self.orders.backward), self.parts.needed(self.batch)
+        micro = locally(lambda order, beside: _picked(beside, order), order, beside, out=jax.tree.map(_apart, beside))
+        return self._stage(self._chunk(stacks, order), x, order, micro)[1]
 
     def tick(self, state: State, orders: Orders, *, kind: Kind, tables: Arrays, stacks: Arrays) -> tuple[State, None]:
         """One tick, the same on all ranks."""
@@ -123,7 +134,7 @@ class Pass:
 
         out = *specs_of((state.forth, state.kept)), jax.tree.map(_apart, beside)
         x, kept, micro = locally(take, orders.forward, entering, state.forth, state.kept, beside, out=out)
-        y = self._stage(self._chunk(stacks, orders.forward), x, orders.forward, micro)
+        y, _ = self._stage(self._chunk(stacks, orders.forward), x, orders.forward, micro)
         state = replace(state, forth=shift(y, 1), kept=kept)
         if keep:
             return state
@@ -139,7 +150,7 @@ class Pass:
         x, micro = locally(recall, order, state.kept, beside, out=(spec_of(state.back), jax.tree.map(_apart, beside)))
         # the chunk once more, now with what its backward pass needs
         x = after(x, state.forth)
-        y, pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
+        (y, told), pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
 
         sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, of_rank(y, ranks - 1))
         loss, *others = sums
@@ -150,7 +161,15 @@ class Pass:
             grad = jnp.where(last, to_y, back[0, 0])
             return jnp.where(order.busy[0] != 0, grad, jnp.zeros((), grad.dtype))[None, None]  # idle: nothing is learned
 
-        to_stacks, to_x = pull(locally(turn, order, to_y, state.back, out=spec_of(state.back)))
+        def busy(order, told):
+            return jax.tree.map(lambda a: jnp.where(order.busy[0] != 0, a, jnp.zeros((), a.dtype)), told)
+
+        told = locally(busy, order, told, out=specs_of(told))
+        to_told = jax.tree.map(jnp.zeros_like, told)
+        if told is not None:
+            each = jnp.full_like(told[0], 1 / (self.schedule.microbatches * self.mesh.shape["dp"]))
+            to_told = (locally(busy, order, each, out=spec_of(each)), to_told[1])
+        to_stacks, to_x = pull((locally(turn, order, to_y, state.back, out=spec_of(state.back)), to_told))
         _, enter = jax.vjp(lambda tables: self._enter(tables, orders.returns), tables)
         to_before = shift(to_x, -1)
         entered = of_rank(after(to_x, to_before), 0)
@@ -167,6 +186,7 @@ class Pass:
             back=to_before,
             tables=total,
             stacks=locally(add, order, state.stacks, to_stacks, out=specs_of(state.stacks)),
+            told=locally(add, order, state.told, told, out=specs_of(state.told)),
             sums=jax.tree.map(jnp.add, state.sums, sums),
         )
 
@@ -181,8 +201,10 @@ class Pass:
         sums = self.parts.leave({**self.tables, **tables}, jnp.where(there, x, jnp.zeros((), x.dtype)), self._micro(which))
         return tuple(jnp.where(there, s, jnp.zeros((), s.dtype)) for s in sums)
 
-    def _stage(self, weights: Arrays, x: jax.Array, order: Order, micro: Any) -> jax.Array:
-        """The same on every rank and in every group, with its own weights [d, P, n, ...] and x [d, P, b, T, D]."""
+    def _stage(self, weights: Arrays, x: jax.Array, order: Order, micro: Any) -> tuple[jax.Array, Any]:
+        """The same on every rank and in every group, with its own weights [d, P, n, ...] and x [d, P, b, T, D]; and what each
+        told [d, P, ...].
+        """
         weights, filled = {**self._chunk(self.stacks, order), **weights}, self._chunk(self.filled, order)
         inner = jax.vmap(self.parts.stage, spmd_axis_name="pp")
         return jax.vmap(inner, spmd_axis_name="dp")(weights, filled, x, micro)
@@ -205,6 +227,11 @@ class Pass:
 def _picked(beside: Any, order: Order) -> Any:
     """Of arrays [M, b, T] a rank's microbatch, [1, 1, b, T]."""
     return jax.tree.map(lambda a: a[order.micro[0]][None, None], beside)
+
+
+def _by_chunk(spec: PartitionSpec) -> PartitionSpec:
+    """[d, P, ...] -> [d, P, v, ...]."""
+    return PartitionSpec(*spec[:2], None, *spec[2:])
 
 
 def _apart(a: jax.Array) -> PartitionSpec:

@@ -16,7 +16,7 @@ from jaxtp.ops.pages import Read, choose_read
 from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import Rules, check_layout
+from jaxtp.sharding import ExpertLayout, Rules, check_layout
 
 Remat = Literal["none", "full", "save-dots", "save-attention"]
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -112,6 +112,7 @@ class Split:
     schedule: Name = "1f1b"
     chunks: int = 1
     remat: Remat = "none"
+    expert_layout: ExpertLayout = "auto"
 
     @property
     def axes(self) -> dict[str, int]:
@@ -245,7 +246,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     if isinstance(task, Training):
         if split.pp > 1:
             split.pipeline()
-        check_rows(task.batch, split.microbatches, split.dp)
+        check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
     if per_node and per_node % split.tp and split.size > per_node:
         raise ValueError(across_nodes(split.tp, per_node))
     check_layout(config, split.tp, split.rules)
@@ -272,16 +273,16 @@ def check_length(config: ModelConfig, task: Task) -> None:
         config.check_length(name, tokens)
 
 
-def check_rows(batch: int, microbatches: int, dp: int) -> None:
-    """Raises ValueError where an update's rows cannot be cut into microbatches that dp divides."""
+def check_rows(batch: int, microbatches: int, *, dp: int, ep: int = 1) -> None:
+    """Raises ValueError where an update's rows cannot be cut into microbatches that dp, or dp and ep together, divide."""
     if batch % microbatches:
         raise ValueError(f"{microbatches} microbatches must divide the {batch} rows of an update")
     rows = batch // microbatches
-    if rows % dp:
-        legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+    if rows % (dp * ep):
+        legal, name = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0), "dp" if ep == 1 else "dp·ep"
         raise ValueError(
-            f"dp={dp} does not divide the {rows} rows of a microbatch (batch of {batch}, microbatches: {microbatches}); "
-            f"legal dp: {legal}"
+            f"{name}={dp * ep} does not divide the {rows} rows of a microbatch (batch of {batch}, microbatches: "
+            f"{microbatches}); legal {name}: {legal}"
         )
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jaxtp.config import ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import Rules
+from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.config import Parallel, TrainConfig
 from jaxtp.train.lora import Adapters
 from jaxtp.train.optim import transformation
 from jaxtp.train.step import Trainer
 
 
-def rules_of(split: Parallel) -> Rules:
-    """The layout of a run's weights and activations."""
+def rules_of(split: Parallel, config: ModelConfig) -> Rules:
+    """The layout of a run's weights and activations. Raises ValueError where this model cannot be laid out so."""
     rules = Rules().sequence_parallel() if split.sequence_parallel else Rules()
-    return rules.pipeline_parallel() if split.pp > 1 else rules
+    rules = rules.pipeline_parallel() if split.pp > 1 else rules
+    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=split.expert_layout)
+    check_layout(config, split.tp, rules)
+    return rules
 
 
 def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
@@ -42,6 +46,7 @@ def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
         remat=config.parallel.remat,
         clip_norm=config.optimizer.clip_norm,
         z_loss=config.z_loss,
+        routers=config.routers,
     )
 
 

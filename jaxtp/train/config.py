@@ -16,14 +16,16 @@ import pydantic
 import tyro
 
 from jaxtp import checks
-from jaxtp.config import ModelConfig, Rope
+from jaxtp.config import Experts, ModelConfig, Rope
 from jaxtp.files import local, read_yaml
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
+from jaxtp.sharding import ExpertLayout
 from jaxtp.train.corpus import Format
 from jaxtp.train.lora import Options
 from jaxtp.train.optim import Optimizer
 from jaxtp.train.records import TrainOn
+from jaxtp.train.routers import Routers
 from jaxtp.train.stopping import EarlyStopping
 
 
@@ -44,12 +46,24 @@ class Shape:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+    """In place of each layer's MLP; 0: there are none."""
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    """Of each expert; default intermediate_size."""
 
     def config(self, *, vocab_size: int, eos: int | None) -> ModelConfig:
-        """The ModelConfig; the family follows from the options (QK-norm: Qwen3, q/k/v bias: Qwen2, else Llama)."""
-        family = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+        """The ModelConfig; the family follows from the options (QK-norm: Qwen3, q/k/v bias: Qwen2, else Llama; with experts
+        their mixtures, and Mixtral). Raises ValueError for experts that cannot be.
+        """
+        kinds = ("qwen3_moe", "qwen2_moe", "mixtral") if self.num_experts else ("qwen3", "qwen2", "llama")
+        experts = None
+        if self.num_experts:
+            width = self.moe_intermediate_size or self.intermediate_size
+            experts = Experts(self.num_experts, self.num_experts_per_tok, width, renormalize=True)
         return ModelConfig(
-            model_type=family,
+            model_type=kinds[0] if self.qk_norm else kinds[1] if self.qkv_bias else kinds[2],
+            experts=experts,
             vocab_size=self.vocab_size or vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -111,10 +125,14 @@ class Parallel:
     """How the work is spread."""
 
     dp: int = -1
-    """Data-parallel groups; -1: all that pp and tp leave."""
+    """Data-parallel groups; -1: all that pp, ep and tp leave."""
     pp: int = 1
     """Stages over which the layers are split; the microbatches (`accumulate`) go through them one after another."""
+    ep: int = 1
+    """Groups of devices that hold different experts; they share the batch as those of dp do."""
     tp: int = 1
+    expert_layout: ExpertLayout = "auto"
+    """How a layer's experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
     zero: Literal[0, 1, 2, 3] = 1
     sequence_parallel: bool = False
     accumulate: int = 1
@@ -180,6 +198,7 @@ class TrainConfig:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
     z_loss: float = 0.0
+    routers: Routers = field(default_factory=Routers)
     validate_every: int = 100
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     max_nonfinite: int = 5

@@ -23,7 +23,6 @@ from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.planner.work import check_rows
-from jaxtp.sharding import check_layout
 from jaxtp.text import Tokenizer
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints, chosen
@@ -116,14 +115,13 @@ def evaluate(
         accumulate=pipeline_parallel_size, sequence_parallel=sequence_parallel,
     )  # fmt: skip
     rows = batch_size or ROWS * split.dp * split.accumulate
-    check_rows(rows, split.accumulate, split.dp)
+    check_rows(rows, split.accumulate, dp=split.dp)
     config, kept = source.model, source.config
     kept = replace(kept, parallel=split, data=replace(kept.data, batch_size=rows, sequence_length=source.length))
     length = kept.data.sequence_length if sequence_length is None else sequence_length
     checks.whole("sequence_length", length, least=1)
     config.check_length("sequence_length", length)
-    rules = rules_of(split)
-    check_layout(config, split.tp, rules)
+    rules = rules_of(split, config)
     words = tokenizer_of(tokenizer or kept.tokenizer or kept.model.start, asked=tokenizer is not None)
     paths = [data] if isinstance(data, str | Path) else list(data)
     corpus = read(

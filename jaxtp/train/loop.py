@@ -24,7 +24,7 @@ from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.planner.work import Split, check_rows
-from jaxtp.sharding import Rules, check_layout
+from jaxtp.sharding import Rules
 from jaxtp.text import Tokenizer
 from jaxtp.train.build import rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
@@ -34,6 +34,7 @@ from jaxtp.train.loss import Batch
 from jaxtp.train.meter import Meter, Profile
 from jaxtp.train.optim import schedule
 from jaxtp.train.report import Report
+from jaxtp.train.routers import told
 from jaxtp.train.step import Metrics, State
 from jaxtp.train.stopping import Best
 from jaxtp.train.tokenizer import train_tokenizer
@@ -79,8 +80,8 @@ class Run:
         parallel, data = config.parallel, config.data
         self._profile = Profile(config.log.profile_steps, self.folder)
         across = parallel.tp_across_nodes
-        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, tp=parallel.tp, tp_across_nodes=across)
-        check_rows(data.batch_size, parallel.accumulate, self.mesh.shape["dp"])
+        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, ep=parallel.ep, tp=parallel.tp, tp_across_nodes=across)
+        check_rows(data.batch_size, parallel.accumulate, dp=self.mesh.shape["dp"], ep=parallel.ep)
         start = hf.resolve(config.model.start) if config.model.start else None
         self.tokenizer = self._tokenizer(start)
         eos = self.tokenizer.eos_id if self.tokenizer else None
@@ -91,9 +92,7 @@ class Run:
         self._check_lengths()
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
-        rules = rules_of(parallel)
-        check_layout(self.model_config, parallel.tp, rules)
-        self.stacked = Stacked(self._model(rules, config.model.dtype))
+        self.stacked = Stacked(self._model(rules_of(parallel, self.model_config), config.model.dtype))
         self._adapter = self._read_adapter()
         self.trainer = trainer_of(self.config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}
@@ -179,7 +178,7 @@ class Run:
         """The layout, in the planner's terms."""
         its, axes = self.config.parallel, self.mesh.shape
         return Split(
-            dp=axes["dp"], pp=axes["pp"], tp=axes["tp"], sequence_parallel=its.sequence_parallel, zero=its.zero,
+            **axes, sequence_parallel=its.sequence_parallel, zero=its.zero, expert_layout=its.expert_layout,
             microbatches=its.accumulate, schedule=its.schedule, chunks=its.chunks, remat=its.remat,
         )  # fmt: skip
 
@@ -272,7 +271,10 @@ class Run:
                     "loss": float(metrics.loss), "nats": loss, "grad_norm": float(metrics.norm),
                     "learning_rate": float(rate(number)), **meter.take(),
                 }  # fmt: skip
+                values |= told(metrics.load) if metrics.load else {}
                 report.numbers(number + 1, values, note=_note(values))
+                if metrics.load:
+                    report.experts(number + 1, np.asarray(metrics.load.counts))
             else:
                 report.step(number + 1)
             nats, better = None, False
@@ -364,6 +366,8 @@ def _terminated() -> Iterator[Callable[[int], bool]]:
 
 def _note(values: dict[str, float]) -> str:
     shown = [f"loss {values['nats']:.4f}", f"lr {values['learning_rate']:.2e}", f"norm {values['grad_norm']:.2f}"]
+    if "router_balance" in values:
+        shown.append(f"busiest expert {values['expert_max_over_mean']:.1f}× the mean")
     if "tokens_per_second" in values:
         shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in values:

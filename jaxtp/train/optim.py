@@ -101,11 +101,11 @@ def kernel(spec: Spec) -> bool:
 
 
 def _matrix(spec: Spec) -> MuonDimensionNumbers:
-    """Inputs and outputs of a kernel. Each layer, each head of q, k and v, and gate and up are matrices of their own: so
-    where tp holds a KV head several times, its copies stay equal.
+    """Inputs and outputs of a kernel. Each layer, each expert, each head of q, k and v, and gate and up are matrices of their
+    own: so where tp holds a KV head several times, its copies stay equal.
     """
     into = len(spec.dims) - 1  # kernels are output-first
-    apart = ("layers", "gate_up", "kv_heads", "fused")
+    apart = ("layers", "gate_up", "kv_heads", "fused", "experts")
     outputs = tuple(i for i, dim in enumerate(spec.dims) if dim not in apart and i != into)
     return MuonDimensionNumbers(reduction_axis=(into,), output_axis=outputs)
 

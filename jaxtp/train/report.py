@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -79,6 +80,16 @@ class Report:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
+
+    def experts(self, step: int, counts: np.ndarray) -> None:
+        """Writes the tokens that went to each expert of each layer [L, E]; for TensorBoard over their mean."""
+        if not self._writes:
+            return
+        self._lines.write(json.dumps({"step": step, "expert_tokens": counts.astype(int).tolist()}) + "\n")
+        self._lines.flush()
+        if self._tensorboard:
+            for layer, each in enumerate(counts):
+                self._tensorboard.add_histogram(f"expert_load/{layer}", each / max(each.mean(), 1e-9), step)
 
     def text(self, step: int, text: str) -> None:
         """Shows a sample."""

@@ -2,7 +2,8 @@
 
 What communicates can be read in the types. Weights ready for use are `reduced` over dp: their gradients are each group's own
 sums (`unreduced`), through all layers and microbatches, until one reshard brings them to the layout in which they are kept:
-an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share (1 to 3).
+an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share (1 to 3). Where experts lie on ep, which
+spreads rows as dp does, the same holds for dp and ep together, but not for experts and routers, which see the rows of all ep.
 
     at rest        ZeRO 0: whole on every dp group.  1, 2, 3: parameters and optimiser states in shares over dp.
     in the step    1: weights whole (gathered once), gradients whole (scattered once, at the end).
@@ -16,26 +17,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp import xla_flags
 from jaxtp.model import Llama
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
+from jaxtp.ops.router import Routing
 from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import reshard
+from jaxtp.sharding import names, reshard
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
+from jaxtp.train.routers import Load, Routers, load
+
+_EXPERTS = {"experts", "routes"}  # dims of what sees tokens where experts do
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +62,16 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Metrics:
-    """Of one step, [] float32. loss: with the z-loss. nats: cross-entropy alone, per counted token. norm: of the gradient."""
+    """Of one step, [] float32. loss: with the z-loss and what routers cost. nats: cross-entropy alone, per counted token. norm:
+    of the gradient. load: of experts, where there are some.
+    """
 
     loss: jax.Array
     nats: jax.Array
     norm: jax.Array
     tokens: jax.Array
     finite: jax.Array
+    load: Load | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Trainer:
     optimizer: of what is trained, `specs`. adapters: train these, beside frozen weights, which are then an argument of the
     functions (see `freeze`). pipeline: the way through the blocks where they stand in stages over pp. zero: the stage, 0 to
     3. remat: a key of `model.stacked.REMAT`. clip_norm: the largest global norm of a gradient, 0 for none. z_loss: see
-    `loss.cross_entropy`.
+    `loss.cross_entropy`. routers: what those of experts learn.
     """
 
     stacked: Stacked
@@ -83,10 +92,18 @@ class Trainer:
     remat: str = "none"
     clip_norm: float = 1.0
     z_loss: float = 0.0
+    routers: Routers = field(default_factory=Routers)
 
     def __post_init__(self) -> None:
-        mesh = self.stacked.layout.mesh.shape
-        check_zero(self.stacked.config, zero=self.zero, dp=mesh["dp"], pp=mesh["pp"])
+        layout, config = self.stacked.layout, self.stacked.config
+        check_zero(config, zero=self.zero, dp=layout.parts("batch"), pp=layout.mesh.shape["pp"])
+        if config.experts and self.routers.balance is None:
+            object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
+        if config.experts and self.pipeline and self.routers.over != "sequence":
+            raise ValueError(
+                f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "
+                "pp use routers.over=sequence"
+            )
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 
@@ -109,8 +126,11 @@ class Trainer:
         return self.pipeline.specs(specs) if self.pipeline else specs
 
     def _share(self, spec: Spec) -> PartitionSpec:
-        """The layout over dp as well: ZeRO is the rule embed -> dp."""
-        return PartitionSpec(*("dp" if dim == "embed" else axis for dim, axis in zip(spec.dims, spec.spec, strict=True)))
+        """The layout over the data's axes as well: ZeRO is the rule embed -> dp, and ep where experts do not lie on it."""
+        own = {name for axis in spec.spec for name in names(axis)}
+        free = tuple(axis for axis in self.stacked.layout.data if axis not in own)
+        over = free[0] if len(free) == 1 else free
+        return PartitionSpec(*(over if dim == "embed" else axis for dim, axis in zip(spec.dims, spec.spec, strict=True)))
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and layouts of the state: to restore into, or to compile from."""
@@ -192,9 +212,9 @@ class Trainer:
     def step_and_gradients(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics, Params]:
         """The same, and the gradient that was taken, before it was clipped: laid out as `rest`."""
         counted = batch.weights.sum()
-        grads, (loss, nats) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
+        grads, (loss, nats, load) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         state, norm, finite = self._applied(grads, state, loss)
-        return state, Metrics(loss, nats, norm, counted, finite), grads
+        return state, Metrics(loss, nats, norm, counted, finite, load), grads
 
     @jax.named_scope("optimizer")  # what a profile tells apart
     def _applied(self, grads: Params, state: State, loss: jax.Array) -> tuple[State, jax.Array, jax.Array]:
@@ -221,7 +241,7 @@ class Trainer:
             _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
             return nats, batch.weights.sum()
         ready = weights if self.zero == 3 else self._ready(weights)
-        nats = jax.lax.map(lambda micro: self._loss(ready, micro)[1], batch)
+        nats = jax.lax.map(lambda micro: self._loss(ready, micro).nats, batch)
         return nats.sum(), batch.weights.sum()
 
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, staged: bool = False) -> Llama:
@@ -253,25 +273,33 @@ class Trainer:
 
     def _gradients(
         self, params: Params, frozen: Params, batch: Batch, counted: jax.Array
-    ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
-        """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`."""
+    ) -> tuple[Params, tuple[jax.Array, jax.Array, Load | None]]:
+        """Of the mean over counted tokens, summed over microbatches in float32 and laid out as `rest`; the loss, its part of
+        the tokens alone, and how experts are loaded.
+        """
         weights, copies = params if self.zero == 3 else self._ready(params), self.stacked.kv_copies
         if self.pipeline:
-            tables, stacks, (total, nats) = self.pipeline.gradients(
+            tables, stacks, (total, nats), told = self.pipeline.gradients(
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
-            return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats)
-
-        def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
-            def mean(weights: Params) -> tuple[jax.Array, jax.Array]:
-                loss, nats = self._loss({**frozen, **weights}, micro)
-                return loss / counted, nats / counted
-
-            (loss, nats), grads = jax.value_and_grad(mean, has_aux=True)(weights)
-            grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
-            return (self._settle(grads) if self.zero >= 2 else grads), (loss, nats)
+            told = None if told is None else self._of_stages(told[1], batch.tokens.shape[0])
+            total = total if told is None else total + told.cost(self.routers)
+            return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats, told)
 
         micros = batch.tokens.shape[0]
+
+        def one(micro: Batch) -> tuple[Params, tuple[jax.Array, jax.Array, Load | None]]:
+            def mean(weights: Params) -> tuple[jax.Array, tuple[jax.Array, Load | None]]:
+                loss, nats, routing = self._loss({**frozen, **weights}, micro)
+                if routing is None:
+                    return loss / counted, (nats / counted, None)
+                told = load(routing, self.routers, parts=micros)
+                return loss / counted + told.cost(self.routers), (nats / counted, told)
+
+            (loss, (nats, told)), grads = jax.value_and_grad(mean, has_aux=True)(weights)
+            grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
+            return (self._settle(grads) if self.zero >= 2 else grads), (loss, nats, told)
+
         if micros == 1:
             grads, sums = one(jax.tree.map(lambda a: a[0], batch))
         else:
@@ -284,13 +312,15 @@ class Trainer:
             (grads, sums), _ = jax.lax.scan(body, start, batch)
         return tie(self._settle(grads), self.specs, copies), sums
 
-    def _loss(self, weights: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _loss(self, weights: Params, batch: Batch) -> _Sums:
         # the tables here, the blocks' weights inside the loop; nothing happens to those that are ready (ZeRO 0 to 2)
         tables = self._ready({path: w for path, w in weights.items() if not path.startswith(BLOCK)})
         weights = {**weights, **tables}
-        x = self.stacked.hidden(weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=self._bring)
+        x, routing = self.stacked.hidden(
+            weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=self._bring
+        )
         loss, nats = cross_entropy(self.stacked, weights, x, batch, z_loss=self.z_loss)
-        return loss.sum(), nats.sum()
+        return _Sums(loss.sum(), nats.sum(), routing)
 
     @functools.cached_property
     def _parts(self) -> Parts:
@@ -302,7 +332,7 @@ class Trainer:
             Llama(
                 stacked.config,
                 mesh=layout.mesh,
-                rules=layout.rules.using(batch=None),  # dp is mapped over: no dim lies on it
+                rules=layout.rules.using(batch=None, routed=None),  # dp is mapped over: no dim lies on it
                 dtype=layout.dtype.name,
                 kernel=kernel,
                 region=mapped,
@@ -310,8 +340,8 @@ class Trainer:
         )
         kinds = stages.alike(stacked.config.kinds)
 
-        def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> jax.Array:
-            return inner.blocks(
+        def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> tuple[jax.Array, Any]:
+            x, routing = inner.blocks(
                 weights,
                 x,
                 inner.model.step(*needed),
@@ -320,6 +350,10 @@ class Trainer:
                 remat=self.remat,
                 bring=self.adapters.beside if self.adapters else lambda layer: layer,
             )
+            if routing is None:
+                return x, None
+            told = load(routing, self.routers, share=len(routing.tokens) / sum(stacked.config.sparse))
+            return x, (told.cost(self.routers), told)
 
         def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
             x = stacked.whole(tables).norm(x)
@@ -332,8 +366,19 @@ class Trainer:
             needed=lambda batch: (batch.positions, batch.segment_ids),
         )
 
+    def _of_stages(self, told: Load, micros: int) -> Load:
+        """Of what stages told [P, v, ...], the layers in the model's order, and means."""
+        assert self.pipeline
+        stages, config, mesh = self.pipeline.stages, self.stacked.config, self.stacked.layout.mesh
+        sparse = [kind.sparse for kind in stages.alike(config.kinds)]
+        held = [layer for i, layer in enumerate(stages.rows) if sparse[i % stages.slots]]
+        counts = reshard(told.counts, PartitionSpec(), mesh).reshape(-1, told.counts.shape[-1])
+        order = np.array([held.index(layer) for layer, there in enumerate(config.sparse) if there])
+        means = {name: getattr(told, name).sum() / (micros * mesh.shape["dp"]) for name in ("balance", "z", "entropy")}
+        return Load(counts[order], **means)
+
     def _ready(self, params: Params) -> Params:
-        """Weights to compute with: in the model's dtype, whole over dp, their gradients left unsummed."""
+        """Weights to compute with: in the model's dtype, whole over the data's axes, their gradients left unsummed."""
         return {path: self._use(w, self._used[path].spec, path) for path, w in params.items()}
 
     def _bring(self, layer: Params) -> Mapping[str, Any]:
@@ -343,8 +388,10 @@ class Trainer:
 
     def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        # a pipeline keeps the groups of dp apart by itself
-        over = set() if self.pipeline and path.startswith(BLOCK) else {"dp"}
+        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself
+            over = set()
+        else:  # where experts see tokens, those of all of ep are there
+            over = {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}
         return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
     def _settle(self, grads: Params) -> Params:
@@ -361,6 +408,14 @@ class Trainer:
 
         layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (state.params, state.opt))
         return jax.sharding.auto_axes(update, out_sharding=layouts)(grads, state.opt, state.params)
+
+
+class _Sums(NamedTuple):
+    """Of a microbatch's tokens: the loss, its part without the z-loss, and what routers did."""
+
+    loss: jax.Array
+    nats: jax.Array
+    routing: Routing | None
 
 
 def _split(params: Params) -> tuple[Params, Params]:

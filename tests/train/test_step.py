@@ -59,7 +59,8 @@ def in_hf_form(ours, params):
     found = {}
     for path, value in params.items():
         value = np.asarray(value)
-        layers = [(path.replace("*", str(i)), value[i]) for i in range(len(value))] if "*" in path else [(path, value)]
+        rows = zip(ours.trainer.stacked.layers(path), value, strict=True)
+        layers = [(path.replace("*", str(i)), row) for i, row in rows] if "*" in path else [(path, value)]
         for name, array in layers:
             found |= {part.name: part.write(array) for part in parts(ours.trainer.stacked.config, name, array.shape)}
     return found

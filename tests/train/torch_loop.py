@@ -1,5 +1,7 @@
 """The reference: a plain training loop of transformers and torch."""
 
+import importlib
+
 import numpy as np
 import torch
 import transformers
@@ -9,9 +11,10 @@ class Loop:
     """transformers' model, AdamW without decay on norms and biases, clipping, the same schedule.
 
     lora: adapters (their first values in `start`) are added to the outputs of linear layers, and they alone are trained.
+    routers: (balance, z_loss), the coefficients of what routers of experts learn.
     """
 
-    def __init__(self, folder, settings, *, lora=None, start=None):
+    def __init__(self, folder, settings, *, lora=None, start=None, routers=None):
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         self.trained = dict(self.model.named_parameters())
         if lora:
@@ -24,11 +27,28 @@ class Loop:
         kernels = [p for n, p in self.trained.items() if not ("norm" in n or "bias" in n)]
         groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps)
-        self.settings, self.count = settings, 0
+        self.settings, self.count, self.routers, self.logits = settings, 0, routers, []
+        for layer in self.model.modules() if routers else ():
+            if type(layer).__name__.endswith("Router"):
+                layer.register_forward_hook(lambda layer, args, out: self.logits.append(out[0]))
 
     def _adapt(self, name, scale):
         a, b = self.trained[f"{name}.lora_A"], self.trained[f"{name}.lora_B"]
         return lambda layer, args, out: out + scale * (args[0] @ a.T) @ b.T
+
+    def _routers(self, segment_ids):
+        """transformers' load-balancing loss, and the mean of log² Z."""
+        if not self.routers:
+            return 0.0
+        config, balance, z, logits = self.model.config, *self.routers, tuple(self.logits)
+        self.logits.clear()
+        there = None if segment_ids is None else (segment_ids != 0).long()
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        family = importlib.import_module(type(self.model).__module__)
+        aux = family.load_balancing_loss_func(logits, experts, config.num_experts_per_tok, there)
+        log_z = torch.logsumexp(torch.stack(logits), dim=-1)
+        count = torch.ones_like(log_z) if there is None else there.flatten().expand_as(log_z)
+        return balance * aux + z * (log_z**2 * count).sum() / count.sum()
 
     def step(self, batch):
         """(nats, gradients, parameters after the step), the latter by the names of transformers."""
@@ -50,14 +70,14 @@ class Loop:
             near = torch.where(torch.ones(T, T).triu(1 - window).bool(), mask, torch.finfo(torch.float32).min)
             mask = {"full_attention": mask, "sliding_attention": near}
         out = self.model(
-            input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False
-        )
+            input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False,
+        )  # fmt: skip
         nats = torch.nn.functional.cross_entropy(
             out.logits.flatten(0, 1), tensors["labels"].long().flatten(), reduction="none"
         ).reshape(tensors["labels"].shape)
         loss = (nats * tensors["weights"]).sum() / tensors["weights"].sum()
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss + self._routers(tensors.get("segment_ids"))).backward()
         grads = {n: p.grad.numpy().copy() for n, p in self.trained.items()}
         torch.nn.utils.clip_grad_norm_(self.trained.values(), settings.clip_norm)
         self.optimizer.step()

@@ -1,0 +1,142 @@
+"""Mixtures of experts learn as transformers' do, and on every mesh alike."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import tiny
+from runs import SETTINGS, packed, rows, run
+from test_step import in_hf_form
+
+from jaxtp import Llama
+from jaxtp.config import Experts
+from jaxtp.ops.router import Routing
+from jaxtp.train.routers import Routers, load
+
+MIXTRAL = {"model_type": "mixtral", "experts": Experts(8, 2, 24, renormalize=True, balance=0.05)}
+QWEN3 = {"model_type": "qwen3_moe", "qk_norm": True, "experts": Experts(8, 3, 16, renormalize=True)}
+QWEN2 = {"model_type": "qwen2_moe", "qkv_bias": True, "num_layers": 4, "experts": Experts(8, 3, 16, shared=32, dense=(0, 2))}
+CASES = {
+    "mixtral": (MIXTRAL, Routers(z_loss=1e-2), rows),
+    "mixtral, packed": (MIXTRAL, Routers(z_loss=1e-2), packed),
+    "qwen3": (QWEN3, Routers(balance=0.1), packed),
+    "qwen2, dense layers and a shared expert": (QWEN2, Routers(balance=0.1, z_loss=1e-3), rows),
+}
+
+
+def padded(seed):
+    """Two documents in each row, and padding behind them."""
+    found = packed(seed)
+    found["segment_ids"] = found["segment_ids"] * (np.arange(32) < 26)
+    found["weights"] = found["weights"] * (np.arange(32) < 25)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_five_steps_of_adamw_are_those_of_torch(case, tmp_path):
+    torch_loop = pytest.importorskip("torch_loop")
+    changes, routers, make = CASES[case]
+    make = padded if make is packed else make
+    config = tiny.config(**changes)
+    folder = tiny.checkpoint(tmp_path, tokenizer=False, **changes)
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3, eps=1e-6)  # so that no update hangs on a gradient's last bits
+    ours = run(config, model=Llama.from_pretrained(folder, progress=False), settings=settings, routers=routers)
+    balance = config.experts.balance if routers.balance is None else routers.balance
+    theirs = torch_loop.Loop(folder, settings, routers=(balance, routers.z_loss))
+    for seed in range(5):
+        batch = make(seed)
+        metrics, grads = ours.learn(batch)
+        loss, their_grads, their_params = theirs.step(batch)
+        assert abs(float(metrics.nats) - loss) < 1e-5
+        for found, expected in ((grads, their_grads), (ours.state.params, their_params)):
+            expected = apart(expected, config.model_type)
+            for name, tensor in in_hf_form(ours, found).items():
+                np.testing.assert_allclose(tensor, expected[name], atol=1e-5, rtol=0, err_msg=f"{name}, step {seed + 1}")
+
+
+def apart(params, family):
+    """By the names of checkpoints: transformers holds experts together, and Mixtral's under other names."""
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found = {}
+    for name, value in params.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else name
+        at, _, kind = name.rpartition(".")
+        if not at.endswith(".experts"):
+            found[name] = value
+            continue
+        for expert, each in enumerate(value):
+            parts = zip((gate, up), np.split(each, 2), strict=True) if kind == "gate_up_proj" else ((down, each),)
+            found |= {f"{at}.{expert}.{own}.weight": part for own, part in parts}
+    return found
+
+
+MESHES = [
+    ({"ep": 2}, {"zero": 1}),
+    ({"ep": 2, "tp": 2}, {"zero": 2, "sequence_parallel": True}),
+    ({"dp": 2, "ep": 2}, {"zero": 3, "remat": "save-dots"}),
+    ({"dp": 2, "ep": 2, "tp": 2}, {"zero": 1, "expert_layout": "width"}),
+    ({"dp": 2}, {"zero": 2}),
+    ({"tp": 4}, {"zero": 0, "remat": "full"}),
+    ({"dp": 2, "ep": 2}, {"zero": 0, "accumulate": 2}),
+    ({"pp": 2}, {"zero": 1, "accumulate": 4}),
+    ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "accumulate": 4}),
+]
+STEPS = 20
+
+
+@functools.cache
+def curve(mesh, accumulate=1, **options):
+    """The losses of twenty steps, the load of the last, and the parameters after them."""
+    config = tiny.config(**{**QWEN3, "num_layers": 4})
+    pp = dict(mesh).get("pp", 1)
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3, eps=1e-6)
+    routers = Routers(balance=0.1, z_loss=1e-3, over="sequence")
+    made = run(config, mesh=dict(mesh), settings=settings, routers=routers, **options)
+    found = [made.step(packed(seed), accumulate=accumulate) for seed in range(STEPS)]
+    params = made.trainer.in_order(made.state.params) if pp > 1 else made.state.params
+    return [float(m.loss) for m in found], found[-1].load, {path: np.asarray(value) for path, value in params.items()}
+
+
+@pytest.mark.parametrize(("mesh", "options"), MESHES, ids=str)
+def test_the_same_curve_on_every_mesh(mesh, options):
+    losses, found, params = curve(tuple(mesh.items()), **options)
+    expected, alone, theirs = curve(())
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.counts, alone.counts)
+    for name in ("balance", "z", "entropy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(alone, name), atol=1e-5)
+    for path, value in params.items():
+        np.testing.assert_allclose(value, theirs[path], atol=2e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+def test_losses_are_their_formulas(over):
+    rng = np.random.default_rng(0)
+    L, B, T, E, k = 3, 4, 9, 5, 2
+    logits = rng.normal(size=(L, B, T, E))
+    counted = rng.random((B, T)) < 0.7
+    counted[1] = False  # a row of padding alone
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    log_z = np.log(np.exp(logits).sum(-1))
+    hit = np.zeros_like(p)
+    np.put_along_axis(hit, np.argsort(-p, axis=-1)[..., :k], 1.0, axis=-1)
+    groups = [(layer, row) for layer in range(L) for row in range(B)] if over == "sequence" else [(slice(None), slice(None))]
+    balance = z = 0.0
+    for layer, row in groups:
+        there = np.broadcast_to(counted, (L, B, T))[layer, row].astype(bool)
+        f, mean, logs = hit[layer, row][there], p[layer, row][there], log_z[layer, row][there]
+        if len(f):
+            balance += E * (f.mean(0) * mean.mean(0)).sum() / len(groups)
+            z += (logs**2).mean() / len(groups)
+    each = counted[None, :, :, None]
+    entropy = -(p * np.log(p)).sum(-1)
+    routing = Routing(
+        *(np.float32(a) for a in ((hit * each).sum(2), (p * each).sum(2), (log_z**2 * counted).sum(2))),
+        entropy=np.float32((entropy * counted).sum(2)),
+        tokens=np.float32(np.broadcast_to(counted.sum(1), (L, B))),
+    )
+    found = load(routing, Routers(balance=1.0, over=over))
+    assert float(found.balance) == pytest.approx(balance, rel=1e-5)
+    assert float(found.z) == pytest.approx(z, rel=1e-5)
+    np.testing.assert_array_equal(found.counts, (hit * each).sum((1, 2)))
