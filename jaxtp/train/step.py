@@ -332,7 +332,7 @@ class Trainer:
             Llama(
                 stacked.config,
                 mesh=layout.mesh,
-                rules=layout.rules.using(batch=None, routed=None),  # dp is mapped over: no dim lies on it
+                rules=layout.rules.using(batch="ep" if "ep" in layout.data else None, routed=None),  # dp is mapped over
                 dtype=layout.dtype.name,
                 kernel=kernel,
                 region=mapped,
@@ -388,7 +388,7 @@ class Trainer:
 
     def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself
+        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself; over ep each microbatch sums
             over = set()
         else:  # where experts see tokens, those of all of ep are there
             over = {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}

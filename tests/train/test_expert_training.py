@@ -81,6 +81,8 @@ MESHES = [
     ({"dp": 2, "ep": 2}, {"zero": 0, "accumulate": 2}),
     ({"pp": 2}, {"zero": 1, "accumulate": 4}),
     ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "accumulate": 4}),
+    ({"pp": 2, "ep": 2}, {"zero": 1, "accumulate": 2}),
+    ({"dp": 2, "pp": 2, "ep": 2}, {"zero": 1, "accumulate": 2}),
 ]
 STEPS = 20
 
