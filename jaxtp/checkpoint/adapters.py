@@ -22,6 +22,8 @@ from jaxtp.files import read_object
 from jaxtp.log import logger
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # its experts' names
+KERNELS = (*TARGETS, *MIXTRAL.values())
 FUSED = ("qkv_proj", "gate_up_proj")  # some families', merged at load; training knows none of them yet
 TABLES = ("embed_tokens", "lm_head")  # merged at load; training leaves them alone
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,10 +72,10 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"lora.rank={self.rank} must be at least 0")
-        unknown = [target for target in self.targets if _kind(target) not in TARGETS + FUSED + TABLES]
+        unknown = [target for target in self.targets if _kind(target) not in KERNELS + FUSED + TABLES]
         if unknown or not self.targets:
             raise ValueError(
-                f"lora.targets={list(self.targets)} must be some of {', '.join(TARGETS)}, or single modules such as "
+                f"lora.targets={list(self.targets)} must be some of {', '.join(KERNELS)}, or single modules such as "
                 "layers.3.self_attn.q_proj"
             )
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
@@ -238,10 +240,10 @@ def _adapted(found: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
         return int(at[1]) if at else None
 
     def has(module: str) -> bool:
-        if _kind(module) not in TARGETS + FUSED + TABLES or (excluded and _named(excluded, module)):
+        if _kind(module) not in KERNELS + FUSED + TABLES or (excluded and _named(excluded, module)):
             return False
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            return _kind(module) in TARGETS + FUSED
+            return _kind(module) in KERNELS + FUSED
         if not _named(targets, module):
             return False
         return isinstance(targets, str) or module in targets or not layers or layer(module) in layers
@@ -267,7 +269,7 @@ def _shortest(adapted: list[str], modules: Iterable[str]) -> tuple[str, ...]:
         every.setdefault(_kind(module), []).append(module)
     some = set(adapted)
     found: list[str] = []
-    for kind in TARGETS + FUSED + TABLES:
+    for kind in KERNELS + FUSED + TABLES:
         mine = [module for module in every.get(kind, []) if module in some]
         found += [kind] if mine and len(mine) == len(every[kind]) else mine
     return tuple(found)

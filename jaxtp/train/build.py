@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtp.checkpoint.adapters import MIXTRAL
 from jaxtp.config import ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
@@ -29,7 +31,10 @@ def rules_of(split: Parallel, config: ModelConfig) -> Rules:
 
 def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
     """The step of a run, on the mesh of `stacked`. Raises ValueError for what does not go together."""
-    adapters = Adapters(stacked, config.lora.lora) if config.lora.lora else None
+    lora = config.lora.lora
+    if lora and config.lora.targets is None and stacked.config.model_type == "mixtral":
+        lora = replace(lora, targets=tuple(MIXTRAL.get(target, target) for target in lora.targets))
+    adapters = Adapters(stacked, lora) if lora else None
     pipeline, mesh, split = None, stacked.layout.mesh, config.parallel
     if mesh.shape["pp"] > 1:
         layers, sizes = stacked.config.num_layers, split.layers_per_stage

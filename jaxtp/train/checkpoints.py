@@ -104,7 +104,7 @@ class Checkpoints:
         """As saved."""
         stacked, shape = self._trainer.stacked, spec.shape
         if spec.dims[0] == "layers":
-            shape = (stacked.config.num_layers, *shape[1:])
+            shape = (len(stacked.layers(path)), *shape[1:])
         if path in ("embed", "head"):
             return (stacked.config.vocab_size, *shape[1:])
         if "kv_heads" in spec.dims and "fused" in spec.dims:

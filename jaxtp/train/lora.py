@@ -3,14 +3,16 @@
 An adapter of the target `q_proj` is two parameters beside its kernel, "layers.*.attention.qkv.q_proj.a" [L, r, D] and
 ".b" [L, K, G, H, r]: laid out as the kernel is, with the rank whole on every device. Where ranks differ between layers, r is
 the largest, and what a layer has less is zero in both: so it stays, for the gradient of each is a product with the other.
-Layers whose scale differs have parameters of their own ("….q_proj.1.a").
+Layers whose scale differs have parameters of their own ("….q_proj.1.a"). Adapters of experts have a dim for these behind L, and
+are added to their kernels, a layer at a time: grouped products know one kernel.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -74,13 +76,16 @@ class Options:
 class Site:
     """One adapter in the stacks.
 
-    kernel: the path of what it stands beside, path: its own. rows: for which of the kernel's second dim it is; None: all.
-    parts: the module in each layer. ranks: of each, 0 where there is none of this scale.
+    kernel: the path of what it stands beside, path: its own. rows: for which of the kernel's dim after its first it is; None:
+    all. layers: that have it. experts: of each, 0 where the kernel is none of experts. parts: the module in each layer, and of
+    each expert there. ranks: of each, 0 where there is none of this scale.
     """
 
     kernel: str
     path: str
     rows: slice | None
+    layers: tuple[int, ...]
+    experts: int
     parts: tuple[Part, ...]
     ranks: tuple[int, ...]
     scale: float
@@ -90,9 +95,20 @@ class Site:
         """The largest."""
         return max(self.ranks)
 
-    def modules(self) -> list[tuple[int, str, Part]]:
-        """(layer, name, part) of all that there are."""
-        return [(i, _module(part), part) for i, part in enumerate(self.parts) if self.ranks[i]]
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The dims before a matrix: [L], or [L, E]."""
+        return (len(self.layers), self.experts) if self.experts else (len(self.layers),)
+
+    def modules(self) -> list[tuple[tuple[int, ...], int, str, Part]]:
+        """(place, rank, name, part) of all that there are."""
+        places = np.ndindex(self.lead)
+        each = zip(places, self.ranks, self.parts, strict=True)
+        return [(place, rank, _module(part), part) for place, rank, part in each if rank]
+
+    def cut(self, whole: Any) -> Any:
+        """Of an array with the dims O of one kernel the rows that the adapter is for."""
+        return whole if self.rows is None else whole[:, self.rows]
 
 
 @dataclass(frozen=True)
@@ -125,14 +141,16 @@ class Adapters:
         found: dict[str, Spec] = {}
         kernels = self.stacked.specs()
         for site in self.sites:
-            spec, r = kernels[site.kernel], site.rank
-            (L, *outer, inner), (_, *cut, last) = spec.shape, spec.spec.partitions
+            spec, r, n = kernels[site.kernel], site.rank, len(site.lead)
+            (*outer, inner), (*cut, last) = spec.shape, spec.spec.partitions
             kv = 0
             if site.rows:
-                outer[1] = site.rows.stop - site.rows.start
-                kv = max(0, site.rows.stop - max(site.rows.start, spec.shape[2] - spec.kv))
-            found[f"{site.path}.a"] = Spec((L, r, inner), ("layers", "rank", spec.dims[-1]), PartitionSpec(None, None, last))
-            found[f"{site.path}.b"] = Spec((L, *outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(None, *cut, None), kv)
+                kv = max(0, site.rows.stop - max(site.rows.start, outer[n + 1] - spec.kv))
+                outer[n + 1] = site.rows.stop - site.rows.start
+            found[f"{site.path}.a"] = Spec(
+                (*site.lead, r, inner), (*spec.dims[:n], "rank", spec.dims[-1]), PartitionSpec(*cut[:n], None, last)
+            )
+            found[f"{site.path}.b"] = Spec((*outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(*cut, None), kv)
         return found
 
     def begin(self, seed: int) -> Params:
@@ -152,13 +170,12 @@ class Adapters:
         for site in self.sites:
             names = f"{site.path}.a", f"{site.path}.b"
             a, b = (np.zeros(specs[name].shape, np.float32) for name in names)
-            for layer, module, part in site.modules():
+            for place, r, module, part in site.modules():
                 found_a, found_b = (m.astype(np.float32) for m in adapter.matrices(module))
-                r = site.ranks[layer]
-                a[layer, :r] = found_a
-                whole = np.zeros((*kernels[site.kernel].shape[1:-1], r), np.float32)
+                a[place][:r] = found_a
+                whole = np.zeros((*kernels[site.kernel].shape[len(place) : -1], r), np.float32)
                 part.read(whole, (slice(None),) * whole.ndim, whole.shape, found_b.__getitem__)
-                b[layer, ..., :r] = self._cut(site, whole)
+                b[place][..., :r] = site.cut(whole)
             for name, array in zip(names, (a, b), strict=True):
                 made[name] = put(array, NamedSharding(mesh, specs[name].spec))
         return made
@@ -170,18 +187,22 @@ class Adapters:
         kernels, found = self.stacked.specs(), {}
         for site in self.sites:
             a, b = (fetch(params[f"{site.path}.{matrix}"]) for matrix in "ab")
-            for layer, module, part in site.modules():
-                r = site.ranks[layer]
-                whole = np.zeros((*kernels[site.kernel].shape[1:-1], r), b.dtype)
-                self._cut(site, whole)[...] = b[layer, ..., :r]
-                found[module] = a[layer, :r], part.write(whole)
+            for place, r, module, part in site.modules():
+                whole = np.zeros((*kernels[site.kernel].shape[len(place) : -1], r), b.dtype)
+                site.cut(whole)[...] = b[place][..., :r]
+                found[module] = a[place][:r], part.write(whole)
         return found
 
     def beside(self, layer: Params) -> dict[str, jax.Array | linear.Adapted]:
         """One layer's weights (paths as in a stack, arrays without the L dim), the adapters put to their kernels."""
-        found: dict[str, jax.Array | linear.Adapted] = dict(layer)
+        found: dict[str, Any] = dict(layer)
         at: dict[str, list[linear.Adapter]] = {}
         for site in self.sites:
+            if site.kernel not in layer:
+                continue
+            if site.experts:
+                found[site.kernel] = _added(found[site.kernel], layer[f"{site.path}.a"], layer[f"{site.path}.b"], site, 1)
+                continue
             rows = site.rows
             outside = None if rows is None else (rows.start, layer[site.kernel].shape[1] - rows.stop)
             adapter = linear.Adapter(layer[f"{site.path}.a"], layer[f"{site.path}.b"], site.scale, outside)
@@ -195,12 +216,7 @@ class Adapters:
         found = dict(frozen)
         for site in self.sites:
             kernel = found[site.kernel]
-            index = (slice(None), slice(None), site.rows or slice(None))
-
-            def add(kernel: jax.Array, a: jax.Array, b: jax.Array, index: Any = index, scale: float = site.scale) -> jax.Array:
-                delta = scale * jnp.einsum("l...r,lri->l...i", b, a)
-                return (kernel.astype(jnp.float32).at[index].add(delta)).astype(kernel.dtype)
-
+            add = functools.partial(_added, site=site, lead=len(site.lead))
             with jax.set_mesh(self.stacked.layout.mesh):
                 inside = jax.sharding.auto_axes(add, out_sharding=kernel.sharding)
                 found[site.kernel] = jax.jit(inside)(kernel, adapters[f"{site.path}.a"], adapters[f"{site.path}.b"])
@@ -212,13 +228,25 @@ class Adapters:
         found = []
         for path, spec in self.stacked.specs().items():
             if path.startswith(BLOCK):
-                names = [path.replace("*", str(layer)) for layer in range(self._layers)]
-                layers = zip(*(parts(self.stacked.config, name, spec.shape[1:]) for name in names), strict=True)
-                found += [site for of in layers for site in self._alike(path, of)]
+                layers, experts = tuple(self.stacked.layers(path)), spec.shape[1] if "experts" in spec.dims else 0
+                names = [path.replace("*", str(layer)) for layer in layers]
+                each = [parts(self.stacked.config, name, spec.shape[1:]) for name in names]
+                if experts:  # of each kind of module those of all experts
+                    each = [
+                        tuple(replace(part, select=part.select[1:]) for part in own[first : first + experts])
+                        for first in range(0, len(each[0]), experts)
+                        for own in each
+                    ]
+                    kinds = [tuple(itertools.chain(*each[i : i + len(layers)])) for i in range(0, len(each), len(layers))]
+                else:
+                    kinds = list(zip(*each, strict=True))
+                found += [site for of in kinds for site in self._alike(path, layers, experts, of)]
         return tuple(found)
 
-    def _alike(self, kernel: str, of: tuple[Part, ...]) -> list[Site]:
-        """The adapters of one kind of module, one for each scale that layers have. of: the module in each layer."""
+    def _alike(self, kernel: str, layers: tuple[int, ...], experts: int, of: tuple[Part, ...]) -> list[Site]:
+        """The adapters of one kind of module, one for each scale that layers have. of: the module in each layer, and of each
+        expert there.
+        """
         modules = [_module(part) for part in of]
         ranks = [self.lora.rank_of(module) for module in modules]
         scales = [self.lora.scale_of(module) if rank else None for module, rank in zip(modules, ranks, strict=True)]
@@ -230,6 +258,8 @@ class Adapters:
                 kernel,
                 f"{path}.{i}" if i else path,
                 rows,
+                layers,
+                experts,
                 of,
                 tuple(rank if mine == scale else 0 for rank, mine in zip(ranks, scales, strict=True)),
                 scale,
@@ -241,10 +271,19 @@ class Adapters:
     def _layers(self) -> int:
         return self.stacked.config.num_layers
 
-    @staticmethod
-    def _cut(site: Site, whole: np.ndarray) -> np.ndarray:
-        """Of an array with the kernel's dims O the rows that the adapter is for."""
-        return whole if site.rows is None else whole[:, site.rows]
+
+def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, site: Site, lead: int) -> jax.Array:
+    """kernel + scale · b a in its dtype, added in float32. lead: how many dims stand before the matrices.
+
+    b a is a sum of products, not a matrix product: of that the type would not say that its gradient is `reduced`.
+    """
+    a = jnp.expand_dims(a, tuple(range(lead, b.ndim - 1)))
+    delta = site.scale * (b[..., None].astype(jnp.float32) * a.astype(jnp.float32)).sum(axis=-2)
+    if site.rows:
+        widths = [(0, 0)] * kernel.ndim
+        widths[lead + 1] = (site.rows.start, kernel.shape[lead + 1] - site.rows.stop)
+        delta = jnp.pad(delta, widths)
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
 
 
 def _module(part: Part) -> str:
@@ -254,10 +293,10 @@ def _module(part: Part) -> str:
 def _uniform(key: jax.Array, shape: tuple[int, ...], ranks: tuple[int, ...]) -> jax.Array:
     bound = 1 / math.sqrt(shape[-1])
     a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    if set(ranks) == {shape[1]}:
+    if set(ranks) == {shape[-2]}:
         return a
-    held = np.arange(shape[1]) < np.array(ranks)[:, None]
-    return jnp.where(held[..., None], a, 0.0)
+    held = np.arange(shape[-2]) < np.array(ranks)[:, None]
+    return jnp.where(held.reshape(*shape[:-1], 1), a, 0.0)
 
 
 def _zeros(key: jax.Array, shape: tuple[int, ...], ranks: None) -> jax.Array:

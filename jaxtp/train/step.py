@@ -99,6 +99,8 @@ class Trainer:
         check_zero(config, zero=self.zero, dp=layout.parts("batch"), pp=layout.mesh.shape["pp"])
         if config.experts and self.routers.balance is None:
             object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
+        if self.pipeline and 0 < sum(config.sparse) < config.num_layers:
+            raise ValueError("a pipeline trains layers that have experts or layers that have none, not both; use dp, ep and tp")
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "

@@ -12,6 +12,7 @@ from test_step import in_hf_form
 from jaxtp import Llama
 from jaxtp.config import Experts
 from jaxtp.ops.router import Routing
+from jaxtp.train.lora import Lora
 from jaxtp.train.routers import Routers, load
 
 MIXTRAL = {"model_type": "mixtral", "experts": Experts(8, 2, 24, renormalize=True, balance=0.05)}
@@ -110,6 +111,51 @@ def test_the_same_curve_on_every_mesh(mesh, options):
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), atol=1e-5)
     for path, value in params.items():
         np.testing.assert_allclose(value, theirs[path], atol=2e-4, err_msg=path)
+
+
+LORA = Lora(rank=3, alpha=6.0)
+
+
+def test_five_steps_of_adapters_are_those_of_torch(tmp_path):
+    """On attention, experts, and the MLPs of layers without."""
+    torch_loop = pytest.importorskip("torch_loop")
+    changes = {**QWEN3, "num_layers": 3, "experts": dataclasses.replace(QWEN3["experts"], dense=(1,))}
+    folder = tiny.checkpoint(tmp_path, tokenizer=False, **changes)
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3, eps=1e-6)
+    routers = Routers(balance=0.1)
+    model = Llama.from_pretrained(folder, progress=False)
+    ours = run(tiny.config(**changes), model=model, settings=settings, lora=LORA, routers=routers)
+
+    def named(params):
+        found = ours.trainer.adapters.matrices(params)
+        return {f"{module}.lora_{m}": array for module, pair in found.items() for m, array in zip("AB", pair, strict=True)}
+
+    theirs = torch_loop.Loop(folder, settings, lora=LORA, start=named(ours.state.params), routers=(0.1, 0.0))
+    for seed in range(5):
+        batch = padded(seed)
+        metrics, grads = ours.learn(batch)
+        loss, their_grads, their_params = theirs.step(batch)
+        assert abs(float(metrics.nats) - loss) < 1e-5
+        for found, expected in ((grads, their_grads), (ours.state.params, their_params)):
+            tensors = named(found)
+            assert tensors.keys() == expected.keys()
+            for name, tensor in tensors.items():
+                np.testing.assert_allclose(tensor, expected[name], atol=1e-5, rtol=0, err_msg=f"{name}, step {seed + 1}")
+
+
+ADAPTED = [
+    ({"ep": 2, "tp": 2}, {"zero": 1}),
+    ({"dp": 2, "ep": 2}, {"zero": 3, "expert_layout": "width", "remat": "save-dots"}),
+    ({"pp": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "expert_layout": "width"}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "options"), ADAPTED, ids=str)
+def test_adapters_learn_alike_on_every_mesh(mesh, options):
+    losses, _, params = curve(tuple(mesh.items()), lora=LORA, **options)
+    expected, _, theirs = curve((), lora=LORA)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    assert params.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize("over", ["batch", "sequence"])

@@ -21,12 +21,13 @@ class Loop:
             self.model.requires_grad_(False)
             self.trained = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
             for name, layer in self.model.named_modules():
-                if name.split(".")[-1] in lora.targets:
+                if f"{name}.lora_A" in start:
                     layer.register_forward_hook(self._adapt(name, lora.alpha / lora.rank))
         plain = [p for n, p in self.trained.items() if "norm" in n or "bias" in n]
         kernels = [p for n, p in self.trained.items() if not ("norm" in n or "bias" in n)]
         groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps)
+        self.scale = lora.alpha / lora.rank if lora else None
         self.settings, self.count, self.routers, self.logits = settings, 0, routers, []
         for layer in self.model.modules() if routers else ():
             if type(layer).__name__.endswith("Router"):
@@ -50,6 +51,17 @@ class Loop:
         count = torch.ones_like(log_z) if there is None else there.flatten().expand_as(log_z)
         return balance * aux + z * (log_z**2 * count).sum() / count.sum()
 
+    def _experts(self):
+        """Kernels of experts, which transformers holds together, with their adapters added."""
+        found = {}
+        for name, kernel in self.model.named_parameters() if self.scale else ():
+            at, _, kind = name.rpartition(".")
+            if at.endswith(".experts") and f"{at}.0.up_proj.lora_A" in self.trained:
+                parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+                pairs = [[[self.trained[f"{at}.{e}.{p}.lora_{m}"] for m in "AB"] for p in parts] for e in range(len(kernel))]
+                found[name] = kernel + self.scale * torch.stack([torch.cat([b @ a for a, b in each]) for each in pairs])
+        return found
+
     def step(self, batch):
         """(nats, gradients, parameters after the step), the latter by the names of transformers."""
         count, settings = self.count, self.settings
@@ -69,9 +81,8 @@ class Loop:
         if window and getattr(self.model.config, "layer_types", None):  # a mask for each type of layers
             near = torch.where(torch.ones(T, T).triu(1 - window).bool(), mask, torch.finfo(torch.float32).min)
             mask = {"full_attention": mask, "sliding_attention": near}
-        out = self.model(
-            input_ids=tensors["tokens"].long(), attention_mask=mask, position_ids=tensors["positions"].long(), use_cache=False,
-        )  # fmt: skip
+        inputs = {"input_ids": tensors["tokens"].long(), "attention_mask": mask, "position_ids": tensors["positions"].long()}
+        out = torch.func.functional_call(self.model, self._experts(), kwargs={**inputs, "use_cache": False})
         nats = torch.nn.functional.cross_entropy(
             out.logits.flatten(0, 1), tensors["labels"].long().flatten(), reduction="none"
         ).reshape(tensors["labels"].shape)
