@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtp.config import ModelConfig, Rope
+from jaxtp.config import Experts, ModelConfig, Rope
 
 _LLAMA2 = Rope()
 _LLAMA3 = Rope(theta=500000.0)
@@ -80,6 +80,14 @@ def _gemma3(
     return _gemma("gemma3_text", vocab, d, f, layers, heads, kv, context, windows=windows, rope=rope, **settings)
 
 
+def _mixtral(width: int, balance: float) -> Experts:
+    return Experts(8, 2, width, renormalize=True, balance=balance)
+
+
+def _qwen3(width: int) -> Experts:
+    return Experts(128, 8, width, renormalize=True)
+
+
 PRESETS: dict[str, ModelConfig] = {
     "llama-2-7b": _model("llama", 32000, 4096, 11008, 32, 32, 32, 4096, _LLAMA2),
     "llama-2-13b": _model("llama", 32000, 5120, 13824, 40, 40, 40, 4096, _LLAMA2),
@@ -123,11 +131,15 @@ PRESETS: dict[str, ModelConfig] = {
         tie_word_embeddings=True,
         rotated=tuple((i + 1) % 4 != 0 for i in range(36)),
     ),
+    "mixtral-8x7b": _model("mixtral", 32000, 4096, 14336, 32, 32, 8, 32768, _QWEN_ROPE, experts=_mixtral(14336, 0.02)),
+    "mixtral-8x22b": _model("mixtral", 32000, 6144, 16384, 56, 48, 8, 65536, _QWEN_ROPE, experts=_mixtral(16384, 0.001)),
     "qwen2.5-7b": _model("qwen2", 152064, 3584, 18944, 28, 28, 4, 131072, _QWEN_ROPE, **_QWEN2),
     "qwen2.5-72b": _model("qwen2", 152064, 8192, 29568, 80, 64, 8, 131072, _QWEN_ROPE, **_QWEN2),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, _QWEN_ROPE, **_QWEN3, tie_word_embeddings=True),
     "qwen3-8b": _model("qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, _QWEN_ROPE, **_QWEN3),
     "qwen3-32b": _model("qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, _QWEN_ROPE, **_QWEN3),
+    "qwen3-30b-a3b": _model("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 40960, _QWEN_ROPE, **_QWEN3, experts=_qwen3(768)),
+    "qwen3-235b-a22b": _model("qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, _QWEN_ROPE, **_QWEN3, experts=_qwen3(1536)),
 }
 
 

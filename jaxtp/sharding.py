@@ -256,7 +256,7 @@ def varying_as(constants: Any, *others: Any) -> Any:
     say from its start.
     """
     axes = set().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(others)))
-    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(sorted(axes)), to="varying"), constants)
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(sorted(axes - jax.typeof(a).mat.varying)), to="varying"), constants)
 
 
 def whole(x: jax.Array) -> jax.Array:

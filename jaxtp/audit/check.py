@@ -82,9 +82,9 @@ def check(plan: Plan, *, virtual: bool = False) -> Check:
     """
     split = plan.split
     if virtual:
-        mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp)
+        mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp)
     else:
-        mesh = gpu_mesh(plan.cluster.gpu, dp=split.dp, pp=split.pp, tp=split.tp)
+        mesh = gpu_mesh(plan.cluster.gpu, dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp)
     start, lines = time.perf_counter(), []
     for predicted, compiled in zip(programs(plan.config, split, plan.task), compiled_programs(plan, mesh), strict=True):
         lines += list(_compared(predicted, audit(compiled, mesh)))
@@ -101,7 +101,7 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
     model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization)
-    held = split.dp * split.rows(task.batch) * task.slots
+    held = split.groups * split.rows(task.batch) * task.slots
     step = largest(config, split, task)
     yield compile_prefill(model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach)
     yield compile_decode(model, batch=task.batch, slots=task.slots, cache_tokens=held)

@@ -33,6 +33,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
+from jaxtp.train.routers import Routers
 from jaxtp.train.step import Trainer
 from jaxtp.weights import variables
 
@@ -46,7 +47,7 @@ def check_compiler() -> None:
         raise RuntimeError(f"XLA's compiler for GPUs is not installed: {INSTALL}")
 
 
-def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp: int = 1) -> Mesh:
+def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, ep: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
     target: a GPU, or the name of one ("H200"; see `planner.hardware.GPUS`), or the file that describes one (XLA's
@@ -58,12 +59,12 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, tp:
     else:
         text = files.read_text(target) if Path(target).is_file() else hardware.gpu(str(target)).target()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * tp}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * ep * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise RuntimeError(
             f"cannot compile for GPUs here: {error}. The compiler must be that of jax {jax.__version__}: {INSTALL}"
         ) from error
-    devices: Any = np.array(topology.devices).reshape(dp, pp, 1, 1, tp)
+    devices: Any = np.array(topology.devices).reshape(dp, pp, 1, ep, tp)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -156,7 +157,8 @@ def abstract_llama(
     config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str, quantization: Quantization | None = None
 ) -> Llama:
     """A model without weights, laid out as `split` says, to generate with."""
-    layout = staged(split.stages(config), rules=split.rules) if split.pp > 1 else {"rules": split.rules}
+    rules = split.rules(config)
+    layout = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
     model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, **layout)
     for path, weight in variables(model):
         weight.set_value(model.kept(path, weight.get_value()))
@@ -165,10 +167,11 @@ def abstract_llama(
 
 def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Trainer:
     """AdamW on a model without weights, laid out as `split` says."""
-    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules, dtype=dtype))
+    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules(config), dtype=dtype))
     pipeline = Pipeline(mesh, split.stages(config), split.schedule) if split.pp > 1 else None
     optimizer = transformation(Optimizer(), 100, stacked.specs())
-    return Trainer(stacked, optimizer, None, pipeline, zero=split.zero, remat=split.remat)
+    routers = Routers(over="sequence" if pipeline else "batch")
+    return Trainer(stacked, optimizer, None, pipeline, zero=split.zero, remat=split.remat, routers=routers)
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:

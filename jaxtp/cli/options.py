@@ -86,7 +86,7 @@ class Engine:
     """Attention kernel; default chosen by device and shapes."""
     expert_layout: Literal["auto", "whole", "width"] = "auto"
     """How experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
-    expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks"] | None = None
+    expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks", "grouped"] | None = None
     """How experts multiply; default chosen by device and shapes."""
     tp_across_nodes: Flag = False
     """Let tensor parallelism go over the network."""

@@ -201,6 +201,19 @@ FAMILIES = {
             "moe_intermediate_size": 768,
         },
     ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        qk_norm=True,
+        qk_norm_across_heads=True,
+        experts=ExpertKeys(width="intermediate_size", layers=False),
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
 }
 
 

@@ -18,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
 from jaxtp.model.layers import Mlp, residual_dim
+from jaxtp.ops import grouped
 from jaxtp.ops.experts import Products, choose_products, mix
 from jaxtp.ops.linear import linear
+from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.router import Routing, route, watched
 from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
 
@@ -62,14 +64,17 @@ class Moe(nnx.Module):
     def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
         axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.kernel
-        where = platform(self.layout.mesh)
+        mesh, where = self.layout.mesh, platform(self.layout.mesh)
 
         def local(x, chosen, weights, gate_up, down):
             if axes:
                 chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
             tokens = x.shape[0] * x.shape[1]
             pairs = tokens * experts.per_token
-            products = choose_products(platform=where, tokens=tokens, pairs=pairs, experts=experts.count, override=override)
+            kernels = not isinstance(down, Quantized) and grouped.fits(mesh, x.dtype, *down.shape[1:])
+            products = choose_products(
+                platform=where, tokens=tokens, pairs=pairs, experts=experts.count, kernels=kernels, override=override
+            )
             rows, chosen, weights = (a.reshape(tokens, -1) for a in (x, chosen, weights))
             return mix(rows, chosen, weights, gate_up, down, products=products).reshape(x.shape)
 

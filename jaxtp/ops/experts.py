@@ -17,21 +17,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxtp.ops.grouped import grouped
 from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import varying_as
 
 # chosen: the experts of each pair, read where they stand (few tokens); pairs: the same in a loop, for CPUs. every: all experts
 # on all tokens, those not chosen with a weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by
-# expert, a block of them at a time. reference: the formula, in float32.
-Products = Literal["reference", "chosen", "pairs", "every", "blocks"]
+# expert, a block of them at a time. grouped: the same in one kernel (Hopper GPUs). reference: the formula, in float32.
+Products = Literal["reference", "chosen", "pairs", "every", "blocks", "grouped"]
 Kernel = jax.Array | Quantized
 
 FEW_TOKENS = 256  # on GPUs, the time of a step of so many is that of reading the weights
 
 
-def choose_products(*, platform: str, tokens: int, pairs: int, experts: int, override: Products | None = None) -> Products:
-    """Which form `tokens` tokens take, of `pairs` pairs with `experts` experts in all."""
+def choose_products(
+    *, platform: str, tokens: int, pairs: int, experts: int, kernels: bool = False, override: Products | None = None
+) -> Products:
+    """Which form `tokens` tokens take, of `pairs` pairs with `experts` experts in all. kernels: whether `grouped` runs."""
     if override is not None:
         return override
     if platform == "gpu":
@@ -39,7 +42,7 @@ def choose_products(*, platform: str, tokens: int, pairs: int, experts: int, ove
             return "chosen"
         if tokens <= FEW_TOKENS:
             return "every"
-        return "blocks"
+        return "grouped" if kernels else "blocks"
     return "pairs" if pairs <= 2 * experts else "blocks"
 
 
@@ -269,4 +272,5 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
     "chosen": _chosen,
     "pairs": _one_by_one,
     "blocks": functools.partial(_by_expert, _in_blocks),
+    "grouped": functools.partial(_by_expert, grouped),
 }

@@ -74,7 +74,7 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     """
     size = SIZES[dtype]
     say = _Say(split, NAMES[dtype])
-    D, rows = config.hidden_size, batch // split.microbatches // split.dp
+    D, rows = config.hidden_size, batch // split.microbatches // split.groups
     stream, scattered = rows * seq_len * D * size, split.sequence_parallel and seq_len % split.tp == 0
     again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat] * (2 if config.norms_behind else 1)
     # how often tokens go through how many layers forward and back, and how often a layer's forward sums are made

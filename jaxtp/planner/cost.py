@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
 from jaxtp.ops.quantized import Quantization
-from jaxtp.planner import collectives, hardware, memory
+from jaxtp.planner import collectives, experts, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
 from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_step, prompt_steps
@@ -22,6 +22,7 @@ TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by 
 SUSTAINED = 0.86  # of the rate of single products: what a training step's reach, hour after hour at full power (one H200)
 BESIDE = 0.5  # of what ZeRO 3 sends over dp: the share that XLA lays beside products (`Report.overlapped`: 0.49 to 0.61)
 KERNELS, LAUNCH = 15, 0.8e-6  # kernels of a layer (compiled decode steps have 12 to 16), seconds from one to the next
+EXPERT_KERNELS = 8  # beside them, of a router and of experts
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,25 @@ class Machine:
     def products(self, tokens: float, *, down: bool = True) -> float:
         """Of one layer with its weights; down: the last of them, which nothing has to compute again."""
         config, tp = self.config, self.split.tp
-        D, queries, mlp = config.hidden_size, config.num_heads * config.head_dim // tp, config.intermediate_size // tp
+        D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
         qkv = queries + 2 * memory.kv_heads(config, tp) * config.head_dim
-        return (
-            self.product(tokens, D, qkv)
-            + self.product(tokens, queries, D)
-            + self.product(tokens, D, 2 * mlp)
-            + down * self.product(tokens, mlp, D)
+        attention = self.product(tokens, D, qkv) + self.product(tokens, queries, D)
+        return attention + self.feed(tokens, down=down) + (self.experts(tokens) if config.experts else 0.0)
+
+    def feed(self, tokens: float, *, down: bool = True) -> float:
+        """Of the MLP that every token sees."""
+        D, mlp = self.config.hidden_size, memory.mlp_width(self.config) // self.split.tp
+        return self.product(tokens, D, 2 * mlp) + down * self.product(tokens, mlp, D) if mlp else 0.0
+
+    def experts(self, tokens: float) -> float:
+        """Of the router and the experts that are here."""
+        config, split = self.config, self.split
+        assert config.experts
+        D, mine, work = config.hidden_size, experts.share(config, split), experts.products(config, split, tokens)
+        flops = 6 * work.pairs * mine.width * D
+        moved = self.size * work.pairs * (2 * D + 3 * mine.width) + (1 if self.quantization else self.size) * work.read
+        return self.product(tokens * split.ep, D, config.experts.count, head=True) + max(
+            flops / self.flops, moved / self.bandwidth
         )
 
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
@@ -134,10 +147,11 @@ class Machine:
         """All but attention."""
         config, tp = self.config, self.split.tp
         D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
-        kv, mlp = memory.kv_heads(config, tp) * config.head_dim, config.intermediate_size // tp
+        kv, mlp = memory.kv_heads(config, tp) * config.head_dim, memory.mlp_width(config) // tp
         stream = (6 + 2 * config.block_norms) * D / (tp if self.split.sequence_parallel else 1)  # norms, and two sums
         moved = self.size * tokens * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
-        return Time(weights=self.products(tokens), other=moved, launch=KERNELS * LAUNCH)
+        kernels = KERNELS + EXPERT_KERNELS * bool(config.experts)
+        return Time(weights=self.products(tokens), other=moved, launch=kernels * LAUNCH)
 
     def head(self, rows: float) -> float:
         """Of `rows` tokens."""
@@ -149,7 +163,7 @@ def decode(machine: Machine, task: Generation) -> Time:
     """A token for every row, with the cache as full as it is on average over the work: a step; in stages a tick for each."""
     split, step = machine.split, decode_step(machine.split, task)
     busy = machine.layer(step.rows, 1, task.prompt_len + task.output_len / 2)
-    tick, groups = _tick(machine, step, busy, task.dtype), split.groups(task.batch)
+    tick, groups = _tick(machine, step, busy, task.dtype), split.turns(task.batch)
     idle = (split.pp - groups) * (tick.total - tick.communication)
     return dataclasses.replace(tick * groups, communication=tick.communication * split.pp, bubble=idle)
 
@@ -174,15 +188,16 @@ def _tick(machine: Machine, step: Step, layer: Time, dtype: str) -> Time:
 def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str, float]]:
     """Seconds by the model's parts, as `audit.profile` measures them: of a prefill and of a decode step, or of an update."""
     config, split = machine.config, machine.split
-    D, mlp = config.hidden_size, config.intermediate_size // split.tp
 
     def parts(time: Time, head: float, tokens: float) -> dict[str, float]:
         """The time of a phase whose products go through `tokens` tokens at once."""
-        feed = machine.product(tokens, D, 2 * mlp) + machine.product(tokens, mlp, D)
-        feed *= (time.weights - head) / machine.products(tokens)
+        scale = (time.weights - head) / machine.products(tokens)
+        feed = machine.feed(tokens) * scale
+        routed = {"experts": machine.experts(tokens) * scale} if config.experts else {}
         return {
-            "attention": time.weights - feed - head + time.attention + time.other / 2,
+            "attention": time.weights - feed - sum(routed.values()) - head + time.attention + time.other / 2,
             "mlp": feed + time.other / 2,
+            **routed,
             "collectives": time.communication,
             "head": head,
             "optimizer": time.optimizer,
@@ -190,14 +205,14 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         }
 
     if isinstance(task, Training):
-        rows, sustained = task.batch // split.microbatches // split.dp, dataclasses.replace(machine, pace=SUSTAINED)
+        rows, sustained = task.batch // split.microbatches // split.groups, dataclasses.replace(machine, pace=SUSTAINED)
         head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
         return {"step": parts(train(machine, task), head, rows * task.seq_len)}
     step, prompts = decode_step(split, task), prompt_steps(config, split, task)
     tokens = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
     heads = {
         "prefill": sum(times * machine.head(each.lanes) for each, times in prompts.items()),
-        "decode": split.groups(task.batch) * machine.head(step.lanes),
+        "decode": split.turns(task.batch) * machine.head(step.lanes),
     }
     times = {"prefill": prefill(machine, task), "decode": decode(machine, task)}
     return {phase: parts(time, heads[phase], tokens[phase]) for phase, time in times.items()}
@@ -208,7 +223,7 @@ def train(machine: Machine, task: Training) -> Time:
     machine = dataclasses.replace(machine, pace=SUSTAINED)
     config, split = machine.config, machine.split
     M, pp = split.microbatches, split.pp
-    rows = task.batch // M // split.dp
+    rows = task.batch // M // split.groups
     held, tokens = memory.params(config, split), rows * task.seq_len
     layers = split.stages(config).slots * split.chunks
     forward = machine.layer(rows, task.seq_len, task.seq_len)
@@ -226,8 +241,8 @@ def train(machine: Machine, task: Training) -> Time:
     sent = collectives.train(config, split, batch=task.batch, seq_len=task.seq_len, dtype=machine.dtype)
     busy = (once * layers + head) * M
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
-    update = 28.0 * held.total / (split.dp if split.zero else 1) / machine.bandwidth
-    over_dp = Program({c: times for c, times in sent.items() if c.axes == ("dp",)})
+    update = 28.0 * memory.kept(held, split) / machine.bandwidth
+    over_dp = Program({c: times for c, times in sent.items() if {*c.axes} <= {"dp", "ep"} and c.kind != "all-to-all"})
     hidden = machine.sent(over_dp) * BESIDE if split.zero == 3 else 0.0
     return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 
@@ -238,7 +253,7 @@ def train_flops(config: ModelConfig, length: int, *, frozen: bool = False) -> tu
 
     The embedding is looked up, not multiplied; the head is.
     """
-    weights = config.num_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    weights = config.num_active_params - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
     each = 4.0 if frozen else 6.0
     return each * weights + attention, each * weights

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
+from jaxtp.planner import experts
 from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_step, prompt_steps, read_of
 
 
 @dataclass(frozen=True)
 class Params:
     """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
-    unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels: of each of a block's products. channels:
-    those products' output channels.
+    unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels: of each of a block's products, those of
+    experts last (the router stands among the vectors). channels: those products' output channels. experts: of a block's kernels
+    those that ep cuts, so that ZeRO has dp alone for them.
     """
 
     block: int
@@ -28,6 +30,7 @@ class Params:
     norm: int
     kernels: tuple[int, ...]
     channels: int
+    experts: int = 0
 
     @property
     def stacked(self) -> int:
@@ -54,16 +57,30 @@ def params(config: ModelConfig, split: Split) -> Params:
     """What each device holds of the weights, whole over dp."""
     D, H, tp = config.hidden_size, config.head_dim, split.tp
     kv = kv_heads(config, tp)
-    queries, mlp = config.num_heads * H // tp, config.intermediate_size // tp
+    queries, mlp = config.num_heads * H // tp, mlp_width(config) // tp
     rows = queries + 2 * kv * H
-    kernels = (rows * D, D * queries, 2 * mlp * D, mlp * D)
-    block = sum(kernels) + config.block_norms * D
+    channels = rows + D
+    kernels: tuple[int, ...] = (rows * D, D * queries)
+    if mlp:
+        kernels, channels = (*kernels, 2 * mlp * D, mlp * D), channels + 2 * mlp + D
+    block, own = config.block_norms * D, 0
+    if config.experts:
+        mine = experts.share(config, split)
+        kernels, own = (*kernels, *mine.kernels(D)), sum(mine.kernels(D))
+        channels += mine.count * (2 * mine.width + D)
+        block += D * (config.experts.count + (config.experts.shared > 0))  # the router, and the shared MLP's gate
+    block += sum(kernels)
     unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm_params
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
     head = 0 if config.tie_word_embeddings else table
-    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels=rows + 2 * mlp + 2 * D)
+    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels, experts=own)
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """Of a layer's MLP that every token sees: of models with experts the shared one's, or 0."""
+    return config.experts.shared if config.experts else config.intermediate_size
 
 
 def weights(config: ModelConfig, split: Split, task: Generation) -> int:
@@ -130,9 +147,9 @@ def cache(config: ModelConfig, split: Split, task: Generation) -> int:
 
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
-    """Tokens that the caches of all dp groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
+    """Tokens that the caches of all groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
     free = int(memory * task.utilization) - weights(config, split, task)
-    return free // slot(config, split, task.dtype) * split.dp
+    return free // slot(config, split, task.dtype) * split.groups
 
 
 def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -> float:
@@ -153,28 +170,51 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     seen = step.prompt_tokens * step.reach * size
     gathered = 2 * step.chunks * step.reach * row
     mixed = 2 * step.tokens * heads * config.head_dim * size
-    mlp = 3 * step.tokens * config.intermediate_size // tp * size
+    mlp = 3 * step.tokens * mlp_width(config) // tp * size + mixed_experts(config, split, step.tokens, size)
     return stream + seen + max(logits, gathered + mixed + scores + copied, mlp)
 
 
-def products(config: ModelConfig, split: Split) -> int:
-    """Weights of a layer's products on each device: half the operations for a token."""
-    return sum(params(config, split).kernels)
+def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
+    """What a layer's experts need at once: the tokens of all of ep; of the pairs here both ends, gate, up and their product."""
+    if not config.experts:
+        return 0.0
+    everywhere, mine = tokens * split.ep, experts.share(config, split)
+    pairs = everywhere * min(config.experts.per_token, mine.count)
+    return size * (everywhere * config.hidden_size + pairs * (2 * config.hidden_size + 3 * mine.width))
+
+
+def products(config: ModelConfig, split: Split, tokens: float) -> float:
+    """Weights that the tokens of each group meet in a layer's products on each device: half the operations."""
+    held = params(config, split)
+    own = sum(held.kernels) - held.experts
+    if not config.experts:
+        return own * tokens
+    router = config.experts.count * config.hidden_size * tokens * split.ep
+    mine = experts.share(config, split)
+    return own * tokens + router + experts.products(config, split, tokens).pairs * 3 * mine.width * config.hidden_size
+
+
+def kept(held: Params, split: Split) -> float:
+    """Parameters that each device keeps between steps: ZeRO's shares lie over dp and ep, those of experts over dp."""
+    own = held.experts * held.blocks
+    if not split.zero:
+        return held.total
+    return held.whole + (held.total - held.whole - own) / split.groups + own / split.dp
 
 
 def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     """Of an update."""
     size, held = SIZES[task.dtype], params(config, split)
-    everything, dp, tp = held.total, split.dp, split.tp
-    tokens = task.batch // split.microbatches // dp * task.seq_len
-    kept = kept_a_layer(config, split, tokens=tokens, size=size)
+    everything, groups, tp = held.total, split.groups, split.tp
+    tokens = task.batch // split.microbatches // groups * task.seq_len
+    layer = kept_a_layer(config, split, tokens=tokens, size=size)
     chunk = tokens // task.seq_len * buckets.logits_chunk(task.seq_len)
     logits = 2 * 4 * chunk * math.ceil(config.vocab_size / (tp * split.pp))  # and their gradient
-    state = 12 * (held.whole + (everything - held.whole) / (dp if split.zero else 1))
+    state, share = 12 * kept(held, split), kept(held, split) / everything
     if split.pp > 1:
         # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
         stash = tokens * config.hidden_size / (tp if split.sequence_parallel else 1) * size
-        activations = held.blocks / split.chunks * kept + split.pipeline().in_flight(0) * stash
+        activations = held.blocks / split.chunks * layer + split.pipeline().in_flight(0) * stash
         return Memory(
             weights=size * everything,
             state=state,
@@ -183,22 +223,22 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
             workspace=logits + (size * everything + activations if split.peeled else 0),
         )
     weights, gradients = float(size * everything), float(size * everything)
-    if size == 4 and (dp == 1 or split.zero == 0):
+    if size == 4 and share == 1:
         weights = 0.0  # the parameters themselves
     if split.zero == 3:  # the blocks' in shares, one layer of them whole; the tables whole, their gradients in float32 as well
         weights = size * (held.tables + held.block)
-        gradients = weights + 4 * held.tables + size * held.stacked / dp
+        gradients = weights + 4 * held.tables + size * held.stacked * share
         if split.remat == "none":  # those that were gathered stay for the backward pass
             weights += size * held.stacked
-    activations, later = config.num_layers * kept, 0.0
+    activations, later = config.num_layers * layer, 0.0
     if split.microbatches > 1:
-        gradients += 4 * everything / (dp if split.zero >= 2 else 1)  # the sums, in float32
+        gradients += 4 * everything * (share if split.zero >= 2 else 1)  # the sums, in float32
         if split.zero == 2:  # activations are gone when gradients become float32, to be scattered: the largest counts
-            largest = 4 * 2 * config.intermediate_size // tp * config.hidden_size * config.num_layers
+            largest = 4 * max(held.kernels) * held.blocks
             later = max(0.0, largest - activations - logits)
     if split.zero == 0:  # the backward pass is over, and all gradients become float32, those of the MLPs last
-        mlp = 3 * config.intermediate_size // tp * config.hidden_size * config.num_layers
-        gradients = max(gradients, 4 * everything + size * mlp - weights - activations - logits)
+        last = sum(held.kernels[2:]) * held.blocks
+        gradients = max(gradients, 4 * everything + size * last - weights - activations - logits)
     # at the head the blocks have no gradients yet, but its own are float32, and a third array of logits is there
     later = max(later, logits / 2 + 4 * held.tables - gradients)
     return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits + later)
@@ -213,7 +253,7 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
     heads = config.num_heads * config.head_dim
     qkv = tokens * (heads + 2 * max(config.num_kv_heads, tp) * config.head_dim) / tp
     out = tokens * (heads + 4 / size * config.num_heads) / tp  # with the logarithm of the softmax's sum, in float32
-    mlp = tokens * config.intermediate_size / tp
+    mlp = tokens * mlp_width(config) / tp
     norms = config.block_norms  # their inputs
     kept = {
         "none": (2 + norms) * stream + 2 * whole + qkv + out + 3 * mlp,  # the inputs of products, gathered
@@ -221,4 +261,9 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
         "save-attention": stream + out,
         "full": stream,
     }
-    return size * kept[split.remat]
+    routed = 0.0
+    if config.experts and split.remat in ("none", "save-dots"):  # the router's logits; experts' own products are made again
+        routed = tokens * split.ep * config.experts.count * 4
+        if split.remat == "none":
+            routed += mixed_experts(config, split, tokens, size)
+    return size * kept[split.remat] + routed

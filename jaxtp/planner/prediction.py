@@ -75,9 +75,9 @@ class Plan:
         """Requests of full length that fit at once."""
         assert isinstance(self.task, Generation)
         whole = dataclasses.replace(self.task, output_len=self.task.request - self.task.prompt_len)
-        longest, dp = dataclasses.replace(self, task=whole), self.split.dp
-        most = max(0, self.kv_tokens) // dp // whole.slots  # of each group
-        return dp * bisect.bisect(range(1, most + 1), False, key=lambda rows: not longest.of_rows(dp * rows).holds)
+        longest, groups = dataclasses.replace(self, task=whole), self.split.groups
+        most = max(0, self.kv_tokens) // groups // whole.slots  # of each group
+        return groups * bisect.bisect(range(1, most + 1), False, key=lambda rows: not longest.of_rows(groups * rows).holds)
 
     @property
     def machine(self) -> Machine:

@@ -45,7 +45,7 @@ def largest(config: ModelConfig, split: Split, task: Generation) -> Step:
 def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: Step) -> Predicted:
     """Attention of rows as if each saw all slots."""
     heads, D = config.num_heads * config.head_dim // split.tp, config.hidden_size
-    products = 2 * memory.products(config, split) * step.tokens
+    products = 2 * memory.products(config, split, step.tokens)
     scores = 4 * heads * (step.rows * task.slots + step.prompt_tokens * step.reach)
     between = step.tokens * D * SIZES[task.dtype] if split.pp > 1 else 0  # on its way from stage to stage
     head = 2 * D * math.ceil(config.vocab_size / (split.tp * split.pp)) * step.lanes
@@ -61,9 +61,9 @@ def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: 
 def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     """Forward once, backward twice; what is computed again, the head's logits among it."""
     tp, M = split.tp, split.microbatches
-    tokens = task.batch // M // split.dp * task.seq_len
-    products, scores = memory.products(config, split), task.seq_len * config.num_heads * config.head_dim // tp
-    down = 0 if config.norms_behind else config.intermediate_size // tp * config.hidden_size
+    tokens = task.batch // M // split.groups * task.seq_len
+    products, scores = memory.products(config, split, tokens) / tokens, task.seq_len * config.num_heads * config.head_dim // tp
+    down = 0 if config.norms_behind else memory.mlp_width(config) // tp * config.hidden_size
     again = {"none": 0, "save-dots": 0, "save-attention": 2 * (products - down), "full": 2 * (products - down) + 4 * scores}
     layer = 6 * products + 14 * scores + again[split.remat]
     head = 8 * config.hidden_size * math.ceil(config.vocab_size / (tp * split.pp))

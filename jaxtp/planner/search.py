@@ -87,7 +87,7 @@ def plan(
     check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"
-    tried = list(splits(where.size, task=wanted))
+    tried = list(splits(where.size, config, task=wanted))
     shown: dict[str, Any] = {"description": "planning", "console": console, "transient": True}
     bar = track(tried, disable=len(tried) < LONG or not interactive(), **shown)
     found = [_judged(name, config, where, split, wanted, per_node, fill=fill) for split in bar]
@@ -97,13 +97,14 @@ def plan(
     return plans
 
 
-def splits(devices: int, *, task: Task) -> Iterator[Split]:
+def splits(devices: int, config: ModelConfig, *, task: Task) -> Iterator[Split]:
     """Every way to split work over that many devices, legal or not."""
-    for dp, pp, tp in itertools.product(_divisors(devices), repeat=3):
-        if dp * pp * tp != devices:
+    whole = _divisors(devices)
+    for dp, pp, ep, tp in itertools.product(whole, whole, whole if config.experts else [1], whole):
+        if dp * pp * ep * tp != devices:
             continue
         for parallel in (False, True) if tp > 1 else (False,):
-            base = Split(dp=dp, pp=pp, tp=tp, sequence_parallel=parallel)
+            base = Split(dp=dp, pp=pp, ep=ep, tp=tp, sequence_parallel=parallel)
             if isinstance(task, Generation):
                 if not parallel:  # the same bytes: for generation there is nothing to gain
                     yield base
@@ -112,7 +113,7 @@ def splits(devices: int, *, task: Task) -> Iterator[Split]:
             if pp > 1:
                 shapes = [{"schedule": "1f1b"}, {"schedule": "gpipe"}]
                 shapes += [{"schedule": "interleaved_1f1b", "chunks": v} for v in CHUNKS]
-            zeros = (0, 1, 2, 3) if dp > 1 else (0,)
+            zeros = (0, 1, 2, 3) if dp * ep > 1 else (0,)
             for micro, zero, remat, shape in itertools.product(_divisors(task.batch), zeros, get_args(Remat), shapes):
                 yield dataclasses.replace(base, microbatches=micro, zero=zero, remat=remat, **shape)
 
@@ -149,7 +150,7 @@ def _rank(objective: Objective, plan: Plan) -> tuple[Any, ...]:
         "memory": plan.memory.total,
     }[objective]
     split = plan.split
-    return (0, float(f"{first:.4g}"), plan.memory.total, split.pp, split.sequence_parallel, split.zero)
+    return (0, float(f"{first:.4g}"), plan.memory.total, split.pp, split.ep, split.sequence_parallel, split.zero)
 
 
 def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
@@ -163,7 +164,11 @@ def _nothing(plans: Plans, where: Cluster, across: bool) -> str:
         more = where.of(count)
         if more is None or (full and count <= where.size):
             return None
-        frugal = (s for s in splits(count, task=sample.task) if isinstance(sample.task, Generation) or s.remat == "full")
+        frugal = (
+            s
+            for s in splits(count, sample.config, task=sample.task)
+            if isinstance(sample.task, Generation) or s.remat == "full"
+        )
         per_node = None if across else more.per_node
         fits = any(_judged(sample.model, sample.config, more, s, sample.task, per_node, fill=False).fits for s in frugal)
         return more if fits else None

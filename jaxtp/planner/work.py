@@ -125,10 +125,15 @@ class Split:
         return self.dp * self.pp * self.cp * self.ep * self.tp
 
     @property
-    def rules(self) -> Rules:
-        """The layout of weights and activations."""
+    def groups(self) -> int:
+        """Of rows: those of dp, each cut over ep."""
+        return self.dp * self.ep
+
+    def rules(self, config: ModelConfig) -> Rules:
+        """The layout of weights and activations. Raises ValueError where experts cannot be cut so."""
         rules = Rules().sequence_parallel() if self.sequence_parallel else Rules()
-        return rules.pipeline_parallel() if self.pp > 1 else rules
+        rules = rules.pipeline_parallel() if self.pp > 1 else rules
+        return rules.expert_parallel(config, ep=self.ep, tp=self.tp, layout=self.expert_layout)
 
     def stages(self, config: ModelConfig) -> Stages:
         """Where layers stand."""
@@ -144,15 +149,15 @@ class Split:
         return self.pp * self.chunks == 2 and self.pp > 1 and self.schedule != "gpipe"
 
     def rows(self, batch: int) -> int:
-        """Of a batch, those of each group of dp."""
-        return -(-batch // self.dp)
+        """Of a batch, those of each group."""
+        return -(-batch // self.groups)
 
     def lanes(self, batch: int) -> int:
         """Of these, those of a step, padded: in stages a tick's share."""
         return buckets.power(-(-self.rows(batch) // self.pp))
 
-    def groups(self, batch: int) -> int:
-        """In how many groups the rows go through stages."""
+    def turns(self, batch: int) -> int:
+        """In how many parts the rows go through stages."""
         rows = self.rows(batch)
         return -(-rows // -(-rows // self.pp))
 
@@ -163,7 +168,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Step:
-    """What each group of dp takes through the model at once: rows that make a token, and chunks of prompts that reach so far.
+    """What each group of rows takes through the model at once: rows that make a token, and chunks of prompts that reach so far.
 
     In stages it is what each rank has in a tick.
     """
@@ -237,23 +242,21 @@ def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | No
 
 def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> None:
     """The same as an error."""
-    if split.cp > 1 or split.ep > 1:
-        raise ValueError(
-            f"{split.told()}: context parallelism is not built yet, and expert parallelism not planned yet; use dp, pp and tp"
-        )
-    if config.experts:
-        raise ValueError(f"{config.model_type}: mixtures of experts are not planned yet; they generate (LLM)")
+    if split.cp > 1:
+        raise ValueError(f"{split.told()}: context parallelism is not built yet; use dp, pp, ep and tp")
+    if 0 < sum(config.sparse) < config.num_layers:
+        raise ValueError(f"{config.model_type}: models of layers with experts and layers without are not planned; they run")
     if isinstance(task, Training):
         if split.pp > 1:
             split.pipeline()
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
     if per_node and per_node % split.tp and split.size > per_node:
         raise ValueError(across_nodes(split.tp, per_node))
-    check_layout(config, split.tp, split.rules)
+    check_layout(config, split.tp, split.rules(config))
     stages = split.stages(config)
     check_length(config, task)
     if isinstance(task, Training):
-        check_zero(config, zero=split.zero, dp=split.dp, pp=split.pp)
+        check_zero(config, zero=split.zero, dp=split.groups, pp=split.pp)
     stages.alike(config.kinds)
 
 

@@ -42,6 +42,7 @@ CASES = {
         "Qwen3Moe",
         {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16},
     ),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32}),
     "qwen3-moe-dense-first": (
         "Qwen3Moe",
         {

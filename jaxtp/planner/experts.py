@@ -1,0 +1,66 @@
+"""What a layer's experts take on a device: which lie there, how many of them tokens hit, what they compute and read.
+
+E experts, k of them a token, F width of one, D embed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtp.config import ModelConfig
+from jaxtp.ops.experts import choose_products
+from jaxtp.planner.work import Split
+
+
+@dataclass(frozen=True)
+class Share:
+    """A device's part of a layer's experts: `count` of them, each cut to `width`."""
+
+    count: int
+    width: int
+
+    def kernels(self, embed: int) -> tuple[int, int]:
+        """Weights of gate and up, and of down."""
+        return 2 * self.count * self.width * embed, self.count * self.width * embed
+
+
+def share(config: ModelConfig, split: Split) -> Share:
+    """What each device has of them. Raises ValueError where they cannot be cut so."""
+    experts = config.experts
+    assert experts
+    if split.rules(config).axis("expert_mlp") is None:  # whole ones over ep and tp
+        return Share(experts.count // (split.ep * split.tp), experts.width)
+    return Share(experts.count // split.ep, experts.width // split.tp)
+
+
+def hit(config: ModelConfig, tokens: float) -> float:
+    """How many of all experts so many tokens go to, where a router loads them alike: E (1 - (1 - k/E)^tokens)."""
+    experts = config.experts
+    assert experts
+    return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+
+
+@dataclass(frozen=True)
+class Products:
+    """A layer's products with experts on each device. pairs: of tokens and experts, that are computed. read: weights."""
+
+    pairs: float
+    read: float
+
+
+def products(config: ModelConfig, split: Split, tokens: float) -> Products:
+    """Where each group of rows has so many tokens: those of all of ep are on every device that has experts.
+
+    As `ops.experts` chooses: the experts of each pair, all of them, or blocks of pairs, loaded alike.
+    """
+    experts, mine = config.experts, share(config, split)
+    assert experts
+    all_tokens, each = tokens * split.ep, 3 * mine.width * config.hidden_size
+    part = mine.count / experts.count
+    pairs = all_tokens * experts.per_token
+    form = choose_products(platform="gpu", tokens=round(all_tokens), pairs=round(pairs), experts=experts.count)
+    if form == "every":
+        return Products(all_tokens * mine.count, mine.count * each)
+    if form == "chosen":  # pairs that are elsewhere look at one expert, all at the same
+        return Products(pairs, min(mine.count, part * pairs + (part < 1)) * each)
+    return Products(part * pairs, part * hit(config, all_tokens) * each)
