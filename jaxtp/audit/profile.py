@@ -29,8 +29,13 @@ from jaxtp.train import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = ("attention", "mlp", "collectives", "embedding", "head", "sampling", "optimizer", "other", "host")
-SCOPES = ("attention", "mlp", "embedding", "head", "sampling", "optimizer")  # as the model and the trainer name them
+PARTS = (
+    *("attention", "mlp", "router", "dispatch", "experts", "collectives"),
+    *("embedding", "head", "sampling", "optimizer", "other", "host"),
+)
+# as the model and the trainer name them; what is sent for experts is their dispatch
+SCOPES = ("attention", "mlp", "router", "experts", "embedding", "head", "sampling", "optimizer")
+SENDS = ("dispatch", "collectives")
 CONTROL = ("while", "call", "conditional", "ThunkExecutor")
 BINS = 200  # of the picture of utilisation
 
@@ -103,17 +108,18 @@ class Profile(Shown):
         edges = np.linspace(0.0, 1e3 * end, BINS + 1)
         for at, device in zip(axes[:-1, 0], devices, strict=True):
             mine = [event for event in self.events if event.device == device]
-            parts = [[e for e in mine if e.part != "collectives"], [e for e in mine if e.part == "collectives"]]
+            parts = [[e for e in mine if (e.part in SENDS) == sends] for sends in (False, True)]
             busy = [_busy(part, end) for part in parts]
             at.stackplot(edges[:-1], busy, labels=("compute", "communication"), colors=("C0", "C3"), step="post")
             at.set(ylim=(0, 1), xlim=(0, 1e3 * end), ylabel=device, yticks=[0, 1])
         aside(axes[0, 0])
         axes[-2, 0].set_xlabel("ms of the run")
+        colours = plt.get_cmap("tab20", len(PARTS))
         for row, phase in enumerate(self.seconds):
             left, total = 0.0, sum(self.seconds[phase].values()) or 1.0
             for number, part in enumerate(PARTS):
                 share = self.seconds[phase].get(part, 0.0) / total
-                axes[-1, 0].barh(row, share, left=left, color=f"C{number}", label=part if row == 0 else None)
+                axes[-1, 0].barh(row, share, left=left, color=colours(number), label=part if row == 0 else None)
                 left += share
         axes[-1, 0].set(
             yticks=range(len(self.seconds)), yticklabels=list(self.seconds), xlim=(0, 1), xlabel="share of the time"
@@ -202,9 +208,10 @@ def parts_of(text: str) -> dict[str, str]:
                 continue
             sends = any(hlo.kind(each) in hlo.KINDS for each in hlo.inside(i, computations))
             # what autodiff makes of a scope is "transpose(jvp(mlp))"
-            names = (name.rstrip(")").rpartition("(")[2] for name in scopes.get(i.name, "").split("/"))
+            names = [name.rstrip(")").rpartition("(")[2] for name in scopes.get(i.name, "").split("/")]
             inner = [name for name in names if name in SCOPES]
-            found[i.name] = "collectives" if sends else inner[-1] if inner else "other"
+            part = inner[-1] if inner else "experts" if "moe" in names else "other"
+            found[i.name] = part if not sends else "dispatch" if "moe" in names and part != "mlp" else "collectives"
     return found
 
 

@@ -62,6 +62,10 @@ def build(
         turn=rope.original_max_position if rope.kind == "longrope" else None,
     )
     logger.info("the cache has %d pages of %d tokens, read by %s%s", pages * groups, size, read, _cached(limits))
+    if moe := next((block.moe for block in model.layers if block.sparse), None):
+        ep = model.layout.mesh.shape["ep"]
+        forms = " and ".join(f"{moe.form(n * ep)} for {n}" for n in (rows, limits.tokens))
+        logger.info("experts multiply by %s tokens of a group", forms)
     buckets = Buckets(limits, read, width)
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
 

@@ -55,7 +55,7 @@ class Block(nnx.Module):
                 y = _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x)))
                 return self._added(x, y, step), cache, None
         with jax.named_scope("moe"):
-            y, routing = self.moe(_normed(self.mlp_norm, x), step.counted)
+            y, routing = self.moe(_normed(self.mlp_norm, x), step)
             return self._added(x, _normed(self.mlp_post_norm, y), step), cache, routing
 
     def _added(self, x: jax.Array, y: jax.Array, step: Step) -> jax.Array:

@@ -32,7 +32,7 @@ class Step:
 
     ropes: (cos, sin) of each rotary embedding of the model, [B, T, R/2] float32, R the channels of a head that turn; positions
     [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it the tokens go and what they see. counted
-    [B, T] float32: which tokens count in what is told of routers, default all.
+    [B, T] float32: which tokens count in what is told of routers, default all. capacity: see `ops.router.route`.
     """
 
     ropes: dict[RopeName, tuple[jax.Array, jax.Array]]
@@ -40,6 +40,7 @@ class Step:
     segment_ids: jax.Array | None = None
     lanes: Lanes | None = None
     counted: jax.Array | None = None
+    capacity: float | None = None
 
 
 class Norm(nnx.Module):

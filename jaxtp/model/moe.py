@@ -4,7 +4,7 @@ B batch, T tokens, D embed, E experts, k of them a token, F width of an expert, 
 
 Every token is on every device that holds experts it may go to: they are there already where experts are cut over tp, and an
 all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which
-one reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped.
+one reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped unless a capacity is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtp.config import ModelConfig
 from jaxtp.mesh import platform
-from jaxtp.model.layers import Mlp, residual_dim
+from jaxtp.model.layers import Mlp, Step, residual_dim
 from jaxtp.ops import grouped
 from jaxtp.ops.experts import Products, choose_products, mix
 from jaxtp.ops.linear import linear
@@ -41,10 +41,10 @@ class Moe(nnx.Module):
             self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
         self.experts, self.layout, self.region, self.kernel = experts, layout, region, expert_kernel
 
-    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did. counted: see `watched`."""
+    def __call__(self, x: jax.Array, step: Step) -> tuple[jax.Array, Routing]:
+        """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did."""
         layout, mesh = self.layout, self.layout.mesh
-        counted = None if counted is None else layout.place(counted, "routed", "tokens")
+        counted = None if step.counted is None else layout.place(step.counted, "routed", "tokens")
         shares = {axis for axis in self._over if mesh.shape[axis] > 1}
         routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
         everywhere = reshard(x, P(*routed.partitions, reduced=shares), mesh)
@@ -52,34 +52,44 @@ class Moe(nnx.Module):
         with jax.named_scope("router"):
             scores = layout.sharding("routed", "tokens", "routes")
             logits = linear(seen, self.router[...], out=scores, dtype=jnp.float32)
-            chosen, weights = route(logits, self.experts)
+            chosen, weights, kept = route(logits, self.experts, step.capacity)
         with jax.named_scope("experts"):
-            y = self._mixed(everywhere, chosen, reshard(weights, P(*routed.partitions, reduced=shares), mesh))
+            taken = chosen if kept is None else jnp.where(kept, chosen, self.experts.count)  # which is none
+            y = self._mixed(everywhere, taken, reshard(weights, P(*routed.partitions, reduced=shares), mesh))
             y = reshard(y, residual, mesh)
         if self.experts.shared:
             gate = linear(x, self.shared_gate[...], out=NamedSharding(mesh, residual), dtype=jnp.float32)
-            y = y + jax.nn.sigmoid(gate).astype(y.dtype) * self.shared(x)
-        return y, watched(logits, chosen, counted)
+            with jax.named_scope("mlp"):
+                every = self.shared(x)
+            y = y + jax.nn.sigmoid(gate).astype(y.dtype) * every
+        return y, watched(logits, chosen, counted, kept)
 
     def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
-        axes, experts, override = names(self.layout.rules.axis("experts", self.layout.path)), self.experts, self.kernel
-        mesh, where = self.layout.mesh, platform(self.layout.mesh)
+        axes, form = names(self.layout.rules.axis("experts", self.layout.path)), self.form
 
         def local(x, chosen, weights, gate_up, down):
             if axes:
                 chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
             tokens = x.shape[0] * x.shape[1]
-            pairs = tokens * experts.per_token
-            kernels = not isinstance(down, Quantized) and grouped.fits(mesh, x.dtype, *down.shape[1:])
-            products = choose_products(
-                platform=where, tokens=tokens, pairs=pairs, experts=experts.count, kernels=kernels, override=override
-            )
             rows, chosen, weights = (a.reshape(tokens, -1) for a in (x, chosen, weights))
-            return mix(rows, chosen, weights, gate_up, down, products=products).reshape(x.shape)
+            return mix(rows, chosen, weights, gate_up, down, products=form(tokens)).reshape(x.shape)
 
         args = x, chosen, weights, self.gate_up[...], self.down[...]
         return self.region(local, args, lambda x, *_: x, over=self._over)
+
+    def form(self, tokens: int) -> Products:
+        """How they multiply where so many tokens come to a device."""
+        layout, experts, down = self.layout, self.experts, self.down.get_value()
+        width, dtype = experts.width // layout.parts("expert_mlp"), layout.dtype
+        return choose_products(
+            platform=platform(layout.mesh),
+            tokens=tokens,
+            pairs=tokens * experts.per_token,
+            experts=experts.count,
+            kernels=not isinstance(down, Quantized) and grouped.fits(layout.mesh, dtype, width, down.shape[-2]),
+            override=self.kernel,
+        )
 
     @property
     def _over(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -110,16 +110,17 @@ class Stacked:
         *,
         remat: str = "none",
         bring: Callable[[Params], Mapping[str, Any]] = lambda layer: layer,
+        capacity: float | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """tokens [B, T] -> [B, T, D] after the last norm, as `Llama.hidden`; and what routers did (see `blocks`).
 
         remat: a key of `REMAT`. bring: makes a layer's weights (by path, arrays without the L dim) ready for use, inside the
-        loop. `params` may hold more of a layer than its weights, for `bring`.
+        loop. `params` may hold more of a layer than its weights, for `bring`. capacity: of experts, see `ops.router.route`.
         """
 
         def run(x: jax.Array, step: Step) -> tuple[jax.Array, Routing | None]:
             stacks = {path: weight for path, weight in params.items() if path.startswith(BLOCK)}
-            return self.blocks(stacks, x, step, kinds=self.config.kinds, remat=remat, bring=bring)
+            return self.blocks(stacks, x, replace(step, capacity=capacity), kinds=self.config.kinds, remat=remat, bring=bring)
 
         return self.whole(params).hidden(tokens, positions, segment_ids, run=run)
 

@@ -5,7 +5,7 @@ B batch, T tokens, E experts, k of them a token.
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -14,15 +14,14 @@ import jax.numpy as jnp
 from jaxtp.config import Experts
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["counts", "probabilities", "z", "entropy", "tokens"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
     """What a layer's router did, summed over the tokens of each row that count, float32.
 
     counts [B, E]: tokens that went to each expert. probabilities [B, E]: of the softmax over all experts. z [B]: the square of
     the logarithm of the softmax's denominator. entropy [B]: of the softmax, in nats. tokens [B]: how many tokens counted.
+    dropped [B]: of their choices those beyond an expert's capacity.
     """
 
     counts: jax.Array
@@ -30,20 +29,34 @@ class Routing:
     z: jax.Array
     entropy: jax.Array
     tokens: jax.Array
+    dropped: jax.Array
 
 
-def route(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """(chosen [B, T, k] int32, their weights [B, T, k] float32) from logits [B, T, E] float32; of equals the lower number."""
+def route(logits: jax.Array, experts: Experts, capacity: float | None = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(chosen [B, T, k] int32, their weights [B, T, k] float32, kept) from logits [B, T, E] float32; of equals the lower one.
+
+    capacity: an expert takes the first ⌈capacity · T k / E⌉ of a row's tokens at most. kept [B, T, k] bool: which choices are
+    among them; None without a capacity.
+    """
     p = jax.nn.softmax(logits, axis=-1)
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(p), experts.per_token)
     weights = jnp.where(chosen[..., None] == jnp.arange(p.shape[-1]), p[..., None, :], 0.0).sum(axis=-1)
     if experts.renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return chosen, weights
+    if capacity is None:
+        return chosen, weights, None
+    (_, T, k), E = chosen.shape, experts.count
+    hit = (chosen[..., None] == jnp.arange(E)).astype(jnp.int32)
+    before = jnp.cumsum(hit.sum(axis=2), axis=1)  # of each expert, with this token (which chooses it once)
+    place = (hit * before[:, :, None]).sum(axis=-1)
+    kept = place <= math.ceil(capacity * T * k / E)
+    return chosen, weights, kept
 
 
-def watched(logits: jax.Array, chosen: jax.Array, counted: jax.Array | None) -> Routing:
-    """The sums over tokens of each row. counted [B, T] float32: the weight of each token, 0 or 1 (default: all count)."""
+def watched(logits: jax.Array, chosen: jax.Array, counted: jax.Array | None, kept: jax.Array | None = None) -> Routing:
+    """The sums over tokens of each row. counted [B, T] float32: the weight of each token, 0 or 1 (default: all count). kept: of
+    `route`.
+    """
     counted = jnp.ones(logits.shape[:2], jnp.float32) if counted is None else counted
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_p = logits - log_z
@@ -56,4 +69,7 @@ def watched(logits: jax.Array, chosen: jax.Array, counted: jax.Array | None) -> 
         z=(log_z[..., 0] ** 2 * counted).sum(axis=1),
         entropy=jax.lax.stop_gradient((-(p * log_p).sum(axis=-1) * counted).sum(axis=1)),
         tokens=counted.sum(axis=1),
+        dropped=jnp.zeros_like(counted[:, 0])
+        if kept is None
+        else ((~kept).sum(axis=-1, dtype=jnp.float32) * counted).sum(axis=1),
     )

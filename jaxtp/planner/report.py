@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from jaxtp.planner import experts
 from jaxtp.planner.cost import Time
 from jaxtp.planner.prediction import Plan
 from jaxtp.planner.work import Generation, Training
@@ -98,6 +99,9 @@ class Plans(list[Plan], Shown):
         counts, possible = Counter(plan.fits for plan in self), {plan.split.told() for plan in self.legal}
         training = isinstance(self.best.task, Training)
         lines = [f"{counts[True]} layouts can be, {counts[False]} cannot; times are predictions"]
+        if (config := self.best.config).experts:
+            whole, met = (f"{n / 1e9:,.1f}" for n in (config.num_params, config.num_active_params))
+            lines += [f"{whole} billion weights, of which a token meets {met}"]
         lines += ["SP: sequence parallelism; interleaved: so many chunks of layers on each rank"] * training
         alike: dict[str, list[Plan]] = {}
         for plan in _reasons(self.refused):
@@ -189,6 +193,9 @@ def _notes(plan: Plan) -> list[str]:
     slowest = plan.cluster.crosses("tp", split.axes)
     if slowest not in ("", "NVLink", "measured"):
         notes.append(f"tp goes over {slowest}")
+    if config.experts and isinstance(plan.task, Generation):
+        rows = split.rows(plan.task.batch) * split.ep
+        notes.append(f"a step's {rows} tokens go to {experts.hit(config, rows):.0f} of {config.experts.count} experts")
     if split.tp > config.num_kv_heads:
         notes.append(f"each KV head stands {split.tp // config.num_kv_heads} times")
     stages = split.stages(config)

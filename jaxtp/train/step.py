@@ -319,8 +319,9 @@ class Trainer:
         tables = self._ready({path: w for path, w in weights.items() if not path.startswith(BLOCK)})
         weights = {**weights, **tables}
         x, routing = self.stacked.hidden(
-            weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=self._bring
-        )
+            weights, batch.tokens, batch.positions, batch.segment_ids, remat=self.remat, bring=self._bring,
+            capacity=self.routers.capacity,
+        )  # fmt: skip
         loss, nats = cross_entropy(self.stacked, weights, x, batch, z_loss=self.z_loss)
         return _Sums(loss.sum(), nats.sum(), routing)
 
@@ -346,7 +347,7 @@ class Trainer:
             x, routing = inner.blocks(
                 weights,
                 x,
-                inner.model.step(*needed),
+                replace(inner.model.step(*needed), capacity=self.routers.capacity),
                 kinds=kinds,
                 filled=None if stages.even else filled,
                 remat=self.remat,
@@ -376,8 +377,9 @@ class Trainer:
         held = [layer for i, layer in enumerate(stages.rows) if sparse[i % stages.slots]]
         counts = reshard(told.counts, PartitionSpec(), mesh).reshape(-1, told.counts.shape[-1])
         order = np.array([held.index(layer) for layer, there in enumerate(config.sparse) if there])
-        means = {name: getattr(told, name).sum() / (micros * mesh.shape["dp"]) for name in ("balance", "z", "entropy")}
-        return Load(counts[order], **means)
+        each = micros * mesh.shape["dp"]
+        balance, z, entropy, dropped = (a.sum() / each for a in (told.balance, told.z, told.entropy, told.dropped))
+        return Load(counts[order], balance, z, entropy, dropped)
 
     def _ready(self, params: Params) -> Params:
         """Weights to compute with: in the model's dtype, whole over the data's axes, their gradients left unsummed."""

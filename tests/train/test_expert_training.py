@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -11,7 +13,9 @@ from test_step import in_hf_form
 
 from jaxtp import Llama
 from jaxtp.config import Experts
-from jaxtp.ops.router import Routing
+from jaxtp.ops.router import Routing, route
+from jaxtp.train import Run
+from jaxtp.train.config import parse
 from jaxtp.train.lora import Lora
 from jaxtp.train.routers import Routers, load
 
@@ -183,8 +187,61 @@ def test_losses_are_their_formulas(over):
         *(np.float32(a) for a in ((hit * each).sum(2), (p * each).sum(2), (log_z**2 * counted).sum(2))),
         entropy=np.float32((entropy * counted).sum(2)),
         tokens=np.float32(np.broadcast_to(counted.sum(1), (L, B))),
+        dropped=np.zeros((L, B), np.float32),
     )
     found = load(routing, Routers(balance=1.0, over=over))
     assert float(found.balance) == pytest.approx(balance, rel=1e-5)
     assert float(found.z) == pytest.approx(z, rel=1e-5)
     np.testing.assert_array_equal(found.counts, (hit * each).sum((1, 2)))
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 4.0])
+def test_beyond_a_capacity_tokens_are_dropped_and_counted(capacity):
+    """A row's first tokens are kept, each choice by itself."""
+    rng = np.random.default_rng(1)
+    B, T, E, k = 2, 12, 4, 2
+    logits = jnp.asarray(rng.normal(size=(B, T, E)) + np.array([2, 0, 0, 0]), jnp.float32)
+    chosen, _, kept = route(logits, Experts(E, k, 8), capacity)
+    most, taken = int(np.ceil(capacity * T * k / E)), np.zeros((B, E), int)
+    for b, t, i in np.ndindex(B, T, k):
+        expert = int(chosen[b, t, i])
+        taken[b, expert] += 1
+        assert bool(kept[b, t, i]) == (taken[b, expert] <= most)
+    assert bool(kept.all()) == (capacity == 4.0)
+
+    config = tiny.config(**MIXTRAL)
+    config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, count=E))
+    made = run(config, mesh={"ep": 2, "tp": 2}, routers=Routers(capacity=capacity))
+    told = made.step(rows(0)).load
+    assert (float(told.dropped) == 0) == (capacity == 4.0)
+    assert float(told.counts.sum()) == 2 * 8 * 32 * 2  # choices, whether taken or not
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"routers": {"jitter": 0.1}}, "routers.jitter is no setting; settings there: balance, z_loss, over, capacity"),
+        ({"routers": {"balance": -1.0}}, "routers.balance=-1.0 must be at least 0"),
+        ({"routers": {"capacity": 0.0}}, "routers.capacity=0.0 must be above 0 and finite, such as 1.25"),
+        ({"parallel": {"ep": 3}}, "ep=3 does not divide the 8 experts; legal ep for this model: 1, 2, 4, 8"),
+        ({"parallel": {"ep": 2}, "model": {"shape": {"num_experts": 0}}}, "ep=2 is for experts, of which this llama has none"),
+        ({"parallel": {"pp": 2, "accumulate": 2}}, "with pp use routers.over=sequence"),
+        ({"parallel": {"dp": 2, "ep": 4}, "data": {"batch_size": 12}}, "dp·ep=8 does not divide the 12 rows of a microbatch"),
+        ({"model": {"shape": {"num_experts_per_tok": 9}}}, "num_experts_per_tok=9 exceeds num_experts=8"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, message, tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
+    base = {
+        "folder": str(tmp_path / "run"),
+        "model": {"dtype": "float32", "shape": {"num_experts": 8, "hidden_size": 32, "intermediate_size": 16}},
+        "data": {"train": [str(tmp_path / "text.txt")], "train_tokenizer": 257, "sequence_length": 16, "batch_size": 16},
+        "parallel": {"dp": 1},
+    }
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Run(parse(merged(base, settings)))
+
+
+def merged(a, b):
+    return {k: merged(a.get(k, {}), b[k]) if isinstance(b.get(k), dict) else b.get(k, a.get(k)) for k in {**a, **b}}
