@@ -51,11 +51,15 @@ class Moe(nnx.Module):
         seen = x if spec_of(x).partitions == routed.partitions else whole(everywhere)
         with jax.named_scope("router"):
             scores = layout.sharding("routed", "tokens", "routes")
+            # behind a barrier: XLA would make one product of this and the experts', and copy all kernels side by side for it
+            seen = jax.lax.optimization_barrier(seen)
             logits = linear(seen, self.router[...], out=scores, dtype=jnp.float32)
-            chosen, weights, kept = route(logits, self.experts, step.capacity)
+            chosen, weights, kept = route(logits, self.experts, step.capacity, region=self.region)
         with jax.named_scope("experts"):
             taken = chosen if kept is None else jnp.where(kept, chosen, self.experts.count)  # which is none
             y = self._mixed(everywhere, taken, reshard(weights, P(*routed.partitions, reduced=shares), mesh))
+            if "ep" in shares:  # scattered over ep first: what is then summed over tp is as small as it gets
+                y = reshard(y, P(residual.partitions[0], *routed.partitions[1:], unreduced=shares - {"ep"}), mesh)
             y = reshard(y, residual, mesh)
         if self.experts.shared:
             gate = linear(x, self.shared_gate[...], out=NamedSharding(mesh, residual), dtype=jnp.float32)

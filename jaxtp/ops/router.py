@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtp.config import Experts
+from jaxtp.sharding import Region
 
 
 @jax.tree_util.register_dataclass
@@ -32,14 +33,22 @@ class Routing:
     dropped: jax.Array
 
 
-def route(logits: jax.Array, experts: Experts, capacity: float | None = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def route(
+    logits: jax.Array, experts: Experts, capacity: float | None = None, *, region: Region | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(chosen [B, T, k] int32, their weights [B, T, k] float32, kept) from logits [B, T, E] float32; of equals the lower one.
 
     capacity: an expert takes the first ⌈capacity · T k / E⌉ of a row's tokens at most. kept [B, T, k] bool: which choices are
-    among them; None without a capacity.
+    among them; None without a capacity. region: on a mesh, that in which each device chooses for its own tokens (XLA would
+    gather all logits for it).
     """
     p = jax.nn.softmax(logits, axis=-1)
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(p), experts.per_token)
+
+    def best(p: jax.Array) -> jax.Array:
+        return jax.lax.top_k(p, experts.per_token)[1]
+
+    scores = jax.lax.stop_gradient(p)
+    chosen = best(scores) if region is None else region(best, (scores,), lambda p: p)
     weights = jnp.where(chosen[..., None] == jnp.arange(p.shape[-1]), p[..., None, :], 0.0).sum(axis=-1)
     if experts.renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.mesh import platform
-from jaxtp.sharding import Axis, dual, names, spec_of, specs_of
+from jaxtp.sharding import dual, spec_of, specs_of
 
 NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
@@ -128,17 +128,11 @@ def shift(x: jax.Array, by: int) -> jax.Array:
     return locally(lambda x: jax.lax.ppermute(x, "pp", to), x, out=spec_of(x))
 
 
-def in_group(batch: Axis) -> Axis:
-    """Of the axes that rows are spread over those that a group of dp spreads its own over."""
-    rest = tuple(axis for axis in names(batch) if axis != "dp")
-    return rest[0] if len(rest) == 1 else rest or None
-
-
 def of_rank(x: jax.Array, rank: int) -> jax.Array:
     """[d, P, b, T, D]: that rank's part, on all of them: [B, T, D]."""
-    groups, _, rows, tokens, _ = spec_of(x).partitions
+    batch, _, _, tokens, _ = spec_of(x).partitions
 
     def tell(x):
         return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
 
-    return locally(tell, x, out=PartitionSpec((*names(groups), *names(rows)), tokens, None))
+    return locally(tell, x, out=PartitionSpec(batch, tokens, None))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.parallel.orders import Order, Orders
-from jaxtp.parallel.regions import after, in_group, locally, of_rank, shift
+from jaxtp.parallel.regions import after, locally, of_rank, shift
 from jaxtp.parallel.schedules import Kind, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import dual, spec_of, specs_of
@@ -89,16 +89,15 @@ class Pass:
             return jnp.zeros(shape, dtype, out_sharding=NamedSharding(self.mesh, spec))
 
         batch, tokens, _ = x.sharding.spec.partitions
-        rows = in_group(batch)
         (B, T, D), groups, ranks = x.shape, self.mesh.shape["dp"], self.stages.ranks
         # what is only evaluated is kept nowhere
         places = max(self.schedule.in_flight(rank) for rank in range(ranks)) if self.schedule.name != "forward" else 0
-        flow = zeros((groups, ranks, B // groups, T, D), x.dtype, PartitionSpec("dp", "pp", rows, tokens, None))
+        flow = zeros((groups, ranks, B // groups, T, D), x.dtype, PartitionSpec(batch, "pp", None, tokens, None))
         kept = (groups, ranks, places, B // groups, T, D)
         return State(
             forth=flow,
             back=flow,
-            kept=zeros(kept, x.dtype, PartitionSpec("dp", "pp", None, rows, tokens, None)),
+            kept=zeros(kept, x.dtype, PartitionSpec(batch, "pp", None, None, tokens, None)),
             tables={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in tables.items()},
             stacks={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in stacks.items()},
             sums=jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding.spec), sums),
@@ -237,5 +236,4 @@ def _by_chunk(spec: PartitionSpec) -> PartitionSpec:
 
 def _apart(a: jax.Array) -> PartitionSpec:
     """The layout of `_picked` parts of an array [M, B, T]."""
-    _, batch, tokens = spec_of(a).partitions
-    return PartitionSpec("dp", "pp", in_group(batch), tokens)
+    return PartitionSpec("dp", "pp", None, spec_of(a).partitions[2])

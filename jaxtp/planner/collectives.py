@@ -55,6 +55,10 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
     else:
         say.reduce("tp", stream, times=2 * blocks)
         say.reduce(both, stream)  # the embedding
+    if config.experts:  # every token to all groups of ep, and the sums back; the MLP beside them has a sum of its own
+        say("all-gather", "ep", stream * split.ep, times=blocks)
+        say("reduce-scatter", "ep", stream * split.ep, times=blocks)
+        say.reduce("tp", stream, times=blocks * (config.experts.shared > 0))
     if config.qk_norm_across_heads:  # a sum of squares of q and one of k
         say.reduce("tp", 4 * step.tokens * 2, dtype="f32", times=blocks)
     if split.pp > 1:

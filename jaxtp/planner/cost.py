@@ -117,9 +117,9 @@ class Machine:
         """Of the router and the experts that are here."""
         config, split = self.config, self.split
         assert config.experts
-        D, mine, work = config.hidden_size, experts.share(config, split), experts.products(config, split, tokens)
-        flops = 6 * work.pairs * mine.width * D
-        moved = self.size * work.pairs * (2 * D + 3 * mine.width) + (1 if self.quantization else self.size) * work.read
+        D, work = config.hidden_size, experts.products(config, split, tokens)
+        flops = 6 * work.pairs * work.width * D
+        moved = self.size * work.pairs * (2 * D + 3 * work.width) + (1 if self.quantization else self.size) * work.read
         return self.product(tokens * split.ep, D, config.experts.count, head=True) + max(
             flops / self.flops, moved / self.bandwidth
         )

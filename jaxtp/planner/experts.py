@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
+from jaxtp.ops.experts import Products as Form
 from jaxtp.ops.experts import choose_products
 from jaxtp.planner.work import Split
 
@@ -42,10 +43,14 @@ def hit(config: ModelConfig, tokens: float) -> float:
 
 @dataclass(frozen=True)
 class Products:
-    """A layer's products with experts on each device. pairs: of tokens and experts, that are computed. read: weights."""
+    """A layer's products with experts on each device. pairs: of tokens and experts, that are computed. read: weights. width: of
+    an expert there.
+    """
 
+    form: Form
     pairs: float
     read: float
+    width: int
 
 
 def products(config: ModelConfig, split: Split, tokens: float) -> Products:
@@ -60,7 +65,7 @@ def products(config: ModelConfig, split: Split, tokens: float) -> Products:
     pairs = all_tokens * experts.per_token
     form = choose_products(platform="gpu", tokens=round(all_tokens), pairs=round(pairs), experts=experts.count)
     if form == "every":
-        return Products(all_tokens * mine.count, mine.count * each)
+        return Products(form, all_tokens * mine.count, mine.count * each, mine.width)
     if form == "chosen":  # pairs that are elsewhere look at one expert, all at the same
-        return Products(pairs, min(mine.count, part * pairs + (part < 1)) * each)
-    return Products(part * pairs, part * hit(config, all_tokens) * each)
+        return Products(form, pairs, min(mine.count, part * pairs + (part < 1)) * each, mine.width)
+    return Products(form, part * pairs, part * hit(config, all_tokens) * each, mine.width)

@@ -170,28 +170,30 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     seen = step.prompt_tokens * step.reach * size
     gathered = 2 * step.chunks * step.reach * row
     mixed = 2 * step.tokens * heads * config.head_dim * size
-    mlp = 3 * step.tokens * mlp_width(config) // tp * size + mixed_experts(config, split, step.tokens, size)
+    mlp = max(3 * step.tokens * mlp_width(config) // tp * size, mixed_experts(config, split, step.tokens, size))
     return stream + seen + max(logits, gathered + mixed + scores + copied, mlp)
 
 
 def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
-    """What a layer's experts need at once: the tokens of all of ep; of the pairs here both ends, gate, up and their product."""
+    """What a layer's experts need at once, for the pairs that may be here: gate, up and their product, or one end beside it."""
     if not config.experts:
         return 0.0
-    everywhere, mine = tokens * split.ep, experts.share(config, split)
-    pairs = everywhere * min(config.experts.per_token, mine.count)
-    return size * (everywhere * config.hidden_size + pairs * (2 * config.hidden_size + 3 * mine.width))
+    mine, D = experts.share(config, split), config.hidden_size
+    pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
+    return size * pairs * max(2 * D, D + 2 * mine.width, 3 * mine.width)
 
 
 def products(config: ModelConfig, split: Split, tokens: float) -> float:
-    """Weights that the tokens of each group meet in a layer's products on each device: half the operations."""
+    """Weights that the tokens of each group meet in a layer's products on each device: half the operations. Experts' are left
+    out where kernels or loops compute them, whose operations no compiler counts.
+    """
     held = params(config, split)
     own = sum(held.kernels) - held.experts
     if not config.experts:
         return own * tokens
     router = config.experts.count * config.hidden_size * tokens * split.ep
-    mine = experts.share(config, split)
-    return own * tokens + router + experts.products(config, split, tokens).pairs * 3 * mine.width * config.hidden_size
+    work = experts.products(config, split, tokens)
+    return own * tokens + router + (work.pairs * 3 * work.width * config.hidden_size if work.form == "every" else 0.0)
 
 
 def kept(held: Params, split: Split) -> float:

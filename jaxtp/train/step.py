@@ -99,6 +99,10 @@ class Trainer:
         check_zero(config, zero=self.zero, dp=layout.parts("batch"), pp=layout.mesh.shape["pp"])
         if config.experts and self.routers.balance is None:
             object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
+        if self.pipeline and "ep" in layout.data:
+            raise ValueError(
+                "a pipeline trains with ep=1: its stages hold the experts over tp, whole ones by default; without pp ep is free"
+            )
         if self.pipeline and 0 < sum(config.sparse) < config.num_layers:
             raise ValueError("a pipeline trains layers that have experts or layers that have none, not both; use dp, ep and tp")
         if config.experts and self.pipeline and self.routers.over != "sequence":
@@ -335,7 +339,7 @@ class Trainer:
             Llama(
                 stacked.config,
                 mesh=layout.mesh,
-                rules=layout.rules.using(batch="ep" if "ep" in layout.data else None, routed=None),  # dp is mapped over
+                rules=layout.rules.using(batch=None, routed=None),  # dp is mapped over: no dim lies on it
                 dtype=layout.dtype.name,
                 kernel=kernel,
                 region=mapped,
@@ -392,7 +396,7 @@ class Trainer:
 
     def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself; over ep each microbatch sums
+        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself
             over = set()
         else:  # where experts see tokens, those of all of ep are there
             over = {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}

@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.config import ModelConfig
-from jaxtp.model.stacked import Stacked
 from jaxtp.weights import describe
 
 CASES = {
@@ -171,8 +170,6 @@ def test_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match='a mixture of experts takes "auto"'):
         Llama.from_pretrained(tmp_path, tp_plan={"lm_head": "colwise"}, progress=False)
     config = Llama.from_pretrained(tmp_path, progress=False).config
-    with pytest.raises(ValueError, match="mixtral: mixtures of experts are not trained yet"):
-        Stacked(Llama(config, mesh=make_mesh()))
     with pytest.raises(ValueError, match="num_experts_per_tok=9 exceeds num_experts=8"):
         type(config).from_hf(tmp_path, overrides={"num_experts_per_tok": 9})
     with pytest.raises(ValueError, match="num_local_experts=8 and num_experts=4: which"):
@@ -191,7 +188,7 @@ def test_missing_experts_are_named(tmp_path):
         Llama.from_pretrained(tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_defaults_are_those_of_transformers(family):
     theirs = transformers.AutoConfig.for_model(family)
     config = ModelConfig.from_hf(theirs.to_dict())
