@@ -47,7 +47,9 @@ class Moe(nnx.Module):
         counted = None if step.counted is None else layout.place(step.counted, "routed", "tokens")
         shares = {axis for axis in self._over if mesh.shape[axis] > 1}
         routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
-        everywhere = reshard(x, P(*routed.partitions, reduced=shares), mesh)
+        # in two steps, so that gradients go back as results do: scattered over ep, then summed over tp
+        here = reshard(x, P(residual.partitions[0], *routed.partitions[1:], reduced=shares - {"ep"}), mesh)
+        everywhere = reshard(here, P(*routed.partitions, reduced=shares), mesh)
         seen = x if spec_of(x).partitions == routed.partitions else whole(everywhere)
         with jax.named_scope("router"):
             scores = layout.sharding("routed", "tokens", "routes")

@@ -111,6 +111,15 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         squares = 4 * rows * seq_len * 2
         say.reduce("tp", squares, dtype="f32", times=turns * layers * (1 + (split.remat == "full")))
         say.reduce("tp", 2 * squares, dtype="f32", times=turns * layers)
+    if config.experts:
+        # every token to all groups of ep, again to go backward unless that was kept, and gradients the same ways; with them the
+        # gradients of what weighs the experts of a token
+        everywhere, kept, k = stream * split.ep, split.remat == "none", config.experts.per_token
+        say("all-gather", "ep", everywhere, times=turns * layers * (2 if kept else 3))
+        say("reduce-scatter", "ep", everywhere, times=turns * layers * 2)
+        say.reduce(("ep", "tp"), 4 * rows * seq_len * split.ep * k, dtype="f32", times=turns * layers)
+        if config.experts.shared:
+            say.reduce("tp", stream, times=turns * layers * 2)
     if split.pp > 1:
         say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
         say("collective-permute", "pp", part, times=2 * turns - spare)
@@ -124,28 +133,40 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
 
 
 def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
-    """Gradients, and weights that are kept in shares."""
-    held, M = memory.params(config, split), split.microbatches
+    """Gradients, and weights that are kept in shares: over dp and ep, those of experts over dp."""
+    held, M, both = memory.params(config, split), split.microbatches, ("dp", "ep")
+    own = held.experts + held.router
     if split.zero == 0:
-        say.reduce("dp", 4 * held.total, dtype="f32")
+        say.reduce(both, 4 * (held.total - own * held.blocks), dtype="f32")
+        say.reduce("dp", 4 * own * held.blocks, dtype="f32")
         return
     if held.whole:
-        say.reduce("dp", 4 * (held.whole + 3), dtype="f32")  # with the loss's three numbers
-    shared = held.block - held.unshared
-    vectors = shared - sum(held.kernels)
+        say.reduce(both, 4 * (held.whole + 3), dtype="f32")  # with the loss's three numbers
+    shared = held.block - held.unshared - own
+    kernels, routed = held.kernels[: -2 if config.experts else None], held.kernels[-2:] if config.experts else ()
+    vectors = shared - sum(kernels)
     if split.zero == 3:
         layers = config.num_layers * M
-        for weights in (*held.kernels, vectors):
-            say("all-gather", "dp", size * weights, times=layers if split.remat == "none" else 2 * layers)
-        say("reduce-scatter", "dp", size * shared, times=layers)
+        gathers = layers if split.remat == "none" else 2 * layers
+        for weights in (*kernels, vectors, held.router):
+            say("all-gather", both, size * weights, times=gathers)
+        for weights in routed:
+            say("all-gather", "dp", size * weights, times=gathers)
+        say("reduce-scatter", both, size * shared, times=layers)
+        say("reduce-scatter", "dp", size * held.experts, times=layers)
+        say.reduce("dp", size * held.router, times=layers)
         for table in (held.embed, held.head, held.norm):
-            say("all-gather", "dp", size * table, times=M)
-            say("reduce-scatter", "dp", size * table, times=M)
+            say("all-gather", both, size * table, times=M)
+            say("reduce-scatter", both, size * table, times=M)
     else:
-        stacks = (held.blocks * weights for weights in held.kernels)
-        for weights in (*stacks, held.blocks * vectors + held.norm, held.embed, held.head):
-            say("all-gather", "dp", size * weights)
-            say("reduce-scatter", "dp", 4 * weights, dtype="f32", times=M if split.zero == 2 else 1)
+        stacks = (held.blocks * weights for weights in kernels)
+        for axes, each in ((both, (*stacks, held.blocks * vectors + held.norm, held.embed, held.head)), ("dp", routed)):
+            for weights in each:
+                whole = weights * (held.blocks if axes == "dp" else 1)
+                say("all-gather", axes, size * whole)
+                say("reduce-scatter", axes, 4 * whole, dtype="f32", times=M if split.zero == 2 else 1)
+        say("all-gather", both, size * held.router * held.blocks)
+        say.reduce("dp", 4 * held.router * held.blocks, dtype="f32")
 
 
 class _Say:

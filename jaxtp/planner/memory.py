@@ -18,8 +18,8 @@ from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_
 class Params:
     """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
     unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels: of each of a block's products, those of
-    experts last (the router stands among the vectors). channels: those products' output channels. experts: of a block's kernels
-    those that ep cuts, so that ZeRO has dp alone for them.
+    experts last. channels: those products' output channels. experts: of a block's kernels those that ep cuts, so that ZeRO has
+    dp alone for them. router: of a block's.
     """
 
     block: int
@@ -31,6 +31,7 @@ class Params:
     kernels: tuple[int, ...]
     channels: int
     experts: int = 0
+    router: int = 0
 
     @property
     def stacked(self) -> int:
@@ -63,19 +64,20 @@ def params(config: ModelConfig, split: Split) -> Params:
     kernels: tuple[int, ...] = (rows * D, D * queries)
     if mlp:
         kernels, channels = (*kernels, 2 * mlp * D, mlp * D), channels + 2 * mlp + D
-    block, own = config.block_norms * D, 0
+    block, own, router = config.block_norms * D, 0, 0
     if config.experts:
         mine = experts.share(config, split)
         kernels, own = (*kernels, *mine.kernels(D)), sum(mine.kernels(D))
         channels += mine.count * (2 * mine.width + D)
-        block += D * (config.experts.count + (config.experts.shared > 0))  # the router, and the shared MLP's gate
+        router = D * config.experts.count
+        block += router + D * (config.experts.shared > 0)  # and the shared MLP's gate
     block += sum(kernels)
     unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm_params
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
     head = 0 if config.tie_word_embeddings else table
-    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels, experts=own)
+    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels, own, router)
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -243,6 +245,12 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
         gradients = max(gradients, 4 * everything + size * last - weights - activations - logits)
     # at the head the blocks have no gradients yet, but its own are float32, and a third array of logits is there
     later = max(later, logits / 2 + 4 * held.tables - gradients)
+    if (
+        config.experts
+    ):  # the last layer's going backward, when there are gradients of nothing but the tables: as XLA lays them out
+        mine, D = experts.share(config, split), config.hidden_size
+        pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
+        later = max(later, size * pairs * max(6 * D, D + 10 * mine.width) - gradients - logits)
     return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits + later)
 
 

@@ -249,6 +249,8 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     if isinstance(task, Training):
         if split.pp > 1:
             split.pipeline()
+            if split.ep > 1:
+                raise ValueError(f"{split.told()}: a pipeline trains with ep=1, its stages hold the experts over tp")
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
     if per_node and per_node % split.tp and split.size > per_node:
         raise ValueError(across_nodes(split.tp, per_node))
