@@ -36,16 +36,16 @@ def _of(devices: int, gpu: hardware.GPU) -> Cluster:
 
 
 def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
-    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows, or
-    it is a mixture of experts.
+    """How the planner sees a model on the devices that it is on; None where these are no GPUs that it knows, or some of its
+    layers have experts and others none.
 
     split: what the mesh does not say; of training.
     """
     mesh = model.layout.mesh
     gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
-    if gpu is None or model.config.experts:
+    if gpu is None or 0 < sum(model.config.sparse) < model.config.num_layers:
         return None
-    split = split or Split(dp=mesh.shape["dp"], pp=mesh.shape["pp"], tp=mesh.shape["tp"])
+    split = split or Split(**mesh.shape, expert_layout="width" if model.layout.rules.axis("expert_mlp") else "whole")
     return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization)
 
 

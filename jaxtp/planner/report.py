@@ -194,8 +194,9 @@ def _notes(plan: Plan) -> list[str]:
     if slowest not in ("", "NVLink", "measured"):
         notes.append(f"tp goes over {slowest}")
     if config.experts and isinstance(plan.task, Generation):
-        rows = split.rows(plan.task.batch) * split.ep
-        notes.append(f"a step's {rows} tokens go to {experts.hit(config, rows):.0f} of {config.experts.count} experts")
+        rows, count = split.rows(plan.task.batch) * split.ep, config.experts.count
+        if (met := experts.hit(config, rows)) < 0.95 * count:
+            notes.append(f"a step's {rows} tokens go to {met:.0f} of {count} experts")
     if split.tp > config.num_kv_heads:
         notes.append(f"each KV head stands {split.tp // config.num_kv_heads} times")
     stages = split.stages(config)

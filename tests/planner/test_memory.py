@@ -4,14 +4,17 @@ import dataclasses
 import itertools
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from jaxtp import LLM, Llama, describe, make_mesh
 from jaxtp.audit.targets import abstract_llama
 from jaxtp.buckets import PAGE
+from jaxtp.config import Experts
 from jaxtp.generate import memory as at_hand
-from jaxtp.planner import Generation, Split, memory, plan
+from jaxtp.planner import Generation, Split, experts, memory, plan
+from jaxtp.planner.report import why
 from jaxtp.planner.search import splits
 
 CONFIGS = {
@@ -23,6 +26,10 @@ CONFIGS = {
     "norms over all heads": tiny.config(model_type="olmo2", norm_position="post", qk_norm=True, qk_norm_across_heads=True),
     "few KV heads": tiny.config(num_kv_heads=2, num_layers=5),
 }
+EXPERTS = {
+    "mixtral": tiny.config(model_type="mixtral", experts=Experts(8, 2, 24, renormalize=True)),
+    "qwen2_moe": tiny.config(model_type="qwen2_moe", qkv_bias=True, experts=Experts(16, 3, 8, shared=32)),
+}
 MESHES = [{"tp": 1}, {"tp": 2}, {"tp": 8}, {"dp": 2, "tp": 4}, {"pp": 2, "tp": 2}, {"pp": 2}, {"dp": 2, "pp": 2, "tp": 2}]
 
 
@@ -32,9 +39,37 @@ def test_weights_and_cache(name, axes):
     model = abstract_llama(config, make_mesh(**axes), split, dtype="float32")
     assert 4 * memory.params(config, split).total == describe(model).device_bytes
     rows, slots = split.rows(8), 256
-    arrays = [a for pair in model.empty_cache(split.dp * rows * slots // PAGE, PAGE).layers for a in pair]
+    arrays = [a for pair in model.empty_cache(split.groups * rows * slots // PAGE, PAGE).layers for a in pair]
     held = sum(a.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(a.sharding.shard_shape(a.shape)))) for a in arrays)
     assert rows * slots * memory.slot(config, split, "float32") == held
+
+
+@pytest.mark.parametrize("layout", ["auto", "width"])
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 8}, {"ep": 4}, {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2}, {"pp": 2, "ep": 2}])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_weights_of_experts(name, axes, layout):
+    config, split = EXPERTS[name], Split(**axes, expert_layout=layout)
+    model = abstract_llama(config, make_mesh(**axes), split, dtype="float32")
+    assert 4 * memory.params(config, split).total == describe(model).device_bytes
+
+
+def test_how_many_experts_tokens_hit():
+    """One token its own; many all; in between what drawing at random comes to."""
+    config, rng = EXPERTS["qwen2_moe"], np.random.default_rng(0)
+    assert experts.hit(config, 1) == pytest.approx(3)
+    assert experts.hit(config, 1000) == pytest.approx(16)
+    drawn = [len({e for _ in range(5) for e in rng.permutation(16)[:3]}) for _ in range(4000)]
+    assert experts.hit(config, 5) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+def test_plans_of_experts_try_ep():
+    """And leave it out for a dense model; the weights that each GPU holds fall with ep as with tp."""
+    found = plan("mixtral-8x7b", "8xH200", prompt_len=512, output_len=64)
+    whole = [p for p in found.legal if p.split.ep * p.split.tp == 8]
+    assert {(p.split.ep, p.split.tp) for p in whole} == {(1, 8), (2, 4), (4, 2), (8, 1)}
+    assert "46.7 billion weights, of which a token meets 12.9" in str(found)
+    assert "a step's 1 tokens go to 2 of 8 experts" in why(found.best, found.best)
+    assert all(p.split.ep == 1 for p in plan("llama-3.1-8b", "8xH200"))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -79,7 +114,7 @@ def test_zero_and_remat_save_what_they_are_for():
 
 
 def test_every_split_of_eight_devices_is_tried():
-    found = list(splits(8, task=Generation()))
+    found = list(splits(8, CONFIGS["plain"], task=Generation()))
     assert len(found) == len({dataclasses.astuple(s) for s in found}) == 10
     assert all(s.size == 8 for s in found)
 

@@ -99,7 +99,7 @@ def test_an_even_pipeline_wastes_only_its_bubble():
 # -- what is printed as legal builds and runs, what is refused the library refuses for the same reason --------------------
 
 
-ALL = [*splits(8, task=Generation()), *splits(6, task=Generation())]
+ALL = [*splits(8, CONFIG, task=Generation()), *splits(6, CONFIG, task=Generation())]
 # these also generate: each axis, each pair and all three; the tokens of any mesh are compared in tests/generate
 GENERATES = ("tp=8", "pp=6", "dp=8", "dp=2 × tp=4", "pp=4 × tp=2", "dp=2 × pp=3", "dp=2 × pp=2 × tp=2")
 
@@ -126,7 +126,7 @@ def test_generation_agrees_with_llm(split, tmp_path_factory):
 
 
 TASK = Training(batch=8, seq_len=16, dtype="float32")
-SAMPLE = random.Random(0).sample([s for n in (8, 6) for s in splits(n, task=TASK)], 80)
+SAMPLE = random.Random(0).sample([s for n in (8, 6) for s in splits(n, CONFIG, task=TASK)], 80)
 REFUSED = [s for s in SAMPLE if problem(CONFIG, s, TASK)]
 LEGAL = [s for s in SAMPLE if not problem(CONFIG, s, TASK)]
 
