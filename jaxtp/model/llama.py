@@ -26,6 +26,7 @@ from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.initial import initial_weight
 from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
+from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
@@ -66,6 +67,15 @@ class Llama(nnx.Module):
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
         if expert_kernel not in (None, *get_args(Products)):
             raise ValueError(f"expert_kernel={expert_kernel!r} is none of {', '.join(get_args(Products))}")
+        if (
+            expert_kernel == "grouped"
+            and config.experts
+            and not grouped.fits(mesh, dtype, config.experts.width, config.hidden_size)
+        ):
+            raise ValueError(
+                "expert_kernel='grouped' needs Hopper GPUs (H100, H200), 16 bits, and widths that "
+                f"{grouped.COLUMNS} divides; leave it out, or take blocks"
+            )
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
         check_quantization(quantization, dtype)

@@ -218,9 +218,9 @@ class Trainer:
     def step_and_gradients(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics, Params]:
         """The same, and the gradient that was taken, before it was clipped: laid out as `rest`."""
         counted = batch.weights.sum()
-        grads, (loss, nats, load) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
+        grads, (loss, nats, told) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         state, norm, finite = self._applied(grads, state, loss)
-        return state, Metrics(loss, nats, norm, counted, finite, load), grads
+        return state, Metrics(loss, nats, norm, counted, finite, told), grads
 
     @jax.named_scope("optimizer")  # what a profile tells apart
     def _applied(self, grads: Params, state: State, loss: jax.Array) -> tuple[State, jax.Array, jax.Array]:

@@ -8,7 +8,9 @@ import pytest
 from jaxtp.ops import experts
 from jaxtp.ops.grouped import grouped
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="Pallas' interpreter of GPU kernels knows them since 0.12")
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="Pallas' interpreter of GPU kernels knows them since 0.12"
+)
 R, C, E = 128, 128, 3
 
 

@@ -167,6 +167,8 @@ def test_what_cannot_be(tmp_path):
         Llama.from_pretrained(tmp_path, expert_layout="halves", progress=False)
     with pytest.raises(ValueError, match="expert_kernel='fast' is none of reference, chosen, pairs, every, blocks"):
         Llama.from_pretrained(tmp_path, expert_kernel="fast", progress=False)
+    with pytest.raises(ValueError, match="expert_kernel='grouped' needs Hopper GPUs"):
+        Llama.from_pretrained(tmp_path, expert_kernel="grouped", progress=False)
     with pytest.raises(ValueError, match='a mixture of experts takes "auto"'):
         Llama.from_pretrained(tmp_path, tp_plan={"lm_head": "colwise"}, progress=False)
     config = Llama.from_pretrained(tmp_path, progress=False).config
