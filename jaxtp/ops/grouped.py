@@ -19,7 +19,7 @@ COLUMNS = 128  # of a tile: what O and I are multiples of
 _TILES: dict[str, Any] = {"block_n": COLUMNS, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 1}
 
 
-def fits(mesh: Mesh, dtype: jnp.dtype, *dims: int) -> bool:
+def fits(mesh: Mesh, dtype: str | jnp.dtype, *dims: int) -> bool:
     """Whether they run on the mesh's devices (compute capability 9: H100, H200, GH200), with kernels of such dims."""
     capability = getattr(mesh.devices.flat[0], "compute_capability", "")
     return capability.startswith("9.") and jnp.dtype(dtype).itemsize == 2 and not any(dim % COLUMNS for dim in dims)
