@@ -30,17 +30,18 @@ ATTENTION = {k: v for k, v in AUTO.items() if "self_attn" in k}
 MLP = {k: v for k, v in AUTO.items() if "mlp" in k}
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-0.6b", "qwen2.5-7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-0.6b", "qwen2.5-7b", "mixtral-8x7b"])
 def test_shardings_and_bytes_are_those_of_the_golden_file(name):
     """UPDATE_GOLDEN=1 writes the files anew."""
-    found = {}
-    for tp in (1, 2, 4, 8):
-        if tp not in preset(name).legal_tp():
+    found, config = {}, preset(name)
+    for tp, ep in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (2, 4)):
+        if tp not in config.legal_tp() or (ep > 1 and not config.experts):
             continue
-        llama = Llama(preset(name), mesh=make_mesh(tp=tp), dtype="bfloat16")
+        rules = Rules().expert_parallel(config, ep=ep, tp=tp)
+        llama = Llama(config, mesh=make_mesh(tp=tp, ep=ep), rules=rules, dtype="bfloat16")
         weights = [w for w in describe(llama).weights if ".0." in w.path or "layers" not in w.path]
         cache = llama.empty_cache(1, 4096).layers[0][0]
-        found[f"tp={tp}"] = {
+        found[f"tp={tp}" if ep == 1 else f"ep={ep} tp={tp}"] = {
             **{w.path: f"{dict(w.dims)} {w.spec} {w.device_bytes}" for w in weights},
             "all weights": describe(llama).device_bytes,
             "cache": f"{cache.shape} {cache.sharding.spec} {np.prod(cache.sharding.shard_shape(cache.shape)) * 2}",
