@@ -40,7 +40,7 @@ def test_shardings_and_bytes_are_those_of_the_golden_file(name):
         rules = Rules().expert_parallel(config, ep=ep, tp=tp)
         llama = Llama(config, mesh=make_mesh(tp=tp, ep=ep), rules=rules, dtype="bfloat16")
         weights = [w for w in describe(llama).weights if ".0." in w.path or "layers" not in w.path]
-        cache = llama.empty_cache(1, 4096).layers[0][0]
+        cache = llama.empty_cache(ep, 4096).layers[0][0]
         found[f"tp={tp}" if ep == 1 else f"ep={ep} tp={tp}"] = {
             **{w.path: f"{dict(w.dims)} {w.spec} {w.device_bytes}" for w in weights},
             "all weights": describe(llama).device_bytes,
