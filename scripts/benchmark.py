@@ -3,11 +3,13 @@
     python scripts/benchmark.py                                    # a 254M model on the CPU, the same random weights
     python scripts/benchmark.py --preset llama-3.1-8b --dtypes bfloat16 \\
         --cells decode-1 decode-8 decode-64 prefill-2048 prefill-8192     # on a GPU; random weights on either side
+    python scripts/benchmark.py --hidden 512 --layers 8 --heads 8 --kv-heads 4 --experts 32 --mlp 256 \
+        --cells prefill-512 decode-1 decode-8 decode-32                   # a mixture of experts, as Qwen3's
 
 Each cell is the best of `--repeats` runs of either side, in turns. Compilation is reported apart. transformers runs as its
-users run it: as it comes on a CPU; on a GPU with its static cache, which compiles its decode step. "of peak" sets the
-achieved bandwidth (decode: weights and cache read in a step) or arithmetic (prefill) against what a plain copy or a plain
-matrix product reaches on the same device in the same run.
+users run it: as it comes on a CPU; on a GPU with its static cache, which compiles its decode step; with experts by the fastest
+of its implementations, cell by cell. "of peak" sets the achieved bandwidth (decode: weights and cache read in a step) or
+arithmetic (prefill) against what a plain copy or a plain matrix product reaches on the same device in the same run.
 """
 
 from __future__ import annotations
@@ -60,6 +62,9 @@ class Args:
     heads: int = 16
     kv_heads: int = 8
     vocab: int = 32000
+    experts: int = 0
+    """In place of each layer's MLP, each as wide as `mlp`; 0: there are none."""
+    experts_per_tok: int = 4
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     cells: tuple[str, ...] = ("prefill-512", "decode-1", "decode-8", "decode-32", "decode-1-after-1024")
     repeats: int = 3
@@ -119,16 +124,20 @@ def shape(args: Args):
 
         found = {**jaxtp.preset(args.preset).to_hf(), "eos_token_id": None}
         return transformers.AutoConfig.for_model(**found)
-    return transformers.LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocab,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
+    sizes = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.mlp,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "vocab_size": args.vocab,
+        "max_position_embeddings": 4096,
+        "eos_token_id": None,
+    }
+    if not args.experts:
+        return transformers.LlamaConfig(**sizes)
+    routed = {"num_experts": args.experts, "num_experts_per_tok": args.experts_per_tok, "moe_intermediate_size": args.mlp}
+    return transformers.Qwen3MoeConfig(**sizes, **routed, norm_topk_prob=True, head_dim=args.hidden // args.heads)
 
 
 class Ours:
@@ -158,7 +167,7 @@ class Ours:
         """What a prefill must compute: two operations for each weight and token (the head for one), and causal attention."""
         config = self.llm.config
         table = config.vocab_size * config.hidden_size
-        layers = config.num_params - table * (1 if config.tie_word_embeddings else 2)
+        layers = config.num_active_params - table * (1 if config.tie_word_embeddings else 2)
         attention = 2 * config.num_layers * config.num_heads * config.head_dim * cell.prompt**2
         return cell.batch * (2 * layers * cell.prompt + attention + 2 * table)
 
@@ -177,9 +186,19 @@ class Theirs:
             with torch.device(self.device):
                 self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
         self.options = {"cache_implementation": "static"} if self.device == "cuda" else {}
+        self.forms = ("eager", "batched_mm", "grouped_mm") if getattr(config, "num_experts", 0) else ()
 
     def run(self, cell: Cell, prompts: np.ndarray) -> float:
-        """Seconds of the prefill, or of the decode after it: greedy search as it comes."""
+        """Seconds of the prefill, or of the decode after it: greedy search as it comes, by its fastest experts."""
+        if not self.forms:
+            return self._run(cell, prompts)
+        found = []
+        for form in self.forms:
+            self.model.set_experts_implementation(form)
+            found.append(self._run(cell, prompts))
+        return min(found)
+
+    def _run(self, cell: Cell, prompts: np.ndarray) -> float:
         import torch
 
         ids = torch.tensor(prompts, device=self.device)
