@@ -22,8 +22,7 @@ from jaxtp.files import read_object
 from jaxtp.log import logger
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # its experts' names
-KERNELS = (*TARGETS, *MIXTRAL.values())
+KERNELS = (*TARGETS, "w1", "w3", "w2")  # the last three: of Mixtral's experts
 FUSED = ("qkv_proj", "gate_up_proj")  # some families', merged at load; training knows none of them yet
 TABLES = ("embed_tokens", "lm_head")  # merged at load; training leaves them alone
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

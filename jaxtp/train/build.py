@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxtp.checkpoint.adapters import MIXTRAL
-from jaxtp.config import ModelConfig
+from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
@@ -15,7 +14,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
 from jaxtp.train.config import Parallel, TrainConfig
-from jaxtp.train.lora import Adapters
+from jaxtp.train.lora import Adapters, every_target
 from jaxtp.train.optim import transformation
 from jaxtp.train.step import Trainer
 
@@ -32,8 +31,8 @@ def rules_of(split: Parallel, config: ModelConfig) -> Rules:
 def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
     """The step of a run, on the mesh of `stacked`. Raises ValueError for what does not go together."""
     lora = config.lora.lora
-    if lora and config.lora.targets is None and stacked.config.model_type == "mixtral":
-        lora = replace(lora, targets=tuple(MIXTRAL.get(target, target) for target in lora.targets))
+    if lora and config.lora.targets is None and not FAMILIES[stacked.config.model_type].fused:
+        lora = replace(lora, targets=every_target(stacked))
     adapters = Adapters(stacked, lora) if lora else None
     pipeline, mesh, split = None, stacked.layout.mesh, config.parallel
     if mesh.shape["pp"] > 1:

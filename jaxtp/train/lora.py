@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtp.checkpoint.adapters import TABLES, Adapter, Lora, fits
+from jaxtp.checkpoint.adapters import KERNELS, TABLES, Adapter, Lora, fits
 from jaxtp.checkpoint.names import Part, parts
 from jaxtp.config import FAMILIES
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
@@ -270,6 +270,16 @@ class Adapters:
     @property
     def _layers(self) -> int:
         return self.stacked.config.num_layers
+
+
+def every_target(stacked: Stacked) -> tuple[str, ...]:
+    """All kernels of a model's layers, by the ends of their modules' names."""
+    found = set()
+    for path, spec in stacked.specs().items():
+        if path.startswith(BLOCK):
+            name = path.replace("*", str(stacked.layers(path)[0]))
+            found |= {_module(part).rpartition(".")[2] for part in parts(stacked.config, name, spec.shape[1:])}
+    return tuple(kind for kind in KERNELS if kind in found)
 
 
 def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, site: Site, lead: int) -> jax.Array:

@@ -11,12 +11,14 @@ import tiny
 from runs import SETTINGS, packed, rows, run
 from test_step import in_hf_form
 
-from jaxtp import Llama
+from jaxtp import Llama, make_mesh
 from jaxtp.config import Experts
+from jaxtp.model.stacked import Stacked
 from jaxtp.ops.router import Routing, route
 from jaxtp.train import Run
+from jaxtp.train.build import trainer_of
 from jaxtp.train.config import parse
-from jaxtp.train.lora import Lora
+from jaxtp.train.lora import Lora, every_target
 from jaxtp.train.routers import Routers, load
 
 MIXTRAL = {"model_type": "mixtral", "experts": Experts(8, 2, 24, renormalize=True, balance=0.05)}
@@ -49,15 +51,8 @@ def test_five_steps_of_adamw_are_those_of_torch(case, tmp_path):
     ours = run(config, model=Llama.from_pretrained(folder, progress=False), settings=settings, routers=routers)
     balance = config.experts.balance if routers.balance is None else routers.balance
     theirs = torch_loop.Loop(folder, settings, routers=(balance, routers.z_loss))
-    for seed in range(5):
-        batch = make(seed)
-        metrics, grads = ours.learn(batch)
-        loss, their_grads, their_params = theirs.step(batch)
-        assert abs(float(metrics.nats) - loss) < 1e-5
-        for found, expected in ((grads, their_grads), (ours.state.params, their_params)):
-            expected = apart(expected, config.model_type)
-            for name, tensor in in_hf_form(ours, found).items():
-                np.testing.assert_allclose(tensor, expected[name], atol=1e-5, rtol=0, err_msg=f"{name}, step {seed + 1}")
+    for step, found, expected in torch_loop.five_steps(ours, theirs, make):
+        torch_loop.same(in_hf_form(ours, found), apart(expected, config.model_type), step)
 
 
 def apart(params, family):
@@ -133,16 +128,18 @@ def test_five_steps_of_adapters_are_those_of_torch(tmp_path):
         return {f"{module}.lora_{m}": array for module, pair in found.items() for m, array in zip("AB", pair, strict=True)}
 
     theirs = torch_loop.Loop(folder, settings, lora=LORA, start=named(ours.state.params), routers=(0.1, 0.0))
-    for seed in range(5):
-        batch = padded(seed)
-        metrics, grads = ours.learn(batch)
-        loss, their_grads, their_params = theirs.step(batch)
-        assert abs(float(metrics.nats) - loss) < 1e-5
-        for found, expected in ((grads, their_grads), (ours.state.params, their_params)):
-            tensors = named(found)
-            assert tensors.keys() == expected.keys()
-            for name, tensor in tensors.items():
-                np.testing.assert_allclose(tensor, expected[name], atol=1e-5, rtol=0, err_msg=f"{name}, step {seed + 1}")
+    for step, found, expected in torch_loop.five_steps(ours, theirs, padded):
+        tensors = named(found)
+        assert tensors.keys() == expected.keys()
+        torch_loop.same(tensors, expected, step)
+
+
+def test_adapters_are_for_every_kernel_by_default():
+    """Under the names that the family has for them."""
+    stacked = Stacked(Llama(tiny.config(**MIXTRAL), mesh=make_mesh()))
+    assert every_target(stacked) == ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
+    config = parse({"folder": "run", "model": {"start": "base"}, "lora": {"rank": 2}})
+    assert {path.rsplit(".", 2)[1] for path in trainer_of(config, stacked).specs} == {*every_target(stacked)}
 
 
 ADAPTED = [

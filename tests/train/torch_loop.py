@@ -7,6 +7,23 @@ import torch
 import transformers
 
 
+def five_steps(ours, theirs, make):
+    """Of ours and a `Loop`, whose losses are compared: after each step (number, ours, theirs) of gradients and parameters."""
+    for seed in range(5):
+        batch = make(seed)
+        metrics, grads = ours.learn(batch)
+        loss, their_grads, their_params = theirs.step(batch)
+        assert abs(float(metrics.nats) - loss) < 1e-5
+        yield seed + 1, grads, their_grads
+        yield seed + 1, ours.state.params, their_params
+
+
+def same(tensors, expected, step):
+    """Each tensor is the expected one of its name."""
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(tensor, expected[name], atol=1e-5, rtol=0, err_msg=f"{name}, step {step}")
+
+
 class Loop:
     """transformers' model, AdamW without decay on norms and biases, clipping, the same schedule.
 
