@@ -13,7 +13,8 @@ from jaxtp.parallel.stages import Stages
 from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
-from jaxtp.train.step import State, Trainer
+from jaxtp.train.state import State
+from jaxtp.train.step import Trainer
 
 SETTINGS = Optimizer(learning_rate=1e-2, warmup_steps=3)
 

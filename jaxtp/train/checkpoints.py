@@ -20,7 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 from jaxtp.log import logger
 from jaxtp.model.stacked import Spec
 from jaxtp.sharding import size
-from jaxtp.train.step import State, Trainer, by_param
+from jaxtp.train.state import State, by_param
+from jaxtp.train.step import Trainer
 
 
 class Checkpoints:

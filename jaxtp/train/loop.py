@@ -35,7 +35,7 @@ from jaxtp.train.meter import Meter, Profile
 from jaxtp.train.optim import schedule
 from jaxtp.train.report import Report
 from jaxtp.train.routers import told
-from jaxtp.train.step import Metrics, State
+from jaxtp.train.state import Metrics, State
 from jaxtp.train.stopping import Best
 from jaxtp.train.tokenizer import train_tokenizer
 from jaxtp.train.validation import Spans, score

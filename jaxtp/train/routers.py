@@ -11,8 +11,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
+from jaxtp.config import ModelConfig
 from jaxtp.ops.router import Routing
+from jaxtp.parallel.stages import Stages
+from jaxtp.sharding import reshard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,18 @@ def load(routing: Routing, routers: Routers, *, parts: int = 1, share: float = 1
         z, entropy = ((a / n).mean() * share for a in (routing.z, routing.entropy))
         dropped = (routing.dropped / jnp.maximum(choices, 1.0)).mean() * share
     return Load(counts.sum(1), balance / parts, z / parts, entropy / parts, dropped / parts)
+
+
+def of_stages(told: Load, stages: Stages, config: ModelConfig, *, parts: int) -> Load:
+    """What a pipeline's stages told [P, v, ...], added up over so many parts of an update: layers in the model's order, and
+    means.
+    """
+    sparse = [kind.sparse for kind in stages.alike(config.kinds)]
+    held = [layer for i, layer in enumerate(stages.rows) if sparse[i % stages.slots]]
+    order = np.array([held.index(layer) for layer, there in enumerate(config.sparse) if there])
+    counts = reshard(told.counts, PartitionSpec(), jax.typeof(told.counts).sharding.mesh)
+    balance, z, entropy, dropped = (a.sum() / parts for a in (told.balance, told.z, told.entropy, told.dropped))
+    return Load(counts.reshape(-1, counts.shape[-1])[order], balance, z, entropy, dropped)
 
 
 def told(load: Load) -> dict[str, float]:

@@ -16,13 +16,12 @@ With a pipeline the microbatches go through `parallel.pipeline`, which leaves gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,39 +38,10 @@ from jaxtp.sharding import names, reshard
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
-from jaxtp.train.routers import Load, Routers, load
+from jaxtp.train.routers import Load, Routers, load, of_stages
+from jaxtp.train.state import Metrics, State, by_param
 
 _EXPERTS = {"experts", "routes"}  # dims of what sees tokens where experts do
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """What training changes.
-
-    params: what is trained, all weights or LoRA's adapters, in float32, laid out as the ZeRO stage says. opt: optax's state,
-    laid out likewise. step [] int32: updates tried. skipped [] int32: those that a non-finite loss or gradient left out.
-    """
-
-    params: Params
-    opt: Any
-    step: jax.Array
-    skipped: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Metrics:
-    """Of one step, [] float32. loss: with the z-loss and what routers cost. nats: cross-entropy alone, per counted token. norm:
-    of the gradient. load: of experts, where there are some.
-    """
-
-    loss: jax.Array
-    nats: jax.Array
-    norm: jax.Array
-    tokens: jax.Array
-    finite: jax.Array
-    load: Load | None = None
 
 
 @dataclass(frozen=True)
@@ -288,7 +258,9 @@ class Trainer:
             tables, stacks, (total, nats), told = self.pipeline.gradients(
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
-            told = None if told is None else self._of_stages(told[1], batch.tokens.shape[0])
+            if told is not None:
+                parts = batch.tokens.shape[0] * self.stacked.layout.mesh.shape["dp"]
+                told = of_stages(told[1], self.pipeline.stages, self.stacked.config, parts=parts)
             total = total if told is None else total + told.cost(self.routers)
             return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats, told)
 
@@ -373,18 +345,6 @@ class Trainer:
             needed=lambda batch: (batch.positions, batch.segment_ids),
         )
 
-    def _of_stages(self, told: Load, micros: int) -> Load:
-        """Of what stages told [P, v, ...], the layers in the model's order, and means."""
-        assert self.pipeline
-        stages, config, mesh = self.pipeline.stages, self.stacked.config, self.stacked.layout.mesh
-        sparse = [kind.sparse for kind in stages.alike(config.kinds)]
-        held = [layer for i, layer in enumerate(stages.rows) if sparse[i % stages.slots]]
-        counts = reshard(told.counts, PartitionSpec(), mesh).reshape(-1, told.counts.shape[-1])
-        order = np.array([held.index(layer) for layer, there in enumerate(config.sparse) if there])
-        each = micros * mesh.shape["dp"]
-        balance, z, entropy, dropped = (a.sum() / each for a in (told.balance, told.z, told.entropy, told.dropped))
-        return Load(counts[order], balance, z, entropy, dropped)
-
     def _ready(self, params: Params) -> Params:
         """Weights to compute with: in the model's dtype, whole over the data's axes, their gradients left unsummed."""
         return {path: self._use(w, self._used[path].spec, path) for path, w in params.items()}
@@ -430,13 +390,3 @@ def _split(params: Params) -> tuple[Params, Params]:
     """(tables, stacks)."""
     stacks = {path: w for path, w in params.items() if path.startswith(BLOCK)}
     return {path: w for path, w in params.items() if path not in stacks}, stacks
-
-
-def by_param(function: Callable[[str | None, Any], Any], tree: Any, params: Params) -> Any:
-    """function(path, leaf) over a tree such as an optimiser's state; path: of the parameter that the leaf belongs to."""
-
-    def one(keys: Any, leaf: Any) -> Any:
-        path = next((k.key for k in keys if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
-        return function(path, leaf)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
