@@ -53,6 +53,8 @@ DEFAULT: Axes = (
 )
 # How a layer's experts are cut over tp: whole experts, or each one's width; auto: whole where their number allows it.
 ExpertLayout = Literal["auto", "whole", "width"]
+# How tokens come to experts on ep: all to all of its devices, or each to those that it chose (`parallel.experts`).
+ExpertDispatch = Literal["gather", "ragged"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,17 @@ class Rules:
         """Layers in stages over pp, and a vocabulary that pp and tp hold together."""
         return self.using(layers="pp", vocab=("pp", "tp"), logits=("pp", "tp"))
 
-    def expert_parallel(self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto") -> Rules:
+    def expert_parallel(
+        self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto", dispatch: ExpertDispatch = "gather"
+    ) -> Rules:
         """Experts over ep, which shards the batch as well, and over tp as `layout` says. Raises ValueError where ep is of no
-        use, or they cannot be cut so.
+        use, or they cannot be cut so, or `dispatch` has no ep.
         """
         experts = config.experts
+        if dispatch not in get_args(ExpertDispatch):
+            raise ValueError(f"expert_dispatch={dispatch!r} is none of {', '.join(get_args(ExpertDispatch))}")
+        if dispatch == "ragged" and ep == 1:
+            raise ValueError("expert_dispatch='ragged' sends tokens along ep, which is 1 here; leave it out, or set ep")
         if experts is None:
             if ep > 1:
                 raise ValueError(f"ep={ep} is for experts, of which this {config.model_type} has none; use dp or tp")
@@ -104,6 +112,7 @@ class Rules:
                 f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes"
             )
         rules = self.using(batch=("dp", "ep")) if ep > 1 else self
+        rules = rules.using(routed=("dp", "ep")) if dispatch == "ragged" else rules
         return rules.using(experts=("ep", "tp"), expert_mlp=None) if chosen == "whole" else rules
 
     def axis(self, dim: str, path: str = "") -> Axis:

@@ -8,6 +8,7 @@ import tiny
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
+from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
 from jaxtp.train.lora import Adapters, Lora
@@ -58,22 +59,25 @@ def run(
     chunks: int = 1,
     layers_per_stage: tuple[int, ...] | None = None,
     expert_layout: str = "auto",
+    expert_dispatch: str = "gather",
     **trainer,
 ) -> Run:
     """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
     config = config or tiny.config()
     over = make_mesh(**(mesh or {}))
     rules = Rules().sequence_parallel() if sequence_parallel else Rules()
-    rules = rules.expert_parallel(config, ep=over.shape["ep"], tp=over.shape["tp"], layout=expert_layout)
+    rules = rules.expert_parallel(
+        config, ep=over.shape["ep"], tp=over.shape["tp"], layout=expert_layout, dispatch=expert_dispatch
+    )
     pipeline, pp = None, over.shape["pp"]
     if pp > 1:
         rules = rules.pipeline_parallel()
         pipeline = Pipeline(over, Stages.split(config.num_layers, ranks=pp, chunks=chunks, sizes=layers_per_stage), schedule)
-    stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype))
+    stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype, dispatch=exchange))
     adapters = Adapters(stacked, lora) if lora else None
     optimizer = transformation(settings, steps, (adapters or stacked).specs())
     made = Trainer(stacked, optimizer, adapters, pipeline, clip_norm=settings.clip_norm, **trainer)
-    params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, seed=1))
+    params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, dispatch=exchange, seed=1))
     if not adapters:
         return Run(made, made.begin(params))
     return Run(made, made.begin(adapters.begin(seed=2)), made.freeze(params))

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
 FUSIONS = ("fusion", "fusion-start")
 
 # bits of an element

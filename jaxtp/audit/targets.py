@@ -29,6 +29,7 @@ from jaxtp.ops.pages import Read
 from jaxtp.ops.quantized import Quantization
 from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, staged
+from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.planner import Split, hardware
 from jaxtp.train.loss import Batch
@@ -159,7 +160,7 @@ def abstract_llama(
     """A model without weights, laid out as `split` says, to generate with."""
     rules = split.rules(config)
     layout = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
-    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, **layout)
+    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, dispatch=exchange, **layout)
     for path, weight in variables(model):
         weight.set_value(model.kept(path, weight.get_value()))
     return model
@@ -167,7 +168,7 @@ def abstract_llama(
 
 def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Trainer:
     """AdamW on a model without weights, laid out as `split` says."""
-    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules(config), dtype=dtype))
+    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules(config), dtype=dtype, dispatch=exchange))
     pipeline = Pipeline(mesh, split.stages(config), split.schedule) if split.pp > 1 else None
     optimizer = transformation(Optimizer(), 100, stacked.specs())
     routers = Routers(over="sequence" if pipeline else "batch")

@@ -86,6 +86,8 @@ class Engine:
     """Attention kernel; default chosen by device and shapes."""
     expert_layout: Literal["auto", "whole", "width"] = "auto"
     """How experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
+    expert_dispatch: Literal["gather", "ragged"] = "gather"
+    """How tokens come to experts on ep: all to all of its devices, or each to those that it chose."""
     expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks", "grouped"] | None = None
     """How experts multiply; default chosen by device and shapes."""
     tp_across_nodes: Flag = False

@@ -36,7 +36,7 @@ from jaxtp.ops.experts import Products
 from jaxtp.ops.quantized import Quantization
 from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
-from jaxtp.sharding import ExpertLayout
+from jaxtp.sharding import ExpertDispatch, ExpertLayout
 from jaxtp.text import Tokenizer
 
 
@@ -58,9 +58,10 @@ class LLM:
     max_num_seqs: rows that run together. max_num_batched_tokens: tokens of one step (default: as many as it can have before it
     takes longer). enable_prefix_caching: prompts that begin alike share what was computed. scheduling_policy: "fcfs" or
     "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, expert_layout, kernel,
-    expert_kernel: see `Llama.from_pretrained`. seed: of requests that have none. Over several processes
-    (`distributed.processes`) each of them makes the same calls; tp stays within a process unless tp_across_nodes. Raises
-    FileNotFoundError or ValueError, before any device work where it can be known then.
+    expert_kernel: see `Llama.from_pretrained`. expert_dispatch: how tokens come to experts on ep, "gather" (all to all of its
+    devices) or "ragged" (each to those that it chose: fewer bytes, the same tokens). seed: of requests that have none. Over
+    several processes (`distributed.processes`) each of them makes the same calls; tp stays within a process unless
+    tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class LLM:
         tp_plan: str | Mapping[str, str] = "auto",
         sequence_parallel: bool = False,
         expert_layout: ExpertLayout = "auto",
+        expert_dispatch: ExpertDispatch = "gather",
         kernel: Kernel | None = None,
         expert_kernel: Products | None = None,
         tp_across_nodes: bool = False,
@@ -159,6 +161,7 @@ class LLM:
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,
                 expert_layout=expert_layout,
+                expert_dispatch=expert_dispatch,
                 kernel=kernel,
                 expert_kernel=expert_kernel,
                 across=tp_across_nodes,

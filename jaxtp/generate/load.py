@@ -17,10 +17,11 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import Products
 from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
 from jaxtp.presets import PRESETS, preset
-from jaxtp.sharding import ExpertLayout, check_layout
+from jaxtp.sharding import ExpertDispatch, ExpertLayout, check_layout
 from jaxtp.text import Tokenizer
 from jaxtp.tp_plan import rules_from_plan
 
@@ -37,6 +38,7 @@ def load_model(
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
     expert_layout: ExpertLayout,
+    expert_dispatch: ExpertDispatch,
     kernel: Kernel | None,
     expert_kernel: Products | None,
     across: bool,
@@ -65,12 +67,19 @@ def load_model(
     dtype = config.dtype_of(dtype)
     check_quantization(quantization, dtype)
     split = planned(config, dtype)
-    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=expert_layout)
+    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=expert_layout, dispatch=expert_dispatch)
     check_layout(config, split.tp, rules)
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
     mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
-    layout |= {"mesh": mesh, "dtype": dtype, "kernel": kernel, "expert_kernel": expert_kernel, "quantization": quantization}
+    layout |= {
+        "dispatch": exchange,
+        "mesh": mesh,
+        "dtype": dtype,
+        "kernel": kernel,
+        "expert_kernel": expert_kernel,
+        "quantization": quantization,
+    }
     if load_format == "dummy":
         made = Llama.random(config, **layout)
         made.source = str(folder) if folder else None

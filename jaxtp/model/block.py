@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtp.config import ModelConfig
 from jaxtp.model.cache import LayerCache
 from jaxtp.model.layers import Attention, Mlp, Norm, Step, scaled
-from jaxtp.model.moe import Moe
+from jaxtp.model.moe import Dispatch, Moe
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import FEW_TOKENS, Products
 from jaxtp.ops.router import Routing
@@ -29,6 +29,7 @@ class Block(nnx.Module):
         layout: Layout,
         kernel: Kernel | None = None,
         expert_kernel: Products | None = None,
+        dispatch: Dispatch | None = None,
         region: Region = on_each_device,
     ) -> None:
         before, behind = config.norm_position != "post", config.norms_behind
@@ -39,7 +40,7 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(config, layout=layout.at("mlp_post_norm")) if behind else None
         self.sparse, self.residual_multiplier = config.sparse[index], config.residual_multiplier
         if self.sparse:
-            self.moe = Moe(config, layout=layout.at("moe"), region=region, expert_kernel=expert_kernel)
+            self.moe = Moe(config, layout=layout.at("moe"), region=region, expert_kernel=expert_kernel, dispatch=dispatch)
         else:
             self.mlp = Mlp(config, layout=layout.at("mlp"))
 

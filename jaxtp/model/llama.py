@@ -26,6 +26,7 @@ from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.initial import initial_weight
 from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
+from jaxtp.model.moe import Dispatch
 from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.experts import Products
@@ -56,13 +57,15 @@ class Llama(nnx.Module):
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
         expert_kernel: Products | None = None,
+        dispatch: Dispatch | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
     ) -> None:
-        """region: how attention and experts run on each device's own part. expert_kernel: how experts multiply, default what
-        `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp (None: none
-        there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where the config cannot
-        be laid out on the mesh by the rules.
+        """region: how attention and experts run on each device's own part. dispatch: what sends tokens along ep to the experts
+        that they chose, for rules that leave them there (`parallel.experts.exchange`). expert_kernel: how experts multiply,
+        default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
+        (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where the
+        config cannot be laid out on the mesh by the rules.
         """
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
         if expert_kernel not in (None, *get_args(Products)):
@@ -100,6 +103,7 @@ class Llama(nnx.Module):
                 layout=replace(layout.at(f"layers.{layer}"), stack=stack),
                 kernel=kernel,
                 expert_kernel=expert_kernel,
+                dispatch=dispatch,
                 region=region,
             )
             for layer, stack in _blocks(config, rules, stacks)
@@ -169,6 +173,7 @@ class Llama(nnx.Module):
         quantization: Quantization | None = None,
         kernel: Kernel | None = None,
         expert_kernel: Products | None = None,
+        dispatch: Dispatch | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
         seed: int = 0,
@@ -183,10 +188,11 @@ class Llama(nnx.Module):
             quantization=quantization,
             kernel=kernel,
             expert_kernel=expert_kernel,
+            dispatch=dispatch,
             region=region,
             stacks=stacks,
         )
-        plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype)
+        plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
             here = layers_of(path, weight)

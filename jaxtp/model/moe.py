@@ -4,10 +4,13 @@ B batch, T tokens, D embed, E experts, k of them a token, F width of an expert, 
 
 Every token is on every device that holds experts it may go to: they are there already where experts are cut over tp, and an
 all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which
-one reshard makes whole: an all-reduce, or a reduce-scatter. No token is dropped unless a capacity is asked for.
+one reshard makes whole: an all-reduce, or a reduce-scatter. Or rules leave the batch on ep (routed), and the model is handed
+what sends tokens to the ranks that they chose. No token is dropped unless a capacity is asked for.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +28,22 @@ from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.router import Routing, route, watched
 from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
 
+# (mix, rows [N, D], chosen [N, k], weights [N, k], experts=E, mesh) -> [N, D], in a region: `parallel.experts.exchange`
+Dispatch = Callable[..., jax.Array]
+
 
 class Moe(nnx.Module):
     """A router [E, D], experts' kernels [E, F, 2, D] and [E, D, F], and in some families an MLP that every token sees."""
 
-    def __init__(self, config: ModelConfig, *, layout: Layout, region: Region, expert_kernel: Products | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layout: Layout,
+        region: Region,
+        expert_kernel: Products | None,
+        dispatch: Dispatch | None = None,
+    ) -> None:
         experts, D = config.experts, config.hidden_size
         assert experts
         E, F = experts.count, experts.width
@@ -40,12 +54,15 @@ class Moe(nnx.Module):
             self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared)
             self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
         self.experts, self.layout, self.region, self.kernel = experts, layout, region, expert_kernel
+        sent = "ep" in names(layout.rules.axis("routed", layout.path))
+        assert dispatch or not sent, "rules that leave the batch on ep need a dispatch"
+        self.dispatch = dispatch if sent else None
 
     def __call__(self, x: jax.Array, step: Step) -> tuple[jax.Array, Routing]:
         """x [B, T, D] -> [B, T, D], both in the residual stream's layout, and what the router did."""
         layout, mesh = self.layout, self.layout.mesh
         counted = None if step.counted is None else layout.place(step.counted, "routed", "tokens")
-        shares = {axis for axis in self._over if mesh.shape[axis] > 1}
+        shares = {axis for axis in self._shares if mesh.shape[axis] > 1}
         routed, residual = layout.spec("routed", "tokens", None), layout.spec("batch", residual_dim(x.shape[1], layout), None)
         # in two steps, so that gradients go back as results do: scattered over ep, then summed over tp
         here = reshard(x, P(residual.partitions[0], *routed.partitions[1:], reduced=shares - {"ep"}), mesh)
@@ -72,17 +89,23 @@ class Moe(nnx.Module):
 
     def _mixed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D], of which every device has its own experts' share."""
-        axes, form = names(self.layout.rules.axis("experts", self.layout.path)), self.form
+        over = names(self.layout.rules.axis("experts", self.layout.path))
+        axes = tuple(axis for axis in over if axis in self._shares)
 
         def local(x, chosen, weights, gate_up, down):
-            if axes:
-                chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
-            tokens = x.shape[0] * x.shape[1]
-            rows, chosen, weights = (a.reshape(tokens, -1) for a in (x, chosen, weights))
-            return mix(rows, chosen, weights, gate_up, down, products=form(tokens)).reshape(x.shape)
+            def mine(rows: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+                if axes:
+                    chosen = chosen - jax.lax.axis_index(axes) * gate_up.shape[0]
+                return mix(rows, chosen, weights, gate_up, down, products=self.form(len(rows)))
+
+            rows, chosen, weights = (a.reshape(x.shape[0] * x.shape[1], -1) for a in (x, chosen, weights))
+            if self.dispatch is None:
+                return mine(rows, chosen, weights).reshape(x.shape)
+            sent = self.dispatch(mine, rows, chosen, weights, experts=self.experts.count, mesh=self.layout.mesh)
+            return sent.reshape(x.shape)
 
         args = x, chosen, weights, self.gate_up[...], self.down[...]
-        return self.region(local, args, lambda x, *_: x, over=self._over)
+        return self.region(local, args, lambda x, *_: x, over=self._shares)
 
     def form(self, tokens: int) -> Products:
         """How they multiply where so many tokens come to a device."""
@@ -98,7 +121,10 @@ class Moe(nnx.Module):
         )
 
     @property
-    def _over(self) -> tuple[str, ...]:
-        """The axes over which experts or their widths are cut."""
+    def _shares(self) -> tuple[str, ...]:
+        """The axes over which results are shares of a sum: those of experts and of their widths, but for one along which tokens
+        are sent there and back.
+        """
         rules, path = self.layout.rules, self.layout.path
-        return names(rules.axis("experts", path)) + names(rules.axis("expert_mlp", path))
+        over = names(rules.axis("experts", path)) + names(rules.axis("expert_mlp", path))
+        return tuple(axis for axis in over if self.dispatch is None or axis != "ep")

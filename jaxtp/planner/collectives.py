@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
-from jaxtp.planner import memory
+from jaxtp.ops.experts import FEW_TOKENS
+from jaxtp.planner import experts, memory
 from jaxtp.planner.work import SIZES, Split, Step
 
 
@@ -17,9 +18,9 @@ from jaxtp.planner.work import SIZES, Split, Step
 class Collective:
     """One collective.
 
-    kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute". axes: the mesh axes whose
-    devices it joins. bytes: of the whole array (an all-gather's result, a reduce-scatter's operand). devices: how many it
-    joins.
+    kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute". axes: the mesh
+    axes whose devices it joins. bytes: of the whole array (an all-gather's result, a reduce-scatter's operand; of a ragged one
+    so many that its traffic is what is sent on average). devices: how many it joins.
     """
 
     kind: str
@@ -56,8 +57,7 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
         say.reduce("tp", stream, times=2 * blocks)
         say.reduce(both, stream)  # the embedding
     if config.experts:  # every token to all groups of ep, and the sums back; the MLP beside them has a sum of its own
-        say("all-gather", "ep", stream * split.ep, times=blocks)
-        say("reduce-scatter", "ep", stream * split.ep, times=blocks)
+        say.to_experts(config, split, step.tokens, stream, there=blocks, back=blocks)
         say.reduce("tp", stream, times=blocks * (config.experts.shared > 0))
     if config.qk_norm_across_heads:  # a sum of squares of q and one of k
         say.reduce("tp", 4 * step.tokens * 2, dtype="f32", times=blocks)
@@ -114,10 +114,12 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     if config.experts:
         # every token to all groups of ep, again to go backward unless that was kept, and gradients the same ways; with them the
         # gradients of what weighs the experts of a token
-        everywhere, kept, k = stream * split.ep, split.remat == "none", config.experts.per_token
-        say("all-gather", "ep", everywhere, times=turns * layers * (2 if kept else 3))
-        say("reduce-scatter", "ep", everywhere, times=turns * layers * 2)
-        say.reduce(("ep", "tp"), 4 * rows * seq_len * split.ep * k, dtype="f32", times=turns * layers)
+        passes, kept, k = turns * layers, split.remat == "none", config.experts.per_token
+        say.to_experts(config, split, rows * seq_len, stream, there=passes * (2 if kept else 3), back=passes * 2)
+        if split.expert_dispatch == "gather":
+            say.reduce(("ep", "tp"), 4 * rows * seq_len * split.ep * k, dtype="f32", times=passes)
+        else:
+            say.reduce("tp", 4 * rows * seq_len * k, dtype="f32", times=passes)
         if config.experts.shared:
             say.reduce("tp", stream, times=turns * layers * 2)
     if split.pp > 1:
@@ -181,6 +183,15 @@ class _Say:
         if over and times and size:
             joined = 2 if kind == "collective-permute" else math.prod(self._axes[a] for a in over)
             self.program[Collective(kind, over, dtype or self._dtype, size, joined)] += times
+
+    def to_experts(self, config: ModelConfig, split: Split, tokens: float, stream: int, *, there: int, back: int) -> None:
+        """Of each group's tokens, of which a step of few is gathered however others come."""
+        if split.expert_dispatch == "gather" or tokens * split.ep <= FEW_TOKENS:
+            self("all-gather", "ep", stream * split.ep, times=there)
+            self("reduce-scatter", "ep", stream * split.ep, times=back)
+        else:
+            sent = stream * experts.travels(config, split.ep) * split.ep / (split.ep - 1)
+            self("ragged-all-to-all", "ep", round(sent), times=there + back)
 
     def reduce(self, axes: str | tuple[str, ...], size: int, **more: Any) -> None:
         self("all-reduce", axes, size, **more)

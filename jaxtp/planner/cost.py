@@ -242,7 +242,7 @@ def train(machine: Machine, task: Training) -> Time:
     busy = (once * layers + head) * M
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * memory.kept(held, split) / machine.bandwidth
-    over_dp = Program({c: times for c, times in sent.items() if {*c.axes} <= {"dp", "ep"} and c.kind != "all-to-all"})
+    over_dp = Program({c: times for c, times in sent.items() if {*c.axes} <= {"dp", "ep"} and "all-to-all" not in c.kind})
     hidden = machine.sent(over_dp) * BESIDE if split.zero == 3 else 0.0
     return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 

@@ -5,6 +5,7 @@ E experts, k of them a token, F width of one, D embed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
@@ -39,6 +40,16 @@ def hit(config: ModelConfig, tokens: float) -> float:
     experts = config.experts
     assert experts
     return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+
+
+def travels(config: ModelConfig, ep: int) -> float:
+    """To how many of the other ranks of ep a token has to go, where a router loads all experts alike: each has e = E/ep of
+    them, and a token has none of those in C(E - e, k) of C(E, k) cases.
+    """
+    experts = config.experts
+    assert experts
+    elsewhere = math.comb(experts.count - experts.count // ep, experts.per_token)
+    return (ep - 1) * (1 - elsewhere / math.comb(experts.count, experts.per_token))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtp.ops.pages import Read, choose_read
 from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import ExpertLayout, Rules, check_layout
+from jaxtp.sharding import ExpertDispatch, ExpertLayout, Rules, check_layout
 
 Remat = Literal["none", "full", "save-dots", "save-attention"]
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -96,9 +96,11 @@ def _known(dtype: str, among: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """How the work is spread: the axes of the mesh, and what else there is to choose. The last six are training's.
+    """How the work is spread: the axes of the mesh, and what else there is to choose. Of training alone: zero, microbatches,
+    schedule, chunks, remat.
 
     microbatches: of an update (and, in a pipeline, what goes through its stages). chunks: of layers on a pipeline's rank.
+    expert_dispatch: what "ragged" sends hangs on what tokens choose; plans count it as "gather", which is the most.
     """
 
     dp: int = 1
@@ -113,6 +115,7 @@ class Split:
     chunks: int = 1
     remat: Remat = "none"
     expert_layout: ExpertLayout = "auto"
+    expert_dispatch: ExpertDispatch = "gather"
 
     @property
     def axes(self) -> dict[str, int]:
@@ -133,7 +136,7 @@ class Split:
         """The layout of weights and activations. Raises ValueError where experts cannot be cut so."""
         rules = Rules().sequence_parallel() if self.sequence_parallel else Rules()
         rules = rules.pipeline_parallel() if self.pp > 1 else rules
-        return rules.expert_parallel(config, ep=self.ep, tp=self.tp, layout=self.expert_layout)
+        return rules.expert_parallel(config, ep=self.ep, tp=self.tp, layout=self.expert_layout, dispatch=self.expert_dispatch)
 
     def stages(self, config: ModelConfig) -> Stages:
         """Where layers stand."""

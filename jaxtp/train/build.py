@@ -10,6 +10,7 @@ from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import Rules, check_layout
@@ -23,7 +24,7 @@ def rules_of(split: Parallel, config: ModelConfig) -> Rules:
     """The layout of a run's weights and activations. Raises ValueError where this model cannot be laid out so."""
     rules = Rules().sequence_parallel() if split.sequence_parallel else Rules()
     rules = rules.pipeline_parallel() if split.pp > 1 else rules
-    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=split.expert_layout)
+    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=split.expert_layout, dispatch=split.expert_dispatch)
     check_layout(config, split.tp, rules)
     return rules
 
@@ -68,7 +69,7 @@ def weights_of(
     """
     stacked, pipeline = trainer.stacked, trainer.pipeline
     layout = staged(pipeline.stages, rules=stacked.layout.rules) if pipeline else {"rules": stacked.layout.rules}
-    place: dict[str, Any] = {"mesh": stacked.layout.mesh, "dtype": dtype, **layout}
+    place: dict[str, Any] = {"mesh": stacked.layout.mesh, "dtype": dtype, "dispatch": exchange, **layout}
     if start:
         return stacked.stack(Llama(stacked.config, **place).load(start, lora=lora, progress=progress))
     return stacked.stack(Llama.random(stacked.config, **place, seed=seed))

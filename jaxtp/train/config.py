@@ -20,7 +20,7 @@ from jaxtp.config import Experts, ModelConfig, Rope
 from jaxtp.files import local, read_yaml
 from jaxtp.parallel.schedules import Schedule
 from jaxtp.presets import preset
-from jaxtp.sharding import ExpertLayout
+from jaxtp.sharding import ExpertDispatch, ExpertLayout
 from jaxtp.train.corpus import Format
 from jaxtp.train.lora import Options
 from jaxtp.train.optim import Optimizer
@@ -133,6 +133,8 @@ class Parallel:
     tp: int = 1
     expert_layout: ExpertLayout = "auto"
     """How a layer's experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
+    expert_dispatch: ExpertDispatch = "gather"
+    """How tokens come to experts on ep: all to all of its groups, or each to those that it chose (ragged)."""
     zero: Literal[0, 1, 2, 3] = 1
     sequence_parallel: bool = False
     accumulate: int = 1

@@ -23,6 +23,7 @@ from jaxtp.log import logger, show
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.experts import exchange
 from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules
 from jaxtp.text import Tokenizer
@@ -139,7 +140,9 @@ class Run:
         self.model_config.check_length("data.sequence_length", self.config.data.sequence_length)
 
     def _model(self, rules: Rules, dtype: str) -> Llama:
-        return Llama(self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel)
+        return Llama(
+            self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel, dispatch=exchange
+        )
 
     def _batches(self, corpus: Corpus, name: str) -> Batches:
         data, parallel = self.config.data, self.config.parallel
@@ -179,6 +182,7 @@ class Run:
         its, axes = self.config.parallel, self.mesh.shape
         return Split(
             **axes, sequence_parallel=its.sequence_parallel, zero=its.zero, expert_layout=its.expert_layout,
+            expert_dispatch=its.expert_dispatch,
             microbatches=its.accumulate, schedule=its.schedule, chunks=its.chunks, remat=its.remat,
         )  # fmt: skip
 

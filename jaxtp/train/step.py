@@ -358,8 +358,9 @@ class Trainer:
         layout = self.stacked.layout
         if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself
             over = set()
-        else:  # where experts see tokens, those of all of ep are there
+        else:  # where experts see tokens, those of all of ep are there, or come there
             over = {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}
+            over -= {name for axis in spec for name in names(axis)}
         return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
     def _settle(self, grads: Params) -> Params:

@@ -11,7 +11,7 @@ import tiny
 from runs import SETTINGS, packed, rows, run
 from test_step import in_hf_form
 
-from jaxtp import Llama, make_mesh
+from jaxtp import Llama, make_mesh, parallel
 from jaxtp.config import Experts
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.router import Routing, route
@@ -77,6 +77,8 @@ MESHES = [
     ({"dp": 2, "ep": 2}, {"zero": 3, "remat": "save-dots"}),
     ({"dp": 2, "ep": 2, "tp": 2}, {"zero": 1, "expert_layout": "width"}),
     ({"dp": 2}, {"zero": 2}),
+    ({"ep": 4}, {"zero": 1, "expert_dispatch": "ragged"}),
+    ({"dp": 2, "ep": 2, "tp": 2}, {"zero": 3, "expert_dispatch": "ragged", "sequence_parallel": True}),
     ({"tp": 4}, {"zero": 0, "remat": "full"}),
     ({"dp": 2, "ep": 2}, {"zero": 0, "accumulate": 2}),
     ({"pp": 2}, {"zero": 1, "accumulate": 4}),
@@ -99,7 +101,8 @@ def curve(mesh, accumulate=1, **options):
 
 
 @pytest.mark.parametrize(("mesh", "options"), MESHES, ids=str)
-def test_the_same_curve_on_every_mesh(mesh, options):
+def test_the_same_curve_on_every_mesh(mesh, options, monkeypatch):
+    monkeypatch.setattr(parallel.experts, "FEW_TOKENS", 0)  # so that these are not few
     losses, found, params = curve(tuple(mesh.items()), **options)
     expected, alone, theirs = curve(())
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -223,6 +226,7 @@ def test_beyond_a_capacity_tokens_are_dropped_and_counted(capacity):
             "ep=3 does not divide the 8 experts; legal ep for this model: 1, 2, 4, 8",
         ),
         ({"parallel": {"ep": 2}, "model": {"shape": {"num_experts": 0}}}, "ep=2 is for experts, of which this llama has none"),
+        ({"parallel": {"expert_dispatch": "ragged"}}, "expert_dispatch='ragged' sends tokens along ep, which is 1 here"),
         ({"parallel": {"pp": 2, "ep": 2, "accumulate": 2}}, "a pipeline trains with ep=1: its stages hold the experts over tp"),
         ({"parallel": {"pp": 2, "accumulate": 2}}, "with pp use routers.over=sequence"),
         ({"parallel": {"dp": 2, "ep": 4}, "data": {"batch_size": 12}}, "dp·ep=8 does not divide the 12 rows of a microbatch"),

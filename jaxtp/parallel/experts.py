@@ -1,0 +1,103 @@
+"""Tokens to the ranks of ep whose experts they chose, and what these make of them back; a token goes to a rank once at most.
+
+Of a device: N tokens, k chosen experts of each; e ranks, which have as many experts each; S = N·min(k, e) rows, as many as can
+leave; R = N·e rows, as many as can come; D embed. The table [e, e] says how many rows go from a rank (first dim) to another.
+
+An all-gather shows every token to every rank. Here those travel that have business there, and the rest of R stays empty.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtp.mesh import platform
+from jaxtp.ops.experts import FEW_TOKENS
+from jaxtp.sharding import varying_as
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+NOBODY = -1  # in place of an expert
+
+
+def exchange(
+    mix: Mix, x: jax.Array, chosen: jax.Array, weights: jax.Array, *, experts: int, mesh: Mesh, axis: str = "ep"
+) -> jax.Array:
+    """x [N, D], chosen and weights [N, k] -> [N, D]: what the experts of all ranks make of this device's tokens. In a region.
+
+    mix(rows, chosen, weights) -> rows, on every rank with its own of all `experts`, counted from 0; what is not among them adds
+    nothing. By XLA's ragged all-to-all, which is for GPUs; elsewhere each rank looks at all that leave and takes what is its
+    own. Few tokens go to all ranks: for these a message is a matter of its latency.
+    """
+    (N, k), ranks = chosen.shape, jax.lax.axis_size(axis)
+    each = experts // ranks
+    if N * ranks <= FEW_TOKENS:
+        rows, chosen, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, weights))
+        return jax.lax.psum_scatter(mix(rows, chosen - each * jax.lax.axis_index(axis), weights), axis, tiled=True)
+    own = chosen - each * jnp.arange(ranks)[:, None, None]
+    own = jnp.where((own >= 0) & (own < each), own, NOBODY)  # [e, N, k], as each rank counts
+    goes = (own != NOBODY).any(axis=-1)
+    order = jnp.argsort(~goes.reshape(-1), stable=True)[: N * min(k, ranks)]  # those that leave first, rank by rank
+    place = jnp.where(goes, (jnp.cumsum(goes.reshape(-1)) - 1).reshape(goes.shape), NOBODY)
+    table = jax.lax.all_gather(goes.sum(axis=1, dtype=jnp.int32), axis)
+    come, left, ragged = N * ranks, len(order), platform(mesh) == "gpu"
+
+    # choices and weights travel together, as numbers; one more, so that what stays empty is nobody's
+    numbers = (own.reshape(-1, k)[order] - NOBODY).astype(weights.dtype)
+    told = jnp.concatenate([numbers, _leaving(weights, order, place)], axis=1)
+    rows, told = (_carried(a, table, come, left, True, axis, ragged) for a in (_leaving(x, order, place), told))
+    made = mix(rows, told[:, :k].astype(jnp.int32) + NOBODY, told[:, k:])
+    return _joined(_carried(made, table, left, come, False, axis, ragged), order, place)
+
+
+@jax.custom_vjp
+def _leaving(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """[N, ...] -> [S, ...]: the rows that leave. Backward a choice of rows, too: a gather's own would add them one by one."""
+    return x[order % len(x)]
+
+
+@jax.custom_vjp
+def _joined(rows: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """[S, ...] -> [N, ...]: the sum of each token's rows, in float32."""
+    each = jnp.where((place != NOBODY)[..., None], rows[jnp.maximum(place, 0)].astype(jnp.float32), 0.0)
+    return each.sum(axis=0).astype(rows.dtype)
+
+
+_leaving.defvjp(lambda *args: (_leaving(*args), args[1:]), lambda kept, grad: (_joined(grad, *kept), None, None))
+_joined.defvjp(lambda *args: (_joined(*args), args[1:]), lambda kept, grad: (_leaving(grad, *kept), None, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _carried(rows: jax.Array, table: jax.Array, size: int, left: int, forth: bool, axis: str, ragged: bool) -> jax.Array:
+    """`left` rows in the order of the ranks that they go to -> [size, ...], those that came in the order of where from, and 0.
+    forth: as the table says; else the same rows on their way back.
+    """
+    me = jax.lax.axis_index(axis)
+    leave, come = _before(table, 1), _before(table, 0)  # where rows from one rank to another begin with the one, and there
+    if not forth:
+        table, leave, come = table.T, come.T, leave.T
+    empty = varying_as(jnp.zeros((size, *rows.shape[1:]), rows.dtype), rows, table)
+    if ragged:
+        return jax.lax.ragged_all_to_all(rows, empty, leave[me], table[me], come[me], table[:, me], axis_name=axis)
+    out, at = empty, jnp.arange(size)
+    for rank, held in enumerate(jax.lax.all_gather(rows, axis)):
+        past = at - come[rank, me]
+        mine = ((past >= 0) & (past < table[rank, me])).reshape(-1, *[1] * (rows.ndim - 1))
+        out = jnp.where(mine, held[jnp.clip(leave[rank, me] + past, 0, left - 1)], out)
+    return out
+
+
+def _before(table: jax.Array, dim: int) -> jax.Array:
+    return jnp.cumsum(table, axis=dim) - table
+
+
+def _carried_backward(
+    size: int, left: int, forth: bool, axis: str, ragged: bool, table: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, None]:
+    return _carried(grad, table, left, size, not forth, axis, ragged), None
+
+
+_carried.defvjp(lambda rows, table, *static: (_carried(rows, table, *static), table), _carried_backward)
