@@ -53,12 +53,14 @@ REMAT: dict[str, Any] = {
 class Spec:
     """One stacked parameter: its shape, the names of its dims ("layers" first where it is a stack) and its layout.
 
-    kv: how many of its `fused` rows, the last, are keys and values, which stand several times where tp exceeds the KV heads.
+    layers: of a stack, the model's layers that it is of. kv: how many of its `fused` rows, the last, are keys and values, which
+    stand several times where tp exceeds the KV heads.
     """
 
     shape: tuple[int, ...]
     dims: tuple[str, ...]
     spec: PartitionSpec
+    layers: tuple[int, ...] = ()
     kv: int = 0
 
 
@@ -94,11 +96,12 @@ class Stacked:
             shape, spec = weight.get_value().shape, weight.get_value().sharding.spec
             dims = weight.get_metadata()["dims"]
             name, layer = generic(path)
+            layers: tuple[int, ...] = ()
             if layer is not None:
-                layers = found[name].shape[0] + 1 if name in found else 1
-                shape, dims = (layers, *shape), ("layers", *dims)
+                layers = tuple(self.layers(name))
+                shape, dims = (len(layers), *shape), ("layers", *dims)
                 spec = PartitionSpec(None, *spec)
-            found[name] = Spec(shape, dims, spec, kv=2 if "fused" in dims else 0)
+            found[name] = Spec(shape, dims, spec, layers, kv=2 if "fused" in dims else 0)
         return found
 
     def hidden(

@@ -8,13 +8,13 @@ knows nothing of this. `ticks` holds what is done at each tick, `orders` the sch
 The ranks hold the vocabulary together (over pp and tp), so that none computes a whole head: tokens enter and losses leave on
 all of them at once.
 
-P ranks, v chunks, n slots of a chunk, M microbatches, d groups of dp, L layers; B rows, T tokens.
+P ranks, v chunks, n slots of a chunk (of a stack, those with rows), M microbatches, d groups of dp, L layers; B rows, T tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,16 +45,25 @@ class Pipeline:
 
     # -- the stack -----------------------------------------------------------------------------------------------------
 
-    def arrange(self, stack: jax.Array) -> jax.Array:
+    def rows(self, layers: Sequence[int]) -> tuple[int | None, ...]:
+        """Of a stack of these layers (all, or those of some kinds, which stand in the same slots of every stage): its row in
+        each slot that has one, rank by rank, chunk by chunk; None where it is empty.
+        """
+        places, n = self.stages.places, self.stages.slots
+        mine, at = {places[layer] % n for layer in layers}, {layer: row for row, layer in enumerate(layers)}
+        return tuple(None if row is None else at[row] for i, row in enumerate(self.stages.rows) if i % n in mine)
+
+    def arrange(self, stack: jax.Array, layers: Sequence[int]) -> jax.Array:
         """[L, ...] in the model's order -> [P·v·n, ...] in the order of the stages; empty slots hold zeros."""
-        rows = self.stages.rows
+        rows = self.rows(layers)
         taken = stack[np.array([row or 0 for row in rows])]
         filled = np.array([row is not None for row in rows]).reshape(-1, *[1] * (stack.ndim - 1))
         return jnp.where(filled, taken, jnp.zeros((), stack.dtype))
 
-    def restore(self, stack: jax.Array) -> jax.Array:
+    def restore(self, stack: jax.Array, layers: Sequence[int]) -> jax.Array:
         """The other way round."""
-        return stack[np.array(self.stages.places)]
+        at = {row: slot for slot, row in enumerate(self.rows(layers))}
+        return stack[np.array([at[row] for row in range(len(layers))])]
 
     @property
     def in_order(self) -> bool:
@@ -67,17 +76,16 @@ class Pipeline:
         def held(spec: Spec) -> Spec:
             if spec.dims[0] != "layers":
                 return spec
-            return replace(
-                spec, shape=(len(self.stages.rows), *spec.shape[1:]), spec=PartitionSpec("pp", *spec.spec.partitions[1:])
-            )
+            shape = len(self.rows(spec.layers)), *spec.shape[1:]
+            return replace(spec, shape=shape, spec=PartitionSpec("pp", *spec.spec.partitions[1:]))
 
         return {path: held(spec) for path, spec in specs.items()}
 
     def _cut(self, stack: jax.Array) -> jax.Array:
         """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already."""
         rest = spec_of(stack).partitions[1:]
-        v, n = self.stages.chunks, self.stages.slots
-        return locally(lambda w: w.reshape(1, 1, v, n, *w.shape[1:]), stack, out=PartitionSpec("dp", "pp", None, None, *rest))
+        v, out = self.stages.chunks, PartitionSpec("dp", "pp", None, None, *rest)
+        return locally(lambda w: w.reshape(1, 1, v, -1, *w.shape[1:]), stack, out=out)
 
     def _uncut(self, grads: jax.Array) -> jax.Array:
         """[d, P, v, n, ...] -> [P·v·n, ...] over pp: each group's share of a sum that is still to be made."""

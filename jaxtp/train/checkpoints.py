@@ -142,10 +142,10 @@ class Checkpoints:
             moved = not ordered and _stacked(wanted if held else leaf, spec)
 
             def change(a: jax.Array) -> jax.Array:
-                a = pipeline.restore(a) if pipeline and moved and not held else a
+                a = pipeline.restore(a, spec.layers) if pipeline and moved and not held else a
                 shape = (a.shape[0], *wanted.shape[1:]) if moved else wanted.shape
                 a = a if a.shape == shape else (_widen if held else _narrow)(a, shape=shape, kv=spec.kv)
-                return pipeline.arrange(a) if pipeline and moved and held else a
+                return pipeline.arrange(a, spec.layers) if pipeline and moved and held else a
 
             if leaf.shape == wanted.shape and not moved:
                 return leaf

@@ -147,10 +147,9 @@ class Adapters:
             if site.rows:
                 kv = max(0, site.rows.stop - max(site.rows.start, outer[n + 1] - spec.kv))
                 outer[n + 1] = site.rows.stop - site.rows.start
-            found[f"{site.path}.a"] = Spec(
-                (*site.lead, r, inner), (*spec.dims[:n], "rank", spec.dims[-1]), PartitionSpec(*cut[:n], None, last)
-            )
-            found[f"{site.path}.b"] = Spec((*outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(*cut, None), kv)
+            dims, along = (*spec.dims[:n], "rank", spec.dims[-1]), PartitionSpec(*cut[:n], None, last)
+            found[f"{site.path}.a"] = Spec((*site.lead, r, inner), dims, along, spec.layers)
+            found[f"{site.path}.b"] = Spec((*outer, r), (*spec.dims[:-1], "rank"), PartitionSpec(*cut, None), spec.layers, kv)
         return found
 
     def begin(self, seed: int) -> Params:

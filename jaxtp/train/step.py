@@ -73,8 +73,8 @@ class Trainer:
             raise ValueError(
                 "a pipeline trains with ep=1: its stages hold the experts over tp, whole ones by default; without pp ep is free"
             )
-        if self.pipeline and 0 < sum(config.sparse) < config.num_layers:
-            raise ValueError("a pipeline trains layers that have experts or layers that have none, not both; use dp, ep and tp")
+        if self.pipeline:
+            self.pipeline.stages.alike(config.kinds)
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "
@@ -172,7 +172,7 @@ class Trainer:
         ready = weight.sharding.spec[:1] == ("pp",)  # type: ignore[attr-defined]
         if not self.pipeline or self.pipeline.in_order or ready or not path.startswith(BLOCK):
             return jax.device_put(weight.astype(dtype), sharding)
-        arrange = self.pipeline.arrange
+        arrange = functools.partial(self.pipeline.arrange, layers=self._used[path].layers)
         return jax.jit(lambda w: jax.sharding.auto_axes(arrange, out_sharding=sharding)(w.astype(dtype)))(weight)
 
     def jitted(self, *, options: bool = True) -> Any:
@@ -236,14 +236,17 @@ class Trainer:
         """Stacks in the model's order of layers, all of them on every rank, whatever the pipeline."""
         if not self.pipeline:
             return params
-        restore = (lambda w: w) if self.pipeline.in_order else self.pipeline.restore
+        pipeline = self.pipeline
 
-        def one(w: jax.Array) -> jax.Array:
+        def one(path: str, w: jax.Array) -> jax.Array:
+            def restore(w: jax.Array) -> jax.Array:
+                return w if pipeline.in_order else pipeline.restore(w, self._used[path].layers)
+
             partitions = w.sharding.spec.partitions  # type: ignore[attr-defined]
             lain = NamedSharding(self.stacked.layout.mesh, PartitionSpec(None, *partitions[1:]))
             return jax.jit(jax.sharding.auto_axes(restore, out_sharding=lain))(w)
 
-        return {path: one(w) if path.startswith(BLOCK) else w for path, w in params.items()}
+        return {path: one(path, w) if path.startswith(BLOCK) else w for path, w in params.items()}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,29 @@ def test_the_same_curve_on_every_mesh(mesh, options, monkeypatch):
         np.testing.assert_allclose(value, theirs[path], atol=2e-4, err_msg=path)
 
 
+@pytest.mark.parametrize("lora", [None, Lora(rank=3, alpha=6.0)], ids=["whole", "adapters"])
+def test_stages_of_layers_with_experts_and_layers_without(lora):
+    """Of a pattern that is the same on every stage, also where one has less of it."""
+    config = tiny.config(**{**QWEN2, "num_layers": 6, "experts": dataclasses.replace(QWEN2["experts"], dense=(0, 2, 4))})
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3, eps=1e-6)
+    routers = Routers(balance=0.1, z_loss=1e-3, over="sequence")
+
+    def three(**options):
+        made = run(config, settings=settings, routers=routers, lora=lora, **options)
+        found = [made.step(packed(seed), accumulate=2) for seed in range(3)]
+        return [float(m.loss) for m in found], found[-1].load, made.trainer.in_order(made.state.params)
+
+    losses, loads, params = three()
+    mesh = {"dp": 2, "pp": 2} if lora else {"pp": 2, "tp": 2}
+    found, told, theirs = three(mesh=mesh, layers_per_stage=(4, 2))
+    np.testing.assert_allclose(found, losses, atol=1e-5)
+    np.testing.assert_array_equal(told.counts, loads.counts)
+    for path, value in theirs.items():
+        np.testing.assert_allclose(value, params[path], atol=2e-4, err_msg=path)
+    with pytest.raises(ValueError, match="layers that stand in the same place of their stages differ"):
+        three(mesh={"pp": 2})
+
+
 LORA = Lora(rank=3, alpha=6.0)
 
 
