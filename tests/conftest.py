@@ -31,6 +31,7 @@ KEPT = Path(jax.config.values.get("jax_compilation_cache_dir") or KEPT)
 if jax.__version_info__ < (0, 12):  # 0.12 keeps programs for GPUs that are not there, and warns that it cannot read them back
     jax.config.update("jax_compilation_cache_dir", str(KEPT))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of compiling is else the names of lines of Python
 if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = QUICK
     jax.devices()  # reads them
@@ -43,6 +44,7 @@ gc.set_threshold(50_000, 20, 100)  # a tenth of tracing is else the garbage coll
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(KEPT.with_name("tests-processes")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
 }
 COMPILED_QUICKLY = COMPILED if OPTIMIZED else {**COMPILED, "XLA_FLAGS": QUICK}
 

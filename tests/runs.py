@@ -1,21 +1,25 @@
 """A tiny trainer and its batches, for the tests of training."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 import tiny
+from jax.sharding import NamedSharding
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
+from jaxtp.sharding import put
 from jaxtp.train.lora import Adapters, Lora
 from jaxtp.train.loss import Batch
 from jaxtp.train.optim import Optimizer, transformation
 from jaxtp.train.state import State
 from jaxtp.train.step import Trainer
+from jaxtp.weights import variables
 
 SETTINGS = Optimizer(learning_rate=1e-2, warmup_steps=3)
 
@@ -43,6 +47,25 @@ class Run:
         """[B, T] arrays as [A, B/A, T] on the mesh."""
         place = self.trainer.stacked.layout.sharding(None, "batch", "tokens")
         return Batch(**{k: jax.device_put(a.reshape(accumulate, -1, a.shape[-1]), place) for k, a in arrays.items()})
+
+
+@functools.cache
+def drawn(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The random weights of one device, on the host."""
+    return {path: np.asarray(weight[...]) for path, weight in variables(Llama.random(config, seed=1))}
+
+
+def random(stacked: Stacked) -> dict[str, jax.Array]:
+    """The same on every mesh, without programs that draw them there; where a mesh pads or repeats them, by those."""
+    weights, layout, found = drawn(stacked.config), stacked.layout, {}
+    for path, spec in stacked.specs().items():
+        own = [weights[path.replace("*", str(layer))] for layer in spec.layers]
+        value = np.stack(own) if own else weights[path]
+        if value.shape != spec.shape:
+            more = {"mesh": layout.mesh, "rules": layout.rules, "dispatch": exchange}
+            return stacked.stack(Llama.random(stacked.config, **more, seed=1))
+        found[path] = put(value, NamedSharding(layout.mesh, spec.spec))
+    return found
 
 
 def run(
@@ -77,7 +100,7 @@ def run(
     adapters = Adapters(stacked, lora) if lora else None
     optimizer = transformation(settings, steps, (adapters or stacked).specs())
     made = Trainer(stacked, optimizer, adapters, pipeline, clip_norm=settings.clip_norm, **trainer)
-    params = stacked.stack(model or Llama.random(config, mesh=over, rules=rules, dispatch=exchange, seed=1))
+    params = stacked.stack(model) if model else random(stacked)
     if not adapters:
         return Run(made, made.begin(params))
     return Run(made, made.begin(adapters.begin(seed=2)), made.freeze(params))

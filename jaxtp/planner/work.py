@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -222,12 +223,18 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
     size, each = buckets.chunk_tokens("gpu"), config.hidden_size * SIZES[task.dtype]
     tokens = buckets.step_tokens("gpu", token_bytes=each, shared=split.tp > 1)
     most, of_each = buckets.chunk_lanes(tokens, rows=0, chunk=size), -(-task.prompt_len // size)
-    count, found = of_each * split.rows(task.batch), Counter[Step]()
-    for first in range(0, count, most):
-        chunks = min(most, count - first)
-        last = (first + chunks - 1) % of_each + 1  # of its prompt
+    steps, rest = divmod(of_each * split.rows(task.batch), most)
+    period, found = of_each // math.gcd(of_each, most), Counter[Step]()  # of the place in a prompt that a step ends at
+
+    def note(number: int, chunks: int, times: int) -> None:
+        last = (number * most + chunks - 1) % of_each + 1
         end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
-        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, task.slots))] += 1
+        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, task.slots))] += times
+
+    for number in range(min(period, steps)):
+        note(number, most, -(-(steps - number) // period))
+    if rest:
+        note(steps, rest, 1)
     return found
 
 

@@ -109,11 +109,11 @@ def test_1f1b_takes_no_more_memory_with_more_microbatches():
     def temp(schedule, micros):
         return on_gpus(**({"schedule": schedule} if schedule != "1f1b" else {}), micros=micros)[0].temp_bytes
 
-    flat = [temp("1f1b", micros) for micros in (16, 32)]
+    flat = [temp("1f1b", micros) for micros in (8, 16)]
     assert max(flat) - min(flat) < SMALL
-    grows = [temp("gpipe", micros) for micros in (16, 32)]
+    grows = [temp("gpipe", micros) for micros in (8, 16)]
     one = 4 * 4096 * 4096 * 2 // 2  # an input that a rank keeps
-    assert grows[1] - grows[0] == pytest.approx(16 * one, abs=SMALL)
+    assert grows[1] - grows[0] == pytest.approx(8 * one, abs=SMALL)
     assert flat[1] < grows[1]
 
 

@@ -1,6 +1,7 @@
 """The engine's promise: in float32 a request's tokens are the same alone or among others, on every mesh, whatever happens."""
 
 import dataclasses
+import functools
 import itertools
 import random
 
@@ -44,8 +45,9 @@ def load():
         yield ids, SamplingParams(**KINDS[i % len(KINDS)], max_tokens=rng.randrange(4, 30), ignore_eos=True)
 
 
-def engine_on(folder, mesh, **options):
-    """An engine whose programs know all of sampling, so that there are few of them."""
+@functools.cache
+def programs_on(folder, mesh):
+    """A model and its programs, which the engines of a mesh share."""
     sizes = dict(mesh)
     if "pp" in sizes:
         config = tiny.config(num_layers=4)
@@ -53,10 +55,19 @@ def engine_on(folder, mesh, **options):
         model = Llama(config, mesh=make_mesh(**sizes), **layout).load(folder, progress=False)
     else:
         model = Llama.from_pretrained(folder, mesh=make_mesh(**sizes), progress=False)
-    options = {"cache_tokens": 1 << 14, "max_model_len": 256, "max_num_seqs": 8, "page_size": 16, **options}
-    made = build(model, Programs(model), tokenizer=Tokenizer(folder), **options)
+    return model, Programs(model)
+
+
+def engine_on(folder, mesh, programs=None, **options):
+    """An engine whose programs know all of sampling, so that there are few of them; on two devices there are more."""
+    model, shared = programs_on(folder, tuple(mesh.items()))
+    groups = mesh.get("dp", 1)
+    small = {"cache_tokens": 16 * 16 * groups, "max_num_batched_tokens": 96 * groups}  # of which all programs know
+    options = {**small, "max_model_len": 256, "max_num_seqs": 8, "page_size": 16, **options}
+    made = build(model, programs or shared, tokenizer=Tokenizer(folder), **options)
     made._wanted = lambda: EVERYTHING
-    made.buckets = dataclasses.replace(made.buckets, factor=8)
+    made.cards.widen([], stops=4, biases=2)
+    made.buckets = dataclasses.replace(made.buckets, factor=8 if mesh == {"tp": 2} else 64)
     return made
 
 
@@ -82,8 +93,7 @@ def alone(folder):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_tokens_are_the_same_among_others(folder, alone, mesh):
     """Requests arrive at random while others run; some are given up; the pool is so small that rows are preempted."""
-    groups = mesh.get("dp", 1)
-    engine = engine_on(folder, mesh, cache_tokens=16 * 16 * groups, max_num_batched_tokens=96 * groups)
+    engine = engine_on(folder, mesh)
     rng, requests, dropped = random.Random(2), [], []
     for ids, params in load():
         requests.append(engine.submit(ids, params, stream=rng.random() < 0.3))
@@ -127,7 +137,8 @@ def test_tokens_are_the_same_however_the_cache_is_read(folder, alone, read):
 
 def test_every_step_is_compiled_ahead(folder):
     """After the warm-up a mixed load compiles nothing: neither greedy texts alone, nor any, nor greedy ones after."""
-    engine = engine_on(folder, {"tp": 2}, max_num_seqs=8, max_num_batched_tokens=64)
+    model, _ = programs_on(folder, (("tp", 2),))
+    engine = engine_on(folder, {"tp": 2}, programs=Programs(model), max_num_seqs=8, max_num_batched_tokens=64)
     del engine._wanted  # as it is, not everything
     engine.levels, told = True, []
     engine.warm_up(lambda done, of: told.append((done, of)))
