@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtp.ops.attention import Kernel, attend_seen, capped, cudnn_fits, visible
 from jaxtp.sharding import varying_as
 
+SIDE_BY_SIDE = 4  # chunks of a prompt that are taken together on CPUs
+
 # How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
 # few pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
 # that a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
@@ -101,15 +103,18 @@ def _row_by_row(
 ) -> jax.Array:
     """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others.
 
-    Several pages at a time make products that are large enough for XLA:CPU; more of them for a chunk, whose queries are many.
+    Several pages at a time make products that are large enough for XLA:CPU, and so do chunks of one prompt that stand side by
+    side, which see nearly the same keys.
     """
     (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
     span = many * S
-    q = (jnp.einsum("BTKGH->BKGTH", q).reshape(B, K, G * T, H) * scale).astype(keys.dtype)
+    q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(keys.dtype)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
-    def row(i: jax.Array, out: jax.Array) -> jax.Array:
-        mine, at, pages = q[i], positions[i], table[i]
+    def rows(i: jax.Array, out: jax.Array, count: int) -> jax.Array:
+        """`count` of them from i on, of one table."""
+        mine = jax.lax.dynamic_slice_in_dim(q, i, count, 2).reshape(K, -1, H)
+        at, pages = jax.lax.dynamic_slice_in_dim(positions, i, count).reshape(-1), table[i]
 
         def block(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             top, total, acc = carry
@@ -122,13 +127,26 @@ def _row_by_row(
             return new, total, acc * kept + _product("KQS,KSH->KQH", weights.astype(v.dtype), v)
 
         first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // span
-        none = jnp.zeros((K, G * T, 1), jnp.float32)
-        start = varying_as((none - 1e30, none, jnp.zeros((K, G * T, H), jnp.float32)), q)
-        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i] // span), block, start)
-        return jax.lax.dynamic_update_index_in_dim(out, acc / jnp.maximum(total, 1e-30), i, 0)
+        none = jnp.zeros((K, mine.shape[1], 1), jnp.float32)
+        start = varying_as((none - 1e30, none, jnp.zeros(mine.shape, jnp.float32)), q)
+        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i + count - 1] // span), block, start)
+        found = (acc / jnp.maximum(total, 1e-30)).reshape(K, G, count, T, H)
+        return jax.lax.dynamic_update_slice_in_dim(out, found, i, 2)
 
-    out = jax.lax.fori_loop(0, B, row, varying_as(jnp.zeros(q.shape, jnp.float32), q))
-    return jnp.einsum("BKGTH->BTKGH", out.reshape(B, K, G, T, H))
+    def some(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, out = carry
+        if T == 1 or B < SIDE_BY_SIDE:
+            return i + 1, rows(i, out, 1)
+        first = jnp.minimum(i, B - SIDE_BY_SIDE)
+        near = jnp.arange(SIDE_BY_SIDE) + first
+        follow = (positions[near, 0] - positions[first, 0] == T * jnp.arange(SIDE_BY_SIDE)) & (lengths[near] > 0)
+        alike = (first == i) & follow.all() & (table[near] == table[first]).all()
+        count = jnp.where(alike, SIDE_BY_SIDE, 1)
+        return i + count, jax.lax.cond(alike, lambda: rows(i, out, SIDE_BY_SIDE), lambda: rows(i, out, 1))
+
+    start = varying_as((jnp.int32(0), jnp.zeros(q.shape, jnp.float32)), q, table)
+    _, out = jax.lax.while_loop(lambda carry: carry[0] < B, some, start)
+    return jnp.einsum("KGBTH->BTKGH", out)
 
 
 def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array, scale: float) -> jax.Array:

@@ -22,7 +22,8 @@ PAIRS = [(model, split, TASK) for model in ("mixtral-8x7b", "qwen3-30b-a3b") for
 
 def plan(model, split, task):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler for GPUs is not installed")
-    return Plan(model, shallow(preset(model), 2), cluster(f"{split.size}xH200"), split, task)
+    layers = 2 if isinstance(task, Training) else 1
+    return Plan(model, shallow(preset(model), layers * split.pp), cluster(f"{split.size}xH200"), split, task)
 
 
 @pytest.mark.parametrize(("model", "split", "task"), PAIRS, ids=lambda value: value if isinstance(value, str) else None)
@@ -48,7 +49,7 @@ def test_a_token_alone_reads_the_experts_that_it_goes_to():
         for body in re.findall(r"^%?fused[^\n]*\{\n.*?^\}", decode.as_text(), re.MULTILINE | re.DOTALL)
         if re.search(rf"= {kernels}\S* parameter", body)
     ]
-    assert len(readers) >= 4  # two products in two layers
+    assert len(readers) == 2  # a layer's products
     for body in readers:
         (name,) = re.findall(rf"(%\S+) = {kernels}\S* parameter", body)
         uses = [line for line in body.splitlines() if f"{name}," in line or f"{name})" in line]

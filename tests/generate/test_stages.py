@@ -14,7 +14,7 @@ from jaxtp.weights import layers_of, variables
 
 # a row alone, fewer rows than stages, rows that the stages do not divide, and many
 MESHES = [
-    ({"pipeline_parallel_size": 2}, (1, 16)),
+    ({"pipeline_parallel_size": 2}, (16,)),
     ({"pipeline_parallel_size": 4}, (2, 7)),
     ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, (16,)),
     ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "data_parallel_size": 2}, (1, 7)),

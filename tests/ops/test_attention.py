@@ -1,5 +1,7 @@
 """Attention with its own scale, a soft cap of scores, a window and documents: the formula's, in float64, in every form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,28 @@ def test_over_pages(read, new, scale, softcap, window):
         read=read, reach=T, kernel="xla", window=window, scale=scale, softcap=softcap,
     )  # fmt: skip
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_of_a_prompt_side_by_side_are_what_each_is_alone(window):
+    """6 of one prompt, 1 of another, 5 of a third that begins within its pages, and an idle lane."""
+    rng, chunk, pages = np.random.default_rng(0), 8, 16
+    lanes = [(0, i) for i in range(6)] + [(1, 3)] + [(2, i + 2) for i in range(5)] + [(3, -1)]
+    table = rng.permutation(4 * pages).reshape(4, pages)[[row for row, _ in lanes]]
+    positions = np.array([chunk * max(i, 0) + np.arange(chunk) for _, i in lanes])
+    lengths = np.array([chunk * (i + 1) for _, i in lanes])
+    q = rng.normal(size=(len(lanes), chunk, K, G, H))
+    pools = [jnp.asarray(rng.normal(size=(4 * pages, K, S, H)), jnp.float32) for _ in range(2)]
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def attend(q, table, positions, lengths, window):
+        options = {"read": "rows", "reach": pages * S, "kernel": "xla", "window": window}
+        return attend_pages(q, *pools, table, positions, lengths, **options)
+
+    args = [jnp.asarray(q, jnp.float32), *(jnp.asarray(a, jnp.int32) for a in (table, positions, lengths))]
+    together = attend(*args, window)
+    for lane in range(len(lanes) - 1):
+        np.testing.assert_allclose(together[lane], attend(*(a[lane : lane + 1] for a in args), window)[0], atol=1e-6)
 
 
 def test_cudnn_is_not_chosen_for_a_soft_cap():

@@ -167,8 +167,7 @@ def test_adapters_are_for_every_kernel_by_default():
 
 
 ADAPTED = [
-    ({"ep": 2, "tp": 2}, {"zero": 1}),
-    ({"dp": 2, "ep": 2}, {"zero": 3, "expert_layout": "width", "remat": "save-dots"}),
+    ({"dp": 2, "ep": 2, "tp": 2}, {"zero": 3, "expert_layout": "width", "remat": "save-dots"}),
     ({"pp": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "expert_layout": "width"}),
 ]
 
