@@ -135,8 +135,6 @@ def _row_by_row(
 
     def some(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, out = carry
-        if T == 1 or B < SIDE_BY_SIDE:
-            return i + 1, rows(i, out, 1)
         first = jnp.minimum(i, B - SIDE_BY_SIDE)
         near = jnp.arange(SIDE_BY_SIDE) + first
         follow = (positions[near, 0] - positions[first, 0] == T * jnp.arange(SIDE_BY_SIDE)) & (lengths[near] > 0)
@@ -144,8 +142,11 @@ def _row_by_row(
         count = jnp.where(alike, SIDE_BY_SIDE, 1)
         return i + count, jax.lax.cond(alike, lambda: rows(i, out, SIDE_BY_SIDE), lambda: rows(i, out, 1))
 
-    start = varying_as((jnp.int32(0), jnp.zeros(q.shape, jnp.float32)), q, table)
-    _, out = jax.lax.while_loop(lambda carry: carry[0] < B, some, start)
+    begin = varying_as((jnp.int32(0), jnp.zeros(q.shape, jnp.float32)), q, table)
+    if T == 1 or B < SIDE_BY_SIDE:
+        out = jax.lax.fori_loop(0, B, lambda i, out: rows(i, out, 1), begin[1])
+    else:
+        _, out = jax.lax.while_loop(lambda carry: carry[0] < B, some, begin)
     return jnp.einsum("KGBTH->BTKGH", out)
 
 

@@ -101,7 +101,7 @@ class Split:
     schedule, chunks, remat.
 
     microbatches: of an update (and, in a pipeline, what goes through its stages). chunks: of layers on a pipeline's rank.
-    expert_dispatch: what "ragged" sends hangs on what tokens choose; plans count it as "gather", which is the most.
+    expert_dispatch: what "ragged" sends hangs on what tokens choose; plans count what that is on average.
     """
 
     dp: int = 1

@@ -151,6 +151,7 @@ def refused(page):
 
 
 def test_a_conversation_streams_and_is_sent_again_with_the_next_message(page, server):
+    page.locator("#model option").nth(1).wait_for(state="attached")
     assert page.locator("#model option").all_inner_texts() == ["tiny", "other"]
     page.select_option("#model", "other")
     page.fill("#temperature", "0")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import threading
 
 import openai
@@ -10,6 +11,7 @@ import pytest
 import serving
 import tiny
 from test_crowd import crowd, random_request
+from test_page import answered, chromium, say  # noqa: F401
 from test_refusals import CHAT, ask
 
 from jaxtp import LLM, SamplingParams
@@ -142,6 +144,30 @@ def test_a_crowd_gets_what_the_library_makes(server, llm, offline):
     assert seen["right"] > 9
     assert seen["leaves"] > 2
     serving.wait_for(lambda: not server.service.loop.open)
+    idle(llm)
+
+
+def test_the_chat_page_shows_what_the_library_makes(server, llm, chromium):  # noqa: F811
+    """In a browser: an answer as it grows, a second one that knows the first, and one that is stopped on its way."""
+    page = chromium.new_page()
+    page.set_default_timeout(20_000)
+    page.goto(server.url)
+    page.fill("#temperature", "0")
+    page.fill("#most", "12")
+    messages = []
+    for count, text in enumerate(("Hello", "How are you"), 1):
+        messages.append({"role": "user", "content": text})
+        body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 12}
+        wanted = ask(server, "POST", "/v1/chat/completions", body)[2]["choices"][0]["message"]["content"]
+        say(page, text)
+        assert answered(page, count).last.locator(".text").text_content() == wanted
+        messages.append({"role": "assistant", "content": wanted})
+    page.fill("#most", "400")
+    say(page, "x")
+    page.locator(".growing .text").filter(has_text=re.compile(".")).wait_for()
+    page.keyboard.press("Escape")
+    answered(page, 3)
+    page.close()
     idle(llm)
 
 
