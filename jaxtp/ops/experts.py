@@ -202,7 +202,12 @@ _unsorted.defvjp(lambda z, order, place: (_unsorted(z, order, place), order), la
 
 # -- the grouped product in blocks of rows, and its gradients ----------------------------------------------------------------
 
-ROWS = 64  # of a block
+FEWEST, MOST = 64, 512  # rows of a block
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Of `rows` rows of so many experts: about a quarter of what each has, a power of two, so that few of them are in vain."""
+    return min(max(1 << max(rows // (4 * experts), 1).bit_length() - 1, FEWEST), MOST)
 
 
 @jax.custom_vjp
@@ -213,19 +218,19 @@ def _in_blocks(rows: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
 
 def _in_blocks_backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows, kernel, sizes = kept
-    width = rows.shape[-1]
-    matrix, padded = kernel.reshape(len(kernel), -1, width), [_padded(a) for a in (grad, rows)]
+    width, size = rows.shape[-1], block_rows(len(rows), len(sizes))
+    matrix, padded = kernel.reshape(len(kernel), -1, width), [_padded(a, size) for a in (grad, rows)]
 
     def to_rows(block: jax.Array, matrix: jax.Array, expert: jax.Array) -> jax.Array:
         mine = jax.lax.dynamic_index_in_dim(matrix, expert, keepdims=False)
         return jnp.einsum("ro,oi->ri", block, mine, preferred_element_type=jnp.float32).astype(rows.dtype)
 
     def to_kernel(total: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
-        mine, theirs = (_block(a, at) for a in padded)
+        mine, theirs = (_block(a, at, size) for a in padded)
         mine = jnp.where(own[:, None], mine, jnp.zeros((), mine.dtype))
         return total.at[expert].add(jnp.einsum("ro,ri->oi", mine, theirs, preferred_element_type=jnp.float32))
 
-    total = _each_block(to_kernel, sizes, varying_as(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
+    total = _each_block(to_kernel, size, sizes, varying_as(jnp.zeros(matrix.shape, jnp.float32), rows, grad))
     return _over_blocks(to_rows, grad, matrix, sizes, width), total.reshape(kernel.shape).astype(kernel.dtype), None
 
 
@@ -235,35 +240,36 @@ _in_blocks.defvjp(lambda rows, kernel, sizes: (_in_blocks(rows, kernel, sizes), 
 def _over_blocks(
     function: Callable[..., jax.Array], rows: jax.Array, kernel: Kernel, sizes: jax.Array, width: int
 ) -> jax.Array:
-    """function(block [ROWS, I], kernel, expert) -> [ROWS, width], of every block: [R, width]."""
-    padded = _padded(rows)
+    """function(block [size, I], kernel, expert) -> [size, width], of every block: [R, width]."""
+    size = block_rows(len(rows), len(sizes))
+    padded = _padded(rows, size)
 
     def put(out: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(out, function(_block(padded, at), kernel, expert), (at, jnp.zeros_like(at)))
+        return jax.lax.dynamic_update_slice(out, function(_block(padded, at, size), kernel, expert), (at, jnp.zeros_like(at)))
 
-    out = _each_block(put, sizes, varying_as(jnp.zeros((len(padded), width), rows.dtype), rows, kernel))
+    out = _each_block(put, size, sizes, varying_as(jnp.zeros((len(padded), width), rows.dtype), rows, kernel))
     return out[: len(rows)]
 
 
-def _each_block(body: Callable[..., jax.Array], sizes: jax.Array, start: jax.Array) -> jax.Array:
-    """body(carry, first row, expert, own [ROWS]: which rows are the expert's) of every block, expert by expert."""
-    blocks = -(-sizes // ROWS)
+def _each_block(body: Callable[..., jax.Array], size: int, sizes: jax.Array, start: jax.Array) -> jax.Array:
+    """body(carry, first row, expert, own [size]: which rows are the expert's) of every block, expert by expert."""
+    blocks = -(-sizes // size)
     ends, first = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
 
     def step(i: jax.Array, carry: jax.Array) -> jax.Array:
         expert = (ends <= i).sum(dtype=jnp.int32)
-        at = first[expert] + (i - (ends - blocks)[expert]) * ROWS
-        return body(carry, at, expert, at + jnp.arange(ROWS) < first[expert] + sizes[expert])
+        at = first[expert] + (i - (ends - blocks)[expert]) * size
+        return body(carry, at, expert, at + jnp.arange(size) < first[expert] + sizes[expert])
 
     return jax.lax.fori_loop(jnp.int32(0), ends[-1].astype(jnp.int32), step, start)
 
 
-def _padded(rows: jax.Array) -> jax.Array:
-    return jnp.pad(rows, ((0, ROWS), (0, 0)))
+def _padded(rows: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(rows, ((0, size), (0, 0)))
 
 
-def _block(rows: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice(rows, (at, jnp.zeros_like(at)), (ROWS, rows.shape[1]))
+def _block(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice(rows, (at, jnp.zeros_like(at)), (size, rows.shape[1]))
 
 
 FORMS: dict[str, Callable[..., jax.Array]] = {

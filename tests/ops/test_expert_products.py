@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtp.config import Experts
-from jaxtp.ops.experts import FORMS, choose_products, mix
+from jaxtp.ops.experts import FORMS, block_rows, choose_products, mix
 from jaxtp.ops.quantized import quantize
 from jaxtp.ops.router import route, watched
 
@@ -53,14 +53,23 @@ def test_every_form_is_the_formula(form, kind, tokens):
     np.testing.assert_allclose(out, in_float64(*args), atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["random", "one", "few", "later"])
-@pytest.mark.parametrize("form", ["every", "chosen", "blocks"])
-def test_gradients(form, kind):
-    x, (chosen, weights) = jax.random.normal(jax.random.key(2), (150, D)), routing(kind, 150)
+MANY = 1500  # tokens, of which blocks are larger
+GRADIENTS = [(form, kind, 150) for form in ("every", "chosen", "blocks") for kind in ("random", "one", "few", "later")]
+
+
+def test_blocks_grow_with_what_experts_get():
+    """From 64 to 512 rows, about a quarter of an expert's."""
+    asked = [(150 * K, E), (MANY * K, E), (2048, 32), (16384, 8), (10**6, 8)]
+    assert [block_rows(*each) for each in asked] == [64, 128, 64, 512, 512]
+
+
+@pytest.mark.parametrize(("form", "kind", "tokens"), [*GRADIENTS, ("blocks", "random", MANY), ("blocks", "few", MANY)])
+def test_gradients(form, kind, tokens):
+    x, (chosen, weights) = jax.random.normal(jax.random.key(2), (tokens, D)), routing(kind, tokens)
 
     def gradients(form):
         def loss(x, weights, gate_up, down):
-            return (mix(x, chosen, weights, gate_up, down, products=form) ** 2).sum()
+            return (mix(x, chosen, weights, gate_up, down, products=form) ** 2).sum() * 150 / tokens
 
         return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(x, weights, *kernels())
 
