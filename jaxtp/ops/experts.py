@@ -171,33 +171,35 @@ def _by_expert(
     def only(z: jax.Array) -> jax.Array:
         return jnp.where(here, z, jnp.zeros((), z.dtype))
 
-    y = only(grouped(_sorted(x, order, place, k), gate_up, sizes))
+    y = only(grouped(sorted_rows(x, order, place, k), gate_up, sizes))
     z = only(grouped(gated(y.reshape(held, -1, 2)), down, sizes))
-    z = _unsorted(z, order, place).reshape(N, k, -1).astype(jnp.float32)
+    z = unsorted_rows(z, order, place).reshape(N, k, -1).astype(jnp.float32)
     return (z * weights[..., None]).sum(axis=1).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sorted(x: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
+def sorted_rows(x: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
     """The tokens of pairs in that order. Backward a choice of rows, too: a gather's own would add rows up one by one."""
     return x[order // k]
 
 
 def _sorted_backward(k: int, kept: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
     order, place = kept
-    return _unsorted(grad, order, place).reshape(-1, k, grad.shape[-1]).sum(axis=1), None, None
+    return unsorted_rows(grad, order, place).reshape(-1, k, grad.shape[-1]).sum(axis=1), None, None
 
 
-_sorted.defvjp(lambda x, order, place, k: (_sorted(x, order, place, k), (order, place)), _sorted_backward)
+sorted_rows.defvjp(lambda x, order, place, k: (sorted_rows(x, order, place, k), (order, place)), _sorted_backward)
 
 
 @jax.custom_vjp
-def _unsorted(z: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+def unsorted_rows(z: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
     """Rows of pairs in that order -> of all pairs, 0 for those that are not among them."""
     return jnp.where((place < len(z))[:, None], z[jnp.minimum(place, len(z) - 1)], jnp.zeros((), z.dtype))
 
 
-_unsorted.defvjp(lambda z, order, place: (_unsorted(z, order, place), order), lambda order, grad: (grad[order], None, None))
+unsorted_rows.defvjp(
+    lambda z, order, place: (unsorted_rows(z, order, place), order), lambda order, grad: (grad[order], None, None)
+)
 
 
 # -- the grouped product in blocks of rows, and its gradients ----------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtp.mesh import platform
-from jaxtp.ops.experts import FEW_TOKENS
+from jaxtp.ops.experts import FEW_TOKENS, sorted_rows, unsorted_rows
 from jaxtp.sharding import varying_as
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -37,37 +37,21 @@ def exchange(
     if N * ranks <= FEW_TOKENS:
         rows, chosen, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, weights))
         return jax.lax.psum_scatter(mix(rows, chosen - each * jax.lax.axis_index(axis), weights), axis, tiled=True)
-    own = chosen - each * jnp.arange(ranks)[:, None, None]
-    own = jnp.where((own >= 0) & (own < each), own, NOBODY)  # [e, N, k], as each rank counts
+    own = chosen[:, None] - each * jnp.arange(ranks)[:, None]
+    own = jnp.where((own >= 0) & (own < each), own, NOBODY)  # [N, e, k], as each rank counts
     goes = (own != NOBODY).any(axis=-1)
-    order = jnp.argsort(~goes.reshape(-1), stable=True)[: N * min(k, ranks)]  # those that leave first, rank by rank
-    place = jnp.where(goes, (jnp.cumsum(goes.reshape(-1)) - 1).reshape(goes.shape), NOBODY)
-    table = jax.lax.all_gather(goes.sum(axis=1, dtype=jnp.int32), axis)
+    order = jnp.argsort(jnp.where(goes, jnp.arange(ranks), ranks).reshape(-1), stable=True)  # by rank; what stays comes last
+    place, order = jnp.argsort(order), order[: N * min(k, ranks)]
+    table = jax.lax.all_gather(goes.sum(axis=0, dtype=jnp.int32), axis)
     come, left, ragged = N * ranks, len(order), platform(mesh) == "gpu"
 
     # choices and weights travel together, as numbers; one more, so that what stays empty is nobody's
     numbers = (own.reshape(-1, k)[order] - NOBODY).astype(weights.dtype)
-    told = jnp.concatenate([numbers, _leaving(weights, order, place)], axis=1)
-    rows, told = (_carried(a, table, come, left, True, axis, ragged) for a in (_leaving(x, order, place), told))
+    told = jnp.concatenate([numbers, sorted_rows(weights, order, place, ranks)], axis=1)
+    rows, told = (_carried(a, table, come, left, True, axis, ragged) for a in (sorted_rows(x, order, place, ranks), told))
     made = mix(rows, told[:, :k].astype(jnp.int32) + NOBODY, told[:, k:])
-    return _joined(_carried(made, table, left, come, False, axis, ragged), order, place)
-
-
-@jax.custom_vjp
-def _leaving(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
-    """[N, ...] -> [S, ...]: the rows that leave. Backward a choice of rows, too: a gather's own would add them one by one."""
-    return x[order % len(x)]
-
-
-@jax.custom_vjp
-def _joined(rows: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
-    """[S, ...] -> [N, ...]: the sum of each token's rows, in float32."""
-    each = jnp.where((place != NOBODY)[..., None], rows[jnp.maximum(place, 0)].astype(jnp.float32), 0.0)
-    return each.sum(axis=0).astype(rows.dtype)
-
-
-_leaving.defvjp(lambda *args: (_leaving(*args), args[1:]), lambda kept, grad: (_joined(grad, *kept), None, None))
-_joined.defvjp(lambda *args: (_joined(*args), args[1:]), lambda kept, grad: (_leaving(grad, *kept), None, None))
+    back = unsorted_rows(_carried(made, table, left, come, False, axis, ragged), order, place)
+    return back.reshape(N, ranks, -1).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))

@@ -45,25 +45,16 @@ class Pipeline:
 
     # -- the stack -----------------------------------------------------------------------------------------------------
 
-    def rows(self, layers: Sequence[int]) -> tuple[int | None, ...]:
-        """Of a stack of these layers (all, or those of some kinds, which stand in the same slots of every stage): its row in
-        each slot that has one, rank by rank, chunk by chunk; None where it is empty.
-        """
-        places, n = self.stages.places, self.stages.slots
-        mine, at = {places[layer] % n for layer in layers}, {layer: row for row, layer in enumerate(layers)}
-        return tuple(None if row is None else at[row] for i, row in enumerate(self.stages.rows) if i % n in mine)
-
     def arrange(self, stack: jax.Array, layers: Sequence[int]) -> jax.Array:
         """[L, ...] in the model's order -> [P·v·n, ...] in the order of the stages; empty slots hold zeros."""
-        rows = self.rows(layers)
+        rows = self.stages.rows_of(layers)
         taken = stack[np.array([row or 0 for row in rows])]
         filled = np.array([row is not None for row in rows]).reshape(-1, *[1] * (stack.ndim - 1))
         return jnp.where(filled, taken, jnp.zeros((), stack.dtype))
 
     def restore(self, stack: jax.Array, layers: Sequence[int]) -> jax.Array:
         """The other way round."""
-        at = {row: slot for slot, row in enumerate(self.rows(layers))}
-        return stack[np.array([at[row] for row in range(len(layers))])]
+        return stack[np.array(self.stages.places_of(layers))]
 
     @property
     def in_order(self) -> bool:
@@ -76,7 +67,7 @@ class Pipeline:
         def held(spec: Spec) -> Spec:
             if spec.dims[0] != "layers":
                 return spec
-            shape = len(self.rows(spec.layers)), *spec.shape[1:]
+            shape = len(self.stages.rows_of(spec.layers)), *spec.shape[1:]
             return replace(spec, shape=shape, spec=PartitionSpec("pp", *spec.spec.partitions[1:]))
 
         return {path: held(spec) for path, spec in specs.items()}

@@ -72,11 +72,18 @@ class Stages:
             found += [first + i if i < size else None for i in range(self.slots)]
         return tuple(found)
 
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The slot of each layer: `rows` the other way round."""
-        at = {layer: slot for slot, layer in enumerate(self.rows)}
-        return tuple(at[layer] for layer in range(sum(self.sizes)))
+    def rows_of(self, layers: Sequence[int]) -> tuple[int | None, ...]:
+        """Of a stack of these layers (all, or those of some kinds, which stand in the same slots of every stage): its row in
+        each slot that has one, in the order of `rows`; None where it is empty.
+        """
+        at = {layer: row for row, layer in enumerate(layers)}
+        mine = {i % self.slots for i, layer in enumerate(self.rows) if layer in at}
+        return tuple(None if layer is None else at[layer] for i, layer in enumerate(self.rows) if i % self.slots in mine)
+
+    def places_of(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Where each of them is among those slots: `rows_of` the other way round."""
+        at = {row: place for place, row in enumerate(self.rows_of(layers))}
+        return tuple(at[row] for row in range(len(layers)))
 
     def alike(self, kinds: Sequence[Any]) -> tuple[Any, ...]:
         """The kind of layer in each slot, from those of all layers: one program runs on every rank, so it must be the same on

@@ -93,9 +93,7 @@ def of_stages(told: Load, stages: Stages, config: ModelConfig, *, parts: int) ->
     """What a pipeline's stages told [P, v, ...], added up over so many parts of an update: layers in the model's order, and
     means.
     """
-    sparse = [kind.sparse for kind in stages.alike(config.kinds)]
-    held = [layer for i, layer in enumerate(stages.rows) if sparse[i % stages.slots]]
-    order = np.array([held.index(layer) for layer, there in enumerate(config.sparse) if there])
+    order = np.array(stages.places_of([layer for layer, there in enumerate(config.sparse) if there]))
     counts = reshard(told.counts, PartitionSpec(), jax.typeof(told.counts).sharding.mesh)
     balance, z, entropy, dropped = (a.sum() / parts for a in (told.balance, told.z, told.entropy, told.dropped))
     return Load(counts.reshape(-1, counts.shape[-1])[order], balance, z, entropy, dropped)

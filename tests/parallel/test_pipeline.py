@@ -84,7 +84,7 @@ def test_balanced_stages():
     assert "1.6%" in stages.told()
     for layers, p, v in ((126, 4, 1), (7, 2, 2), (5, 2, 2), (16, 8, 2), (9, 4, 2)):
         stages = Stages.split(layers, ranks=p, chunks=v)
-        assert [stages.rows[at] for at in stages.places] == list(range(layers))
+        assert [stages.rows[at] for at in stages.places_of(range(layers))] == list(range(layers))
         assert len(stages.rows) == p * v * stages.slots
 
 
