@@ -90,14 +90,17 @@ def test_over_pages(read, new, scale, softcap, window):
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_chunks_of_a_prompt_side_by_side_are_what_each_is_alone(window):
-    """6 of one prompt, 1 of another, 5 of a third that begins within its pages, and an idle lane."""
+    """6 of one prompt, 1 of another, 5 of a third that begins within its pages, 4 of a fourth that come backwards; 1 of a fifth,
+    whose table idle lanes have as well.
+    """
     rng, chunk, pages = np.random.default_rng(0), 8, 16
-    lanes = [(0, i) for i in range(6)] + [(1, 3)] + [(2, i + 2) for i in range(5)] + [(3, -1)]
-    table = rng.permutation(4 * pages).reshape(4, pages)[[row for row, _ in lanes]]
+    lanes = [(0, i) for i in range(6)] + [(1, 3)] + [(2, i + 2) for i in range(5)] + [(3, i) for i in (7, 6, 5, 4)]
+    lanes += [(4, 2)] + [(4, -1)] * 3
+    table = rng.permutation(5 * pages).reshape(5, pages)[[row for row, _ in lanes]]
     positions = np.array([chunk * max(i, 0) + np.arange(chunk) for _, i in lanes])
     lengths = np.array([chunk * (i + 1) for _, i in lanes])
     q = rng.normal(size=(len(lanes), chunk, K, G, H))
-    pools = [jnp.asarray(rng.normal(size=(4 * pages, K, S, H)), jnp.float32) for _ in range(2)]
+    pools = [jnp.asarray(rng.normal(size=(5 * pages, K, S, H)), jnp.float32) for _ in range(2)]
 
     @functools.partial(jax.jit, static_argnums=4)
     def attend(q, table, positions, lengths, window):
@@ -106,7 +109,7 @@ def test_chunks_of_a_prompt_side_by_side_are_what_each_is_alone(window):
 
     args = [jnp.asarray(q, jnp.float32), *(jnp.asarray(a, jnp.int32) for a in (table, positions, lengths))]
     together = attend(*args, window)
-    for lane in range(len(lanes) - 1):
+    for lane in range(len(lanes) - 3):
         np.testing.assert_allclose(together[lane], attend(*(a[lane : lane + 1] for a in args), window)[0], atol=1e-6)
 
 
