@@ -90,15 +90,16 @@ def test_over_pages(read, new, scale, softcap, window):
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_chunks_of_a_prompt_side_by_side_are_what_each_is_alone(window):
-    """6 of one prompt, 1 of another, 5 of a third that begins within its pages, 4 of a fourth that come backwards; 1 of a fifth,
-    whose table idle lanes have as well.
+    """6 of one prompt, 1 of another, 5 of a third that begins within its pages, 4 of a fourth that come backwards; 1 of a
+    fifth, which idle lanes follow.
     """
     rng, chunk, pages = np.random.default_rng(0), 8, 16
     lanes = [(0, i) for i in range(6)] + [(1, 3)] + [(2, i + 2) for i in range(5)] + [(3, i) for i in (7, 6, 5, 4)]
-    lanes += [(4, 2)] + [(4, -1)] * 3
+    lanes += [(4, i) for i in (2, 3, 4, 5)]
     table = rng.permutation(5 * pages).reshape(5, pages)[[row for row, _ in lanes]]
-    positions = np.array([chunk * max(i, 0) + np.arange(chunk) for _, i in lanes])
+    positions = np.array([chunk * i + np.arange(chunk) for _, i in lanes])
     lengths = np.array([chunk * (i + 1) for _, i in lanes])
+    lengths[-3:] = 0
     q = rng.normal(size=(len(lanes), chunk, K, G, H))
     pools = [jnp.asarray(rng.normal(size=(5 * pages, K, S, H)), jnp.float32) for _ in range(2)]
 
