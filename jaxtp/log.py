@@ -1,7 +1,8 @@
-"""The library's logger. `show()` sends it to stderr where the program has not set up logging itself."""
+"""The library's logger, and its version. `show()` sends the log to stderr where the program has not set up logging itself."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -23,6 +24,14 @@ def show(level: int = logging.INFO) -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     logger.propagate = False  # some libraries set up the root logger when they are imported
+
+
+def version() -> str:
+    """jaxtp's own; a clone that is imported where it lies has none."""
+    try:
+        return importlib.metadata.version("jaxtp")
+    except importlib.metadata.PackageNotFoundError:
+        return "0 (not installed)"
 
 
 def interactive() -> bool:

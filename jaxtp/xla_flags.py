@@ -9,6 +9,7 @@ collective, so that there is nothing to schedule beside it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -86,6 +87,15 @@ def options(mesh: Mesh, flags: Sequence[Flag]) -> dict[str, bool | str]:
     flags = [flag for flag in flags if flag.name.startswith(f"xla_{platform(mesh)}_")]
     named = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {flag.name: flag.value for flag in flags if flag.name not in named and known(flag, mesh)}
+
+
+def exact(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """What is traced in it for GPUs multiplies float32 in float32. JAX by itself gives such products to the matrix units as
+    TF32, 10 bits of each factor. What `jax_default_matmul_precision` says stays; products of 16 bits are the same either way.
+    """
+    said = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    as_it_is = said is not None or platform(mesh) != "gpu"
+    return contextlib.nullcontext() if as_it_is else jax.default_matmul_precision("highest")
 
 
 @functools.cache

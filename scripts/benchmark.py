@@ -103,7 +103,7 @@ def main(args: Args) -> None:
                 of_peak = ours.bytes(cell) * cell.new / mine / copy if cell.new else ours.flops(cell) / mine / product
                 row = {"cell": name, "dtype": dtype, "jaxtp": mine, "transformers": other, "of_peak": of_peak}
                 rows.append({**row, "compile": compiled, **asdict(cell)})
-                print(f"{dtype} {name}: {other / mine:.2f}", flush=True)
+                print(f"{dtype} {name}: {other / mine:.2f} ({mine:.3f} and {other:.3f} s)", flush=True)
             del theirs, ours
             gc.collect()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -56,6 +56,8 @@ class Args:
     """Where transformers runs; the others take what their environments are for."""
     folder: Path = Path("~/.cache/jaxtp/benchmark-serve")
     """Of the checkpoint, made once, or another checkpoint's that is there."""
+    preset: str | None = None
+    """A model's shape by name, of which the checkpoint is made; default: the 254M Llama."""
     dtype: str = "float32"
     concurrency: tuple[int, ...] = (1, 4, 16)
     num_prompts: int | None = None
@@ -85,7 +87,7 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     folder = args.folder.expanduser().resolve()
     if not (folder / "config.json").exists():
-        make_checkpoint(folder)
+        make_checkpoint(folder, args.preset, args.dtype)
     servers = chosen(args, folder)
     found: dict[str, list[Levels]] = {server.name: [] for server in servers}
     for _ in range(args.rounds):
@@ -223,25 +225,31 @@ def print_ratios(found: dict[str, list[Levels]], args: Args) -> None:
     Console(width=130).print(table)
 
 
-def make_checkpoint(folder: Path, vocabulary: int = 32000) -> None:
-    """A Llama of 254M random weights, and a byte-level tokenizer in which every id is some text: bytes, then words."""
+def make_checkpoint(folder: Path, preset: str | None, dtype: str) -> None:
+    """Random weights, and a byte-level tokenizer in which every id is some text: bytes, then words."""
     import tokenizers
     import torch
     import transformers
 
+    import jaxtp
+
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    shape = {**(jaxtp.preset(preset).to_hf() if preset else {"model_type": "llama", **sizes}), **ends}
+    config = transformers.AutoConfig.for_model(**shape)
+    vocabulary = config.vocab_size
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġw{i}" for i in range(vocabulary - len(alphabet))]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(alphabet + words)}, []))

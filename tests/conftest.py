@@ -2,7 +2,8 @@
 
 Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, in a quarter
 of the time. XLA partitions them, lays them out and counts on them as ever. Commands that tests start compile as a user's do;
-with JAXTP_TESTS=optimized all tests do, as in CI's part on the newest Python.
+with JAXTP_TESTS=optimized all tests do, as in CI's part on the newest Python. JAXTP_TESTS=gpu is for tests/gpu alone, on a
+machine that has one.
 """
 
 import gc
@@ -22,7 +23,8 @@ QUICK = (
     "--xla_cpu_parallel_codegen_split_count=1"
 )
 
-jax.config.update("jax_platforms", "cpu")
+ON_GPU = os.environ.get("JAXTP_TESTS") == "gpu"
+jax.config.update("jax_platforms", "cuda,cpu" if ON_GPU else "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # outside of the clone, for the next clone's run as well
@@ -32,7 +34,7 @@ if jax.__version_info__ < (0, 12):  # 0.12 keeps programs for GPUs that are not 
     jax.config.update("jax_compilation_cache_dir", str(KEPT))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of compiling is else the names of lines of Python
-if not OPTIMIZED:
+if not (OPTIMIZED or ON_GPU):
     os.environ["XLA_FLAGS"] = QUICK
     jax.devices()  # reads them
     del os.environ["XLA_FLAGS"]

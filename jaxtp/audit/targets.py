@@ -78,14 +78,15 @@ def compile_decode(
     read: Read | None = None,
     reach: int | None = None,
     cache_tokens: int | None = None,
+    loop: bool = True,
 ) -> Any:
     """The step in which `batch` rows make a token each (in stages: a tick, which has its share of them), compiled.
 
     The model may be abstract. slots: tokens that a row may have. read, reach: how the cache is read, and how far rows reach at
     most (see `ops.pages`; default: as the engine does on such devices, and all slots). cache_tokens: that the pages of all
-    groups hold (default: all slots of these rows).
+    groups hold (default: all slots of these rows). loop: whether a call may have several such steps.
     """
-    return _compiled(model, step.decode, batch, 0, slots, features, read, reach, cache_tokens)
+    return _compiled(model, step.decode, batch, 0, slots, features, read, reach, cache_tokens, loop)
 
 
 def compile_prefill(
@@ -103,7 +104,7 @@ def compile_prefill(
 
     slots (default: tokens): that any row may have; see `compile_decode`.
     """
-    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach, cache_tokens)
+    return _compiled(model, step.mixed, batch, tokens, slots or tokens, features, read, reach, cache_tokens, False)
 
 
 def _compiled(
@@ -116,6 +117,7 @@ def _compiled(
     read: Read | None,
     reach: int | None,
     cache_tokens: int | None,
+    loop: bool,
 ) -> Any:
     layout, read = model.layout, read or choose_read(model)
     groups, size, chunk = layout.parts("batch"), slots if read == "slab" else PAGE, chunk_tokens(model)
@@ -131,6 +133,7 @@ def _compiled(
         biases=0,
         read=read,
         reach=reach or slots,
+        loop=loop,
     )
     state = step.abstract(model, pages=groups * pool, size=size, rows=held)
     if features.penalties:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import os
 import sys
 import warnings
@@ -18,7 +17,7 @@ from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
 from jaxtp.cli.run import Chat, Export, Generate, Train
 from jaxtp.cli.serve import Serve, with_config
-from jaxtp.log import show
+from jaxtp.log import show, version
 
 __all__ = ["Launch", "main"]
 
@@ -49,7 +48,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
     elif arguments[0] in ("--version", "-V", "version"):
-        print(f"jaxtp {importlib.metadata.version('jaxtp')}")
+        print(f"jaxtp {version()}")
     else:
         try:
             with mistakes():

@@ -13,32 +13,39 @@ from jaxtp.ops.pages import Read
 
 @dataclass(frozen=True)
 class Buckets:
-    """pages: of a row's table. read: see `ops.pages`. factor: from one number of lanes to the next, at least."""
+    """pages: of a row's table. read: see `ops.pages`. factor: from one number of lanes to the next, at least.
+
+    host_loops: whether a loop is the host's: on GPUs XLA asks the device before each step whether there is another, and a call
+    comes back with the last one. Single steps are then programs without a loop, which the host dispatches and leaves.
+    """
 
     limits: Limits
     read: Read
     pages: int
     factor: int = 2
+    host_loops: bool = False
 
-    def shape(self, work: list[Work], steps: int, *, stops: int, biases: int) -> Shape:
-        """The smallest shape that holds the work of every group, in so many steps."""
+    def shape(self, work: list[Work], steps: int, *, stops: int, biases: int, loop: bool = True) -> Shape:
+        """The smallest shape that holds the work of every group, in so many steps. loop: whether there may be several."""
         chunks = max(len(mine.chunks) for mine in work)
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
-        return self._shape(self.limits.most(work), chunks, max(ends, default=1), stops=stops, biases=biases)
+        return self._shape(self.limits.most(work), chunks, max(ends, default=1), stops=stops, biases=biases, loop=loop)
 
     def all(self, *, stops: int, biases: int) -> Iterator[Shape]:
         """Every shape that a step may have."""
         limits, found = self.limits, set()
         ends = range(1, self.pages * limits.size + 1, 64) if self.read != "rows" else (1,)
+        loops = (True, False) if self.host_loops else (True,)
         for rows in range(limits.rows + 1):
             for chunks in range(limits.lanes(limits.up(rows)) + 1):
-                found |= (
-                    {self._shape(rows, chunks, end, stops=stops, biases=biases) for end in ends} if rows or chunks else set()
-                )
-        yield from sorted(found, key=lambda shape: (shape.chunks, shape.rows, shape.reach))
+                if rows or chunks:
+                    found |= {
+                        self._shape(rows, chunks, end, stops=stops, biases=biases, loop=loop) for end in ends for loop in loops
+                    }
+        yield from sorted(found, key=lambda shape: (shape.chunks, shape.rows, shape.reach, shape.loop))
 
-    def _shape(self, rows: int, chunks: int, end: int, *, stops: int, biases: int) -> Shape:
+    def _shape(self, rows: int, chunks: int, end: int, *, stops: int, biases: int, loop: bool) -> Shape:
         limits = self.limits
         if not chunks:  # XLA would write a single token twice in stages, each time into a copy of the pool
             rows = max(rows, 2 if limits.stages > 1 else 1)
@@ -52,6 +59,7 @@ class Buckets:
             biases=biases,
             read=self.read,
             reach=self._reach(end, chunks),
+            loop=not chunks and limits.stages == 1 and (loop or not self.host_loops),
         )
 
     def _reach(self, end: int, chunks: int) -> int:

@@ -66,7 +66,7 @@ def build(
         ep = model.layout.mesh.shape["ep"]
         forms = " and ".join(f"{moe.form(n * ep)} for {n}" for n in (rows, limits.tokens))
         logger.info("experts multiply by %s tokens of a group", forms)
-    buckets = Buckets(limits, read, width)
+    buckets = Buckets(limits, read, width, host_loops=platform(model.layout.mesh) == "gpu")
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
 
 

@@ -19,7 +19,7 @@ from jaxtp.engine.detokenizer import Alternatives, Arrival, Detokenizer
 from jaxtp.engine.features import EVERYTHING, RANDOM, features, level, union
 from jaxtp.engine.outputs import CompletionOutput
 from jaxtp.engine.params import SamplingParams
-from jaxtp.engine.plan import Cards, Shape
+from jaxtp.engine.plan import Cards, Shape, empty
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.request import Listener, Request
 from jaxtp.engine.runner import Runner
@@ -213,13 +213,18 @@ class Engine:
         """Dispatches a step, and reads the one before. False: there was nothing to do; `wake` is set when there is."""
         self.wake.clear()
         with self._lock:
-            work, steps = self.scheduler.schedule(steps=self._most_steps())
+            most = self._most_steps()
+            work, steps = self.scheduler.schedule(steps=most)
             active = any(mine.rows or mine.chunks for mine in work)
-            plan = self._plan(work, steps) if active or self._under_way else None
+            plan = self._plan(work, steps, loop=most > 1) if active or self._under_way else None
             wanted = self._wanted()
+        # a call that comes back with its last step: what was before is read before it, and what it made right after
+        waits = plan is not None and plan[1].loop and self.buckets.host_loops
+        while waits and self._flights:
+            self._land(self._flights.popleft())
         if plan is not None:
             self._dispatch(work, *plan, wanted, steps)
-        while len(self._flights) > (self.ahead if active else 0):
+        while len(self._flights) > (self.ahead if active and not waits else 0):
             self._land(self._flights.popleft())
             if not active:
                 break
@@ -236,15 +241,23 @@ class Engine:
             pass
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
-        """Compiles every step that may come, and returns the seconds that it took. progress: told (programs done, of all)."""
-        before = self.programs.compile_seconds
-        shapes = list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
-        wanted = (RANDOM, EVERYTHING) if self.levels else (self._features,)
-        for done, (found, shape) in enumerate(itertools.product(wanted, shapes), start=1):
+        """Compiles every step that may come, and returns the seconds that it took. progress: told (programs done, of all).
+
+        On GPUs each is run as well, without any lanes, but for those with penalties: the first call loads the program, the
+        second makes a CUDA graph of it, which takes some tenths of a second that a request would wait for.
+        """
+        start, shapes = time.perf_counter(), list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
+        wanted = list(itertools.product((RANDOM, EVERYTHING) if self.levels else (self._features,), shapes))
+        for done, (found, shape) in enumerate(wanted, start=1):
             self.runner.compile(shape, found)
             if progress:
-                progress(done, len(shapes) * len(wanted))
-        return self.programs.compile_seconds - before
+                progress(done, len(wanted))
+        for found, shape in wanted if self.buckets.host_loops and self.model.stages == 1 else ():
+            if not found.penalties:
+                for _ in range(2):
+                    made, _ = self.runner.run(empty(shape, self.limits.groups), shape, found)
+                made.count.block_until_ready()
+        return time.perf_counter() - start
 
     def check_integrity(self) -> None:
         """Raises AssertionError where rows or pages are lost."""
@@ -276,12 +289,12 @@ class Engine:
         self._features = union([self._features, *self._asked])
         return self._features
 
-    def _plan(self, work: list[Work], steps: int) -> tuple[np.ndarray, Shape]:
+    def _plan(self, work: list[Work], steps: int, *, loop: bool) -> tuple[np.ndarray, Shape]:
         for mine in work:
             for chunk in mine.chunks:
                 stops, biases = len(chunk.sequence.stop_ids), len(chunk.sequence.request.params.logit_bias)
                 self.cards.widen(itertools.chain(*self.scheduler.running), stops=stops, biases=biases)
-        shape = self.buckets.shape(work, steps, stops=self.cards.stops, biases=self.cards.biases)
+        shape = self.buckets.shape(work, steps, stops=self.cards.stops, biases=self.cards.biases, loop=loop)
         return self.cards.pack(work, shape), shape
 
     def _dispatch(self, work: list[Work], plan: np.ndarray, shape: Shape, wanted: Features, steps: int) -> None:

@@ -27,7 +27,7 @@ AT = {name: i for i, name in enumerate((*INTS, *FLOATS))}
 class Shape:
     """What is static of a step: its lanes, the widths of a lane's lists, and how the cache is read (see `ops.pages`).
 
-    stops, biases: stop ids and biases of a lane.
+    stops, biases: stop ids and biases of a lane. loop: whether rows alone may go on for several steps in one call.
     """
 
     rows: int
@@ -38,6 +38,7 @@ class Shape:
     biases: int
     read: Read
     reach: int
+    loop: bool = True
 
     @property
     def lanes(self) -> int:

@@ -55,7 +55,7 @@ class Programs:
 
             program.__name__ = function.__name__
             start = time.perf_counter()
-            with warnings.catch_warnings(), jax.set_mesh(self._mesh):
+            with warnings.catch_warnings(), jax.set_mesh(self._mesh), xla_flags.exact(self._mesh):
                 warnings.filterwarnings("error", message="Some donated buffers were not usable")
                 jitted = jax.jit(program, donate_argnums=tuple(i + 1 for i in donate))
                 options = xla_flags.options(self._mesh, self._flags)

@@ -80,7 +80,8 @@ def mixed(model: Llama, state: State, plan: jax.Array, steps: jax.Array, **stati
 def run(
     model: Llama, state: State, plan: jax.Array, steps: jax.Array, *, shape: Shape, features: Features
 ) -> tuple[State, Made]:
-    """A step by `plan` [P, G, W]; rows alone, in up to `steps` of them, which end early when all rows have ended.
+    """A step by `plan` [P, G, W]; rows alone, where the shape has a loop, in up to `steps` of them, which end early when all
+    rows have ended.
 
     The cache must have room for them: a row's table holds the pages of all the tokens that it is to make.
     """
@@ -92,7 +93,7 @@ def run(
 
 
 def _run(model: Llama, state: State, plan: jax.Array, steps: jax.Array, shape: Shape, features: Features) -> tuple[State, Made]:
-    if shape.chunks or model.stacks:
+    if shape.chunks or model.stacks or not shape.loop:
         state, _, *new = _tick(model, state, plan, shape, features)
         tokens, logprobs = jax.tree.map(lambda a: a[:, None], tuple(new))
         return state, Made(tokens, logprobs, jnp.int32(1))

@@ -36,6 +36,7 @@ from jaxtp.ops.rope import rotation
 from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
 from jaxtp.tp_plan import rules_from_plan
 from jaxtp.weights import layers_of, variables
+from jaxtp.xla_flags import exact
 
 KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
 Stacks = tuple[tuple[int | None, ...], ...]
@@ -381,7 +382,8 @@ def _compiled(
     segment_ids: jax.Array | None,
     cache: Cache | None,
 ) -> jax.Array | tuple[jax.Array, Cache]:
-    return model(tokens, positions, segment_ids, cache)
+    with exact(model.layout.mesh):
+        return model(tokens, positions, segment_ids, cache)
 
 
 def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:

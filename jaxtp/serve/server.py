@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.routing import APIRoute, APIRouter
 from starlette.exceptions import HTTPException
 
+from jaxtp.log import version
 from jaxtp.serve import shapes
 from jaxtp.serve.errors import Failure, on_crash, on_http, on_invalid
 from jaxtp.serve.gate import Gate
@@ -25,7 +25,7 @@ from jaxtp.serve.service import Service
 from jaxtp.serve.settings import Settings
 
 PAGE = Path(__file__).with_name("page.html")
-VERSION = importlib.metadata.version("jaxtp")
+VERSION = version()
 _ASKED = shapes.errors(400, 401, 404, 413, 415, 503)
 _MADE = {**_ASKED, **shapes.errors(429, 500)}
 _KEPT = shapes.errors(401, 503)

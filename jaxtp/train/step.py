@@ -188,7 +188,8 @@ class Trainer:
     def step_and_gradients(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics, Params]:
         """The same, and the gradient that was taken, before it was clipped: laid out as `rest`."""
         counted = batch.weights.sum()
-        grads, (loss, nats, told) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
+        with xla_flags.exact(self.stacked.layout.mesh):
+            grads, (loss, nats, told) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         state, norm, finite = self._applied(grads, state, loss)
         return state, Metrics(loss, nats, norm, counted, finite, told), grads
 
@@ -213,12 +214,13 @@ class Trainer:
     def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
         weights = {**(frozen or {}), **params}
-        if self.pipeline:
-            _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
-            return nats, batch.weights.sum()
-        ready = weights if self.zero == 3 else self._ready(weights)
-        nats = jax.lax.map(lambda micro: self._loss(ready, micro).nats, batch)
-        return nats.sum(), batch.weights.sum()
+        with xla_flags.exact(self.stacked.layout.mesh):
+            if self.pipeline:
+                _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
+                return nats, batch.weights.sum()
+            ready = weights if self.zero == 3 else self._ready(weights)
+            nats = jax.lax.map(lambda micro: self._loss(ready, micro).nats, batch)
+            return nats.sum(), batch.weights.sum()
 
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, staged: bool = False) -> Llama:
         """The model as trained so far (a copy), adapters merged.

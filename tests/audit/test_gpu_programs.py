@@ -75,6 +75,19 @@ def test_decode(name, tp, batch, read):
     assert report.calls.get("__cudnn$fmhaSoftmax", 0) == (config.num_layers if read == "cudnn" else 0)
 
 
+def test_a_single_step_has_no_loop():
+    """For which the host would wait: else it is the loop's body."""
+    llama = model("llama-3.1-8b", 8)
+    program = compile_decode(llama, batch=8, slots=SLOTS, loop=False)
+    assert " while(" not in program.as_text()
+    report = audit(program, mesh(8))
+    check_collectives(report, llama.config, 8, 8, 8, loops=0)
+    assert report.aliased_bytes >= pool(llama.config, 8, 8)
+    assert report.copies(MIB) == []
+    assert report.temp_bytes <= 10 * MIB
+    assert report.kernels[0] <= KERNELS["cudnn"] * llama.config.num_layers + OTHER_KERNELS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("read", KERNELS)
 @pytest.mark.parametrize(("name", "tp"), [("llama-3.1-8b", 1), ("llama-3.1-8b", 8), ("llama-3.1-70b", 8)])

@@ -34,6 +34,31 @@ def test_gpus_have_none_of_the_cpus(gpus):
     assert options(gpus, (*QUANTIZED, *BFLOAT16)) == {}
 
 
+def test_float32_is_multiplied_as_such_on_gpus(gpus):
+    """By itself XLA lets matrix units round both factors to 10 bits; what the user says of all programs stays."""
+
+    def lowered(mesh):
+        with xla_flags.exact(mesh):
+            return jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32")).as_text()
+
+    assert "HIGHEST" in lowered(gpus)
+    assert "HIGHEST" not in lowered(make_mesh())
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert "HIGHEST" not in lowered(gpus)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_so_it_is_in_every_product_of_a_model(gpus, train):
+    config = dataclasses.replace(preset("llama-3.2-1b"), num_layers=1, vocab_size=1024, windows=())
+    if train:
+        program = compile_step(abstract_trainer(config, gpus, Split(dp=4), dtype="float32"), rows=4, tokens=64)
+    else:
+        program = compile_decode(abstract_llama(config, gpus, Split(dp=4), dtype="float32"), batch=32, slots=256)
+    products = re.findall(r"^.*(?: dot\(|\$gemm|\$lt\$matmul).*$", program.as_text(), re.MULTILINE)
+    assert products
+    assert all("highest" in line.lower() for line in products)
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 def test_weights_of_8_bits_are_converted_one_at_a_time(tp):
     """What a decode step on CPUs needs beside its arguments is a layer's kernel; without the option jaxlib 0.10 needs all."""

@@ -135,23 +135,31 @@ def test_tokens_are_the_same_however_the_cache_is_read(folder, alone, read):
     assert [outcome(request) for request in requests] == alone
 
 
-def test_every_step_is_compiled_ahead(folder):
-    """After the warm-up a mixed load compiles nothing: neither greedy texts alone, nor any, nor greedy ones after."""
+def test_every_step_is_compiled_ahead(folder, alone):
+    """After the warm-up a mixed load compiles nothing: neither greedy texts alone, nor any, nor greedy ones after. As on GPUs:
+    single steps are programs of their own, all are run once, and the host reads what loops made as soon as they end.
+    """
     model, _ = programs_on(folder, (("tp", 2),))
     engine = engine_on(folder, {"tp": 2}, programs=Programs(model), max_num_seqs=8, max_num_batched_tokens=64)
     del engine._wanted  # as it is, not everything
+    engine.buckets = dataclasses.replace(engine.buckets, host_loops=True)
     engine.levels, told = True, []
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told[-1][0] == told[-1][1] == 2 * len(list(engine.buckets.all(stops=4, biases=0)))
     before = engine.programs.compile_seconds
     rng, mixed = random.Random(3), [(ids, params) for ids, params in load() if not params.logit_bias]
     greedy = [(ids, SamplingParams(temperature=0, max_tokens=5)) for ids, _ in mixed[:4]]
+    requests = []
     for part in (greedy, mixed, greedy):
         for ids, params in part:
-            engine.submit(ids, params)
+            requests.append(engine.submit(ids, params, stream=rng.random() < 0.5))
             for _ in range(rng.randrange(3)):
                 engine.step()
         engine.run()
+    expected = [found for found, (_, params) in zip(alone, load(), strict=True) if not params.logit_bias]
+    assert [outcome(request) for request in requests[4:-4]] == expected
+    loops = {key[-1][0][1].loop for key in engine.programs._compiled if key[0].__name__ == "decode"}
+    assert loops == {True, False}
     names = [key[0].__name__ for key in engine.programs._compiled]
     assert {*names} == {"begin", "decode", "mixed", "uncounted", "recount"}
     assert names.count("decode") + names.count("mixed") == told[-1][1]
