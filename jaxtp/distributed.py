@@ -29,6 +29,7 @@ from jaxtp.mesh import make_mesh
 
 PORT = 29500  # of the roll call; JAX's coordinator takes the next one
 LOST = 77  # the exit code of a process that ends because another one did
+GRACE = 10.0  # seconds after a collective failed until it is known who was lost; a busy machine buries the dead slowly
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Peers:
     def fail(self, error: BaseException) -> None:
         """This process ends with an error: the others must not wait for it."""
         # a collective fails when another process is lost, of which the watcher's message speaks, and ends this one
-        if isinstance(error.__cause__ or error, RuntimeError) and self._lost.wait(2.0):
+        if isinstance(error.__cause__ or error, RuntimeError) and self._lost.wait(GRACE):
             time.sleep(60)
         self._leaving = True
         self._tell({"end": "failed"})

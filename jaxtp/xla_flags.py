@@ -89,12 +89,12 @@ def options(mesh: Mesh, flags: Sequence[Flag]) -> dict[str, bool | str]:
     return {flag.name: flag.value for flag in flags if flag.name not in named and known(flag, mesh)}
 
 
-def exact(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """What is traced in it for GPUs multiplies float32 in float32. JAX by itself gives such products to the matrix units as
-    TF32, 10 bits of each factor. What `jax_default_matmul_precision` says stays; products of 16 bits are the same either way.
+def exact(mesh: Mesh, dtype: jnp.dtype) -> contextlib.AbstractContextManager[None]:
+    """A model in float32 that is traced in it for GPUs multiplies in float32. JAX by itself gives such products to the matrix
+    units as TF32, 10 bits of each factor. What `jax_default_matmul_precision` says stays.
     """
     said = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    as_it_is = said is not None or platform(mesh) != "gpu"
+    as_it_is = said is not None or dtype != jnp.float32 or platform(mesh) != "gpu"
     return contextlib.nullcontext() if as_it_is else jax.default_matmul_precision("highest")
 
 

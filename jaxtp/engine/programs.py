@@ -22,7 +22,7 @@ class Programs:
         graph, state = nnx.split(model)
         self._leaves, tree = jax.tree.flatten(state)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        self._mesh = model.layout.mesh
+        self._mesh, self._dtype = model.layout.mesh, model.layout.dtype
         self._flags = xla_flags.QUANTIZED if model.quantization else ()
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
@@ -55,7 +55,7 @@ class Programs:
 
             program.__name__ = function.__name__
             start = time.perf_counter()
-            with warnings.catch_warnings(), jax.set_mesh(self._mesh), xla_flags.exact(self._mesh):
+            with warnings.catch_warnings(), jax.set_mesh(self._mesh), xla_flags.exact(self._mesh, self._dtype):
                 warnings.filterwarnings("error", message="Some donated buffers were not usable")
                 jitted = jax.jit(program, donate_argnums=tuple(i + 1 for i in donate))
                 options = xla_flags.options(self._mesh, self._flags)

@@ -382,7 +382,7 @@ def _compiled(
     segment_ids: jax.Array | None,
     cache: Cache | None,
 ) -> jax.Array | tuple[jax.Array, Cache]:
-    with exact(model.layout.mesh):
+    with exact(model.layout.mesh, model.layout.dtype):
         return model(tokens, positions, segment_ids, cache)
 
 

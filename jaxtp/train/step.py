@@ -188,7 +188,7 @@ class Trainer:
     def step_and_gradients(self, state: State, batch: Batch, frozen: Params | None = None) -> tuple[State, Metrics, Params]:
         """The same, and the gradient that was taken, before it was clipped: laid out as `rest`."""
         counted = batch.weights.sum()
-        with xla_flags.exact(self.stacked.layout.mesh):
+        with xla_flags.exact(self.stacked.layout.mesh, self.stacked.layout.dtype):
             grads, (loss, nats, told) = self._gradients(state.params, frozen or {}, batch, jnp.maximum(counted, 1.0))
         state, norm, finite = self._applied(grads, state, loss)
         return state, Metrics(loss, nats, norm, counted, finite, told), grads
@@ -214,7 +214,7 @@ class Trainer:
     def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
         weights = {**(frozen or {}), **params}
-        with xla_flags.exact(self.stacked.layout.mesh):
+        with xla_flags.exact(self.stacked.layout.mesh, self.stacked.layout.dtype):
             if self.pipeline:
                 _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
                 return nats, batch.weights.sum()

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxtp import preset, xla_flags
@@ -37,12 +38,13 @@ def test_gpus_have_none_of_the_cpus(gpus):
 def test_float32_is_multiplied_as_such_on_gpus(gpus):
     """By itself XLA lets matrix units round both factors to 10 bits; what the user says of all programs stays."""
 
-    def lowered(mesh):
-        with xla_flags.exact(mesh):
+    def lowered(mesh, dtype="float32"):
+        with xla_flags.exact(mesh, jnp.dtype(dtype)):
             return jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32")).as_text()
 
     assert "HIGHEST" in lowered(gpus)
     assert "HIGHEST" not in lowered(make_mesh())
+    assert "HIGHEST" not in lowered(gpus, "bfloat16")
     with jax.default_matmul_precision("tensorfloat32"):
         assert "HIGHEST" not in lowered(gpus)
 
