@@ -1,7 +1,8 @@
-"""Draws the curves of a training run from its log.
+"""Draws the curves of training runs from their logs.
 
 python scripts/plot_run.py runs/demo            # writes runs/demo/curve.png
 python scripts/plot_run.py docs/demo --out docs/demo/curve.png
+python scripts/plot_run.py docs/demo docs/demo/experts --out both.png    # validation side by side, and how experts are loaded
 """
 
 from __future__ import annotations
@@ -12,39 +13,58 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.axes import Axes
+
+COLOURS = ("#c8553d", "#2f6690", "#588157", "#8d6a9f")
 
 
 @dataclass(frozen=True)
 class Args:
     """What to draw."""
 
-    folder: tyro.conf.Positional[Path]
-    """Folder with a log.jsonl."""
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders with a log.jsonl, one or more."""
     out: Path | None = None
-    """The picture; default curve.png in that folder."""
+    """The picture; default curve.png in the first folder."""
 
 
 def main(args: Args) -> None:
     """Draws."""
-    lines = [json.loads(line) for line in (args.folder / "log.jsonl").read_text().splitlines()]
+    logs = {folder: read(folder) for folder in args.folders}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=(2, 1))
+    lines = [line for log in logs.values() for line in log]
     per_character = any("validation_nats_per_character" in line for line in lines)
     held = "validation_nats_per_character" if per_character else "validation_nats"
-    series = (("nats", "training", "#9aa7b8", "-"), (held, "validation", "#c8553d", "o-"))
-    for key, label, colour, style in series:
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            left.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+    routed = any("expert_max_over_mean" in line for line in lines)
+    for (folder, log), colour in zip(logs.items(), COLOURS, strict=False):
+        alone = len(logs) == 1
+        if alone:
+            curve(left, log, "nats", "-", color="#9aa7b8", label="training")
+        curve(left, log, held, "o-", color=colour, label="validation" if alone else folder.name, markersize=4)
+        if routed:
+            curve(right, log, "expert_max_over_mean", "-", color=colour)
+        else:
+            curve(right, log, "learning_rate", "-", color="#7fc0a5")
     left.set(xlabel="step", ylabel="nats per character" if per_character else "nats per token")
     left.legend(frameon=False)
-    rates = [(line["step"], line["learning_rate"]) for line in lines if "learning_rate" in line]
-    right.plot(*zip(*rates, strict=True), color="#7fc0a5")
-    right.set(xlabel="step", ylabel="learning rate")
+    right.set(xlabel="step", ylabel="busiest expert's tokens over the mean" if routed else "learning rate")
     for at in (left, right):
         at.spines[["top", "right"]].set_visible(False)
-    out = args.out or args.folder / "curve.png"
+    out = args.out or args.folders[0] / "curve.png"
     figure.savefig(out, dpi=110)
     print(out)
+
+
+def read(folder: Path) -> list[dict]:
+    """The lines of its log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def curve(at: Axes, log: list[dict], key: str, style: str, **look) -> None:
+    """What a log has of something, over its steps."""
+    points = [(line["step"], line[key]) for line in log if key in line]
+    if points:
+        at.plot(*zip(*points, strict=True), style, **look)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from jaxtp.sharding import varying_as
 
 # chosen: the experts of each pair, read where they stand (few tokens); pairs: the same in a loop, for CPUs. every: all experts
 # on all tokens, those not chosen with a weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by
-# expert, a block of them at a time. grouped: the same in one kernel (Hopper GPUs). reference: the formula, in float32.
-Products = Literal["reference", "chosen", "pairs", "every", "blocks", "grouped"]
+# expert, a block of them at a time; runs: all that an expert has at a time, on CPUs, and blocks where gradients are wanted.
+# grouped: the same in one kernel (Hopper GPUs). reference: the formula, in float32.
+Products = Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "grouped"]
 Kernel = jax.Array | Quantized
 
 FEW_TOKENS = 256  # on GPUs, the time of a step of so many is that of reading the weights
@@ -43,7 +44,7 @@ def choose_products(
         if tokens <= FEW_TOKENS:
             return "every"
         return "grouped" if kernels else "blocks"
-    return "pairs" if pairs <= 2 * experts else "blocks"
+    return "pairs" if pairs <= 2 * experts else "runs"
 
 
 def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products) -> jax.Array:
@@ -161,12 +162,9 @@ def _by_expert(
 ) -> jax.Array:
     """grouped(rows [R, I], kernel [E, *O, I], sizes [E]) -> [R, O]: rows of one expert after another, so many of each."""
     (N, k), E = chosen.shape, gate_up.shape[0]
-    flat = jnp.where(_here(chosen, E), chosen, E).reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # pairs that are elsewhere come last
-    place = jnp.argsort(order)
-    sizes = (flat[:, None] == jnp.arange(E)).sum(axis=0, dtype=jnp.int32)
-    held = N * min(k, E)  # no token has more experts here
-    order, here = order[:held], (jnp.arange(held) < sizes.sum())[:, None]
+    order, place, sizes = _sorted(chosen, E)
+    held = len(order)
+    here = (jnp.arange(held) < sizes.sum())[:, None]
 
     def only(z: jax.Array) -> jax.Array:
         return jnp.where(here, z, jnp.zeros((), z.dtype))
@@ -175,6 +173,15 @@ def _by_expert(
     z = only(grouped(gated(y.reshape(held, -1, 2)), down, sizes))
     z = unsorted_rows(z, order, place).reshape(N, k, -1).astype(jnp.float32)
     return (z * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+
+def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs by expert, as many as may be here: (order, their numbers; place of each pair in it; sizes [E], of each expert)."""
+    (N, k), E = chosen.shape, experts
+    flat = jnp.where(_here(chosen, E), chosen, E).reshape(-1)
+    order = jnp.argsort(flat, stable=True)  # pairs that are elsewhere come last
+    sizes = (flat[:, None] == jnp.arange(E)).sum(axis=0, dtype=jnp.int32)
+    return order[: N * min(k, E)], jnp.argsort(order), sizes  # no token has more experts here
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -274,11 +281,56 @@ def _block(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice(rows, (at, jnp.zeros_like(at)), (size, rows.shape[1]))
 
 
+# -- all rows of an expert at a time ---------------------------------------------------------------------------------------
+
+HEIGHTS = 16, 32, 64, 96, 128  # that products come in; more rows take several
+
+
+@jax.custom_vjp
+def _in_runs(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """A run is padded to the next height, and goes through both products while it is in the processor's cache. What is padding
+    in one, the runs of the experts after it write over.
+    """
+    (N, k), E = chosen.shape, gate_up.shape[0]
+    # several: outside of a branch, XLA:CPU takes three times as long for bfloat16
+    heights = [height for i, height in enumerate(HEIGHTS) if i < 2 or HEIGHTS[i - 1] < N]
+    most = heights[-1]
+    order, place, sizes = _sorted(chosen, E)
+    padded, share = jnp.pad(order, (0, most)), weights.reshape(-1)
+
+    def run(height: int, at: jax.Array, expert: jax.Array) -> jax.Array:
+        pairs = jax.lax.dynamic_slice(padded, (at,), (height,))
+        z = _expert(x[pairs // k], expert, gate_up, down).astype(jnp.float32) * share[pairs][:, None]
+        return jnp.pad(z, ((0, most - height), (0, 0)))
+
+    def put(out: jax.Array, at: jax.Array, expert: jax.Array, own: jax.Array) -> jax.Array:
+        size = own.sum(dtype=jnp.int32)
+        height = sum((size > height).astype(jnp.int32) for height in heights[:-1])
+        z = jax.lax.switch(height, [functools.partial(run, height) for height in heights], at, expert)
+        return jax.lax.dynamic_update_slice(out, z, (at, jnp.zeros_like(at)))
+
+    start = varying_as(jnp.zeros((len(padded), x.shape[1]), jnp.float32), x, chosen, weights, gate_up, down)
+    z = _each_block(put, most, sizes, start)[jnp.minimum(place, len(order))]
+    return jnp.where((place < sizes.sum())[:, None], z, 0.0).reshape(N, k, -1).sum(axis=1).astype(x.dtype)
+
+
+def _runs_forward(x: jax.Array, chosen: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
+    return jax.vjp(lambda x, *rest: _by_expert(_in_blocks, x, chosen, *rest), x, *rest)
+
+
+def _runs_backward(backward: Any, grad: jax.Array) -> tuple[Any, ...]:
+    to_rows, *others = backward(grad)
+    return to_rows, None, *others
+
+
+_in_runs.defvjp(_runs_forward, _runs_backward)
+
 FORMS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
     "every": _every,
     "chosen": _chosen,
     "pairs": _one_by_one,
     "blocks": functools.partial(_by_expert, _in_blocks),
+    "runs": _in_runs,
     "grouped": functools.partial(_by_expert, grouped),
 }
