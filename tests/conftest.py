@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched in a test
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's, beside another worker: its threads wait by spinning
 
 import jax
 import pytest
