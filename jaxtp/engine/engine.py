@@ -243,20 +243,17 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
         """Compiles every step that may come, and returns the seconds that it took. progress: told (programs done, of all).
 
-        On GPUs each is run as well, without any lanes, but for those with penalties: the first call loads the program, the
-        second makes a CUDA graph of it, which takes some tenths of a second that a request would wait for.
+        On GPUs each is run as well, with nobody in its lanes (but for penalties, whose counts are made when somebody asks for
+        them): the first call loads a program, some tenths of a second that a request would wait for.
         """
         start, shapes = time.perf_counter(), list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
         wanted = list(itertools.product((RANDOM, EVERYTHING) if self.levels else (self._features,), shapes))
         for done, (found, shape) in enumerate(wanted, start=1):
             self.runner.compile(shape, found)
+            if self.buckets.host_loops and self.limits.stages == 1 and not found.penalties:
+                self.runner.run(empty(shape, self.limits.groups), shape, found)
             if progress:
                 progress(done, len(wanted))
-        for found, shape in wanted if self.buckets.host_loops and self.model.stages == 1 else ():
-            if not found.penalties:
-                for _ in range(2):
-                    made, _ = self.runner.run(empty(shape, self.limits.groups), shape, found)
-                made.count.block_until_ready()
         return time.perf_counter() - start
 
     def check_integrity(self) -> None:
