@@ -2,7 +2,7 @@
 
 python scripts/plot_run.py runs/demo            # writes runs/demo/curve.png
 python scripts/plot_run.py docs/demo --out docs/demo/curve.png
-python scripts/plot_run.py docs/demo docs/demo/experts --out both.png    # validation side by side, and how experts are loaded
+python scripts/plot_run.py docs/demo docs/demo/experts-batch --out both.png    # validation side by side, and how experts are loaded
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(args: Args) -> None:
             curve(right, log, "learning_rate", "-", color="#7fc0a5")
     left.set(xlabel="step", ylabel="nats per character" if per_character else "nats per token")
     left.legend(frameon=False)
-    right.set(xlabel="step", ylabel="busiest expert's tokens over the mean" if routed else "learning rate")
+    right.set(xlabel="step", ylabel="busiest expert over the mean" if routed else "learning rate")
     for at in (left, right):
         at.spines[["top", "right"]].set_visible(False)
     out = args.out or args.folders[0] / "curve.png"
