@@ -2,7 +2,7 @@
 
 python scripts/plot_run.py runs/demo            # writes runs/demo/curve.png
 python scripts/plot_run.py docs/demo --out docs/demo/curve.png
-python scripts/plot_run.py docs/demo docs/demo/experts-batch --out both.png    # validation side by side, and how experts are loaded
+python scripts/plot_run.py docs/demo docs/demo/experts-batch --out both.png    # side by side, and how experts are loaded
 """
 
 from __future__ import annotations
