@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -28,9 +27,11 @@ def show(level: int = logging.INFO) -> None:
 
 def version() -> str:
     """jaxtp's own; a clone that is imported where it lies has none."""
+    from importlib import metadata  # takes a while, which most starts need not spend
+
     try:
-        return importlib.metadata.version("jaxtp")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("jaxtp")
+    except metadata.PackageNotFoundError:
         return "0 (not installed)"
 
 

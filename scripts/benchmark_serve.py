@@ -57,7 +57,7 @@ class Args:
     folder: Path = Path("~/.cache/jaxtp/benchmark-serve")
     """Of the checkpoint, made once, or another checkpoint's that is there."""
     preset: str | None = None
-    """A model's shape by name, of which the checkpoint is made; default: the 254M Llama."""
+    """A model's shape by name, whose checkpoint is a folder of that name there; default: the 254M Llama."""
     dtype: str = "float32"
     concurrency: tuple[int, ...] = (1, 4, 16)
     num_prompts: int | None = None
@@ -85,7 +85,7 @@ class Server:
 
 def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
-    folder = args.folder.expanduser().resolve()
+    folder = args.folder.expanduser().resolve() / (args.preset or "")
     if not (folder / "config.json").exists():
         make_checkpoint(folder, args.preset, args.dtype)
     servers = chosen(args, folder)

@@ -7,6 +7,7 @@ python scripts/plot_run.py docs/demo docs/demo/experts-batch --out both.png    #
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,15 @@ def main(args: Args) -> None:
     per_character = any("validation_nats_per_character" in line for line in lines)
     held = "validation_nats_per_character" if per_character else "validation_nats"
     routed = any("expert_max_over_mean" in line for line in lines)
-    for (folder, log), colour in zip(logs.items(), COLOURS, strict=False):
-        alone = len(logs) == 1
+    alone = len(logs) == 1
+    for (folder, log), colour in zip(logs.items(), itertools.cycle(COLOURS), strict=False):
         if alone:
             curve(left, log, "nats", "-", color="#9aa7b8", label="training")
         curve(left, log, held, "o-", color=colour, label="validation" if alone else folder.name, markersize=4)
         if routed:
             curve(right, log, "expert_max_over_mean", "-", color=colour)
         else:
-            curve(right, log, "learning_rate", "-", color="#7fc0a5")
+            curve(right, log, "learning_rate", "-", color="#7fc0a5" if alone else colour)
     left.set(xlabel="step", ylabel="nats per character" if per_character else "nats per token")
     left.legend(frameon=False)
     right.set(xlabel="step", ylabel="busiest expert over the mean" if routed else "learning rate")

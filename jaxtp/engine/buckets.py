@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,22 +31,23 @@ class Buckets:
         chunks = max(len(mine.chunks) for mine in work)
         ends = [start + steps for mine in work for start in mine.starts]
         ends += [chunk.start + chunk.count for mine in work for chunk in mine.chunks]
-        return self._shape(self.limits.most(work), chunks, max(ends, default=1), stops=stops, biases=biases, loop=loop)
+        reach = self._reach(max(ends, default=1), chunks)
+        return self._shape(self.limits.most(work), chunks, reach, stops=stops, biases=biases, loop=loop)
 
     def all(self, *, stops: int, biases: int) -> Iterator[Shape]:
         """Every shape that a step may have."""
         limits, found = self.limits, set()
-        ends = range(1, self.pages * limits.size + 1, 64) if self.read != "rows" else (1,)
+        ends = range(1, self.pages * limits.size + 1, 64)
+        reaches = [{self._reach(end, chunks) for end in ends} for chunks in (0, 1)]
         loops = (True, False) if self.host_loops else (True,)
         for rows in range(limits.rows + 1):
             for chunks in range(limits.lanes(limits.up(rows)) + 1):
                 if rows or chunks:
-                    found |= {
-                        self._shape(rows, chunks, end, stops=stops, biases=biases, loop=loop) for end in ends for loop in loops
-                    }
+                    every = itertools.product(reaches[chunks > 0], loops)
+                    found |= {self._shape(rows, chunks, at, stops=stops, biases=biases, loop=loop) for at, loop in every}
         yield from sorted(found, key=lambda shape: (shape.chunks, shape.rows, shape.reach, shape.loop))
 
-    def _shape(self, rows: int, chunks: int, end: int, *, stops: int, biases: int, loop: bool) -> Shape:
+    def _shape(self, rows: int, chunks: int, reach: int, *, stops: int, biases: int, loop: bool) -> Shape:
         limits = self.limits
         if not chunks:  # XLA would write a single token twice in stages, each time into a copy of the pool
             rows = max(rows, 2 if limits.stages > 1 else 1)
@@ -58,7 +60,7 @@ class Buckets:
             stops=stops,
             biases=biases,
             read=self.read,
-            reach=self._reach(end, chunks),
+            reach=reach,
             loop=not chunks and limits.stages == 1 and (loop or not self.host_loops),
         )
 

@@ -376,11 +376,7 @@ class Llama(nnx.Module):
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _compiled(
-    model: Llama,
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    cache: Cache | None,
+    model: Llama, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None
 ) -> jax.Array | tuple[jax.Array, Cache]:
     with exact(model.layout.mesh, model.layout.dtype):
         return model(tokens, positions, segment_ids, cache)

@@ -175,9 +175,9 @@ def _by_expert(
     return (z * weights[..., None]).sum(axis=1).astype(x.dtype)
 
 
-def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sorted(chosen: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pairs by expert, as many as may be here: (order, their numbers; place of each pair in it; sizes [E], of each expert)."""
-    (N, k), E = chosen.shape, experts
+    N, k = chosen.shape
     flat = jnp.where(_here(chosen, E), chosen, E).reshape(-1)
     order = jnp.argsort(flat, stable=True)  # pairs that are elsewhere come last
     sizes = (flat[:, None] == jnp.arange(E)).sum(axis=0, dtype=jnp.int32)

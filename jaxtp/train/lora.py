@@ -26,6 +26,7 @@ from jaxtp.config import FAMILIES
 from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops import linear
 from jaxtp.sharding import fetch, put
+from jaxtp.xla_flags import exact
 
 SEPARATE = ("o_proj", "down_proj")  # what every family has by itself
 
@@ -212,11 +213,11 @@ class Adapters:
 
     def merged(self, frozen: Params, adapters: Params) -> Params:
         """The weights that both come to, laid out as the frozen ones and in their dtype; added in float32."""
-        found = dict(frozen)
+        found, mesh = dict(frozen), self.stacked.layout.mesh
         for site in self.sites:
             kernel = found[site.kernel]
             add = functools.partial(_added, site=site, lead=len(site.lead))
-            with jax.set_mesh(self.stacked.layout.mesh):
+            with jax.set_mesh(mesh), exact(mesh, jnp.dtype(jnp.float32)):
                 inside = jax.sharding.auto_axes(add, out_sharding=kernel.sharding)
                 found[site.kernel] = jax.jit(inside)(kernel, adapters[f"{site.path}.a"], adapters[f"{site.path}.b"])
         return found

@@ -103,7 +103,10 @@ def test_products_of_experts(form, tokens):
     if form == "grouped" and not grouped.fits(on("gpu"), "bfloat16", D, F):
         pytest.skip("not a Hopper GPU")
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
     x, gate_up, down = draw(tokens, D), draw(E, F, 2, D) / 16, draw(E, D, F) / 20
     chosen = jnp.asarray(np.stack([rng.permutation(E - 1)[:k] for _ in range(tokens)]), jnp.int32)  # one is never chosen
     weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
