@@ -1,9 +1,9 @@
 """Every test sees eight virtual CPU devices; dtypes never promote by themselves; warnings are errors (pyproject.toml).
 
 Tests' programs are compiled quickly rather than well: without LLVM's optimisations and by XLA's older emitters, in a quarter
-of the time. XLA partitions them, lays them out and counts on them as ever. Commands that tests start compile as a user's do;
-with JAXTP_TESTS=optimized all tests do, as in CI's part on the newest Python. JAXTP_TESTS=gpu is for tests/gpu alone, on a
-machine that has one.
+of the time; those for GPUs end before the assembler, which is a third of them. XLA partitions them, lays them out and counts on
+them as ever. Commands that tests start compile as a user's do; with JAXTP_TESTS=optimized all tests do, as in CI's part on the
+newest Python. JAXTP_TESTS=gpu is for tests/gpu alone, on a machine that has one.
 """
 
 import gc
@@ -21,7 +21,8 @@ from jaxtp.generate import memory
 OPTIMIZED = os.environ.get("JAXTP_TESTS") == "optimized" or "XLA_FLAGS" in os.environ or jax.__version_info__ >= (0, 12)
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_gpu_enable_libnvptxcompiler=false "
+    f"--xla_gpu_cuda_data_dir='{Path(__file__).with_name('no_assembler')}'"
 )
 
 ON_GPU = os.environ.get("JAXTP_TESTS") == "gpu"
