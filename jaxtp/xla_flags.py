@@ -65,8 +65,14 @@ QUANTIZED = (
         "That of jaxlib 0.10 begins whatever can begin: the weights of all layers would be converted before the first product, "
         "and take the memory that 8 bits save.",
     ),
+    Flag(
+        "xla_gpu_experimental_enable_subchannel_dequantisation_fusion",
+        True,
+        "0.10 to 0.12",
+        "Takes the scaling of groups of inputs into a product; without it each kernel would be written out in 16 bits first.",
+    ),
 )
-"""Of generation with `quantization`."""
+"""Of generation with kernels in few bits."""
 
 
 def training(dtype: jnp.dtype) -> tuple[Flag, ...]:

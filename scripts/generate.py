@@ -10,7 +10,7 @@ with a share of the batch (or --dp). `jaxtp generate` has every other flag.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import tyro
@@ -18,6 +18,7 @@ import tyro
 from jaxtp import LLM, SamplingParams, preset, use_virtual_devices
 from jaxtp.audit import audit, compile_decode
 from jaxtp.checkpoint import hf
+from jaxtp.config.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Args:
     batch: int = 1
     """With --dummy: how many prompts of 128 random tokens."""
     dtype: str = "auto"
-    quantization: Literal["int8"] | None = None
+    quantization: Quantization | None = None
     audit: bool = False
     """Also print what a decode step communicates."""
     virtual_devices: int | None = None

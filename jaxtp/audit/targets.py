@@ -18,6 +18,7 @@ from jaxtp import files
 from jaxtp.buckets import PAGE, power
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.engine import step
 from jaxtp.engine.build import choose_read, chunk_tokens
 from jaxtp.engine.plan import Shape
@@ -26,7 +27,6 @@ from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.pages import Read
-from jaxtp.ops.quantized import Quantization
 from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, staged
 from jaxtp.parallel.experts import exchange
@@ -165,7 +165,7 @@ def abstract_llama(
     layout = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
     model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, dispatch=exchange, **layout)
     for path, weight in variables(model):
-        weight.set_value(model.kept(path, weight.get_value()))
+        weight.set_value(model.kept(path, weight, weight.get_value()))
     return model
 
 

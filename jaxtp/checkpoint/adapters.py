@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Index
+from jaxtp.checkpoint.tensors import FLOATS
 from jaxtp.files import read_object
 from jaxtp.log import logger
 
@@ -160,7 +161,11 @@ class Adapter:
         with hf.Tensors(self.folder, [path]) as tensors:
             copies = {_copy_of(m): self._shapes[m] for m in self.modules if _kind(m) in TABLES and _copy_of(m) in tensors}
             wanted |= copies
-            problems = hf.misfits(tensors, wanted, [name for name in tensors if name not in wanted])
+            problems = hf.misfits(
+                tensors,
+                {name: (shape, tuple(FLOATS)) for name, shape in wanted.items()},
+                [name for name in tensors if name not in wanted],
+            )
             if problems:
                 raise ValueError(f"the tensors in {path} do not fit its {CONFIG} and this model: {problems}")
             return {name: tensors.read(name, (_ALL, _ALL)) for name in wanted}

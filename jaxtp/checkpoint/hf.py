@@ -22,12 +22,15 @@ from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors.numpy import save_file
 
+from jaxtp.checkpoint.formats import Linear, reader
 from jaxtp.checkpoint.names import EMBED, HEAD, Index, Part, made_of
 from jaxtp.checkpoint.names import tensors as tensors_of
 from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors, text_part
 from jaxtp.config import DTYPES, ModelConfig
+from jaxtp.config.quantization import Schemes
 from jaxtp.files import local
 from jaxtp.log import console, interactive, logger
+from jaxtp.ops.quantized import Quantized
 from jaxtp.sharding import fetch
 from jaxtp.weights import variables
 
@@ -71,16 +74,18 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
 
 def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     """The config of a checkpoint folder, with what its weights alone can say: their dtype, where config.json has none (the
-    first one's, as in transformers), and that they hold two tables where config.json says that embedding and head are one. Both
-    are used then, with a warning, as in transformers.
+    first one's, as in transformers); which modules are not quantized, although it says that all are; and that they hold two
+    tables where config.json says that embedding and head are one. Both are used then, with a warning, as in transformers.
 
     Raises as `ModelConfig.from_hf` and `Tensors`, but for weights that are not there: a plan needs none.
     """
     config = ModelConfig.from_hf(folder, overrides=overrides)
-    if config.dtype and not config.tie_word_embeddings:
+    if config.dtype and not config.tie_word_embeddings and not config.schemes:
         return config
     try:
         with text_part(Tensors(folder)) as tensors:
+            if config.schemes and config.schemes.method:
+                config = replace(config, schemes=config.schemes.without(_plain(tensors, config.schemes)))
             first = next((FLOATS[found] for found in map(tensors.dtype, tensors) if found in FLOATS), None)
             config = replace(config, dtype=config.dtype or (first if first in DTYPES else None))
             if config.tie_word_embeddings and not _one_table(tensors, config.dtype or "float32"):
@@ -92,6 +97,13 @@ def config_of(folder: Path, *, overrides: Mapping[str, Any] | None = None) -> Mo
     except FileNotFoundError:
         pass
     return config
+
+
+def _plain(tensors: Tensors, schemes: Schemes) -> list[str]:
+    """The modules that the files hold in 16 bits or more, whatever config.json says of them."""
+    names = [name for name in tensors if name.endswith(".weight") and name not in (EMBED, HEAD)]
+    floats = [name for name in names if tensors.dtype(name) in FLOATS and len(tensors.shape(name)) == 2]
+    return [module for module in (name.removesuffix(".weight") for name in floats) if schemes.of(module)]
 
 
 def _one_table(tensors: Tensors, dtype: str) -> bool:
@@ -119,11 +131,11 @@ def load(
     config: ModelConfig,
     folder: Path,
     *,
-    keep: Callable[[str, jax.Array], Any],
+    keep: Callable[[str, nnx.Variable, jax.Array], Any],
     merges: Mapping[str, Callable[[Index, np.ndarray], np.ndarray]] | None = None,
     progress: bool = True,
 ) -> None:
-    """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, array): what of a weight is kept.
+    """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, weight, array): what of one is kept.
     merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
@@ -133,7 +145,8 @@ def load(
     with text_part(Tensors(folder)) as tensors, _bar(progress) as bar:
         if config.tie_word_embeddings and HEAD in tensors and EMBED not in tensors:
             tensors.rename(HEAD, EMBED)  # one table, under its other name
-        _check(tensors, config, folder, shapes(model, config))
+        linears = _linears(tensors, config, weights, found)
+        _check(tensors, config, folder, shapes(model, config), linears)
 
         def read(name: str, index: Index) -> np.ndarray:
             block = tensors.read(name, index)
@@ -143,13 +156,79 @@ def load(
         task = bar.add_task(f"loading {folder.name}", total=total)
         for path, weight in weights.items():
             abstract = weight.get_value()
-            weight.set_value(keep(path, _read(read, abstract, *found[path])))
+            if isinstance(abstract, Quantized):
+                weight.set_value(_quantized(linears, abstract, *found[path]))
+            else:
+                weight.set_value(keep(path, weight, _read(read, abstract, *found[path])))
             bar.advance(task, _bytes(abstract))
+
+
+def _linears(
+    tensors: Tensors,
+    config: ModelConfig,
+    weights: Mapping[str, nnx.Variable],
+    found: Mapping[str, tuple[tuple[int, ...], list[tuple[Part, ...]]]],
+) -> dict[str, Linear]:
+    """The readers of those modules that the checkpoint holds in few bits, by the name that their weights would have."""
+    held = [path for path, weight in weights.items() if isinstance(weight.get_value(), Quantized)]
+    parts = {part.name: (part, found[path][0]) for path in held for row in found[path][1] for part in row}
+    assert config.schemes or not parts
+    return {
+        name: reader(tensors, part.module, config.schemes, part.whole(each))  # type: ignore[arg-type]
+        for name, (part, each) in parts.items()
+    }
+
+
+def _quantized(
+    linears: Mapping[str, Linear], abstract: Quantized, each: tuple[int, ...], rows: list[tuple[Part, ...]]
+) -> Quantized:
+    """A kernel as the checkpoint has it, one array after another."""
+    groups = (*each[:-1], abstract.groups)
+
+    def values(name: str, index: Index) -> np.ndarray:
+        return linears[name].values(*index)
+
+    def scale(name: str, index: Index) -> np.ndarray:
+        return linears[name].scale(*index)
+
+    def shift(name: str, index: Index) -> np.ndarray:
+        return linears[name].scale(*index) * linears[name].zeros(*index)
+
+    def of_modules(like: Any, one: Callable[[list[Linear]], np.ndarray]) -> jax.Array:
+        """What all modules of a layer have together, of each layer of a stack."""
+        found = [one([linears[part.name] for part in row]) if row else None for row in rows]
+        filled = np.stack([np.zeros(like.shape[1:], like.dtype) if a is None else a for a in found])
+        whole = filled.astype(like.dtype).reshape(like.shape)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
+
+    return Quantized(
+        _read(values, abstract.values, each, rows),
+        _read(scale, abstract.scale, groups, rows),
+        abstract.scheme,
+        None if abstract.shift is None else _read(shift, abstract.shift, groups, rows),
+        None if abstract.input_scale is None else of_modules(abstract.input_scale, _largest),
+        None if abstract.order is None else of_modules(abstract.order, _one_order),
+    )
+
+
+def _largest(linears: list[Linear]) -> np.ndarray:
+    return np.float32(max(linear.input_scale() for linear in linears))  # type: ignore[return-value]
+
+
+def _one_order(linears: list[Linear]) -> np.ndarray:
+    first, *others = linears
+    for linear in others:
+        if not np.array_equal(linear.order(), first.order()):
+            raise ValueError(
+                f"{linear.module} and {first.module} see the same inputs, but group them in different orders (g_idx); they are one "
+                "weight here"
+            )
+    return first.order()
 
 
 def _read(
     read: Callable[[str, Index], np.ndarray],
-    abstract: jax.ShapeDtypeStruct,
+    abstract: Any,
     each: tuple[int, ...],
     rows: list[tuple[Part, ...]],
 ) -> jax.Array:
@@ -254,26 +333,43 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _check(tensors: Tensors, config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(
+    tensors: Tensors,
+    config: ModelConfig,
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    linears: Mapping[str, Linear],
+) -> None:
     # buffers that old exports carry, and a second copy of a tied table
     known = {HEAD} if config.tie_word_embeddings else set()
-    extra = [name for name in tensors if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq")]
-    problems = misfits(tensors, shapes, extra)
+    wanted = {name: (shape, tuple(FLOATS)) for name, shape in shapes.items() if name not in linears}
+    for linear in linears.values():
+        wanted |= {f"{linear.module}.{end}": needed for end, needed in linear.needed().items()}
+        known |= {f"{linear.module}.{end}" for end in linear.optional}
+        bias = f"{linear.module}.bias"  # GPTQ's old files have one of zeros
+        known |= {bias} if bias not in wanted and bias in tensors and not tensors.read(bias, (slice(None),)).any() else set()
+    extra = [name for name in tensors if name not in wanted and name not in known and not name.endswith("rotary_emb.inv_freq")]
+    problems = misfits(tensors, wanted, extra)
     if problems:
         tie = '; where the embedding is the head as well: hf_overrides={"tie_word_embeddings": True}'
         hint = tie if HEAD in shapes and HEAD not in tensors and EMBED in tensors else ""
         raise ValueError(f"the tensors in {folder} do not fit its config.json: {problems}{hint}")
 
 
-def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequence[str]) -> str:
-    """What of the tensors is missing, unexpected (`extra`), or other than `shapes` says; empty where nothing is."""
-    missing = [name for name in shapes if name not in tensors]
+def misfits(tensors: Tensors, wanted: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], extra: Sequence[str]) -> str:
+    """What of the tensors is missing, unexpected (`extra`), or not of the shape and dtypes `wanted`; empty where nothing is."""
+    missing = [name for name in wanted if name not in tensors]
+    there = {name: needed for name, needed in wanted.items() if name in tensors}
     wrong = [
         f"{name} is {tensors.shape(name)}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors.shape(name) != shape
+        for name, (shape, _) in there.items()
+        if tensors.shape(name) != shape
     ]
-    coded = [f"{name} is {tensors.dtype(name)}" for name in shapes if name in tensors and tensors.dtype(name) not in FLOATS]
+    coded = [
+        f"{name} is {tensors.dtype(name)}" + f", expected {' or '.join(dtypes)}" * (dtypes != tuple(FLOATS))
+        for name, (_, dtypes) in there.items()
+        if tensors.dtype(name) not in dtypes
+    ]
     problems = [
         f"{title}: {', '.join(found[:20])}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
         for title, found in (
@@ -287,8 +383,8 @@ def misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], extra: Sequ
     return "; ".join(problems)
 
 
-def _bytes(abstract: jax.ShapeDtypeStruct) -> int:
-    return abstract.size * jnp.dtype(abstract.dtype).itemsize
+def _bytes(abstract: Any) -> int:
+    return sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(abstract))
 
 
 def _bar(shown: bool) -> Progress:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtp.config import FAMILIES, ModelConfig
+from jaxtp.config.quantization import Scheme
 from jaxtp.weights import layers_of
 
 Index = tuple[slice, ...]
@@ -42,6 +43,11 @@ class Part:
     repeat: int = 1
     size: int | None = None
     within: tuple[int, int] | None = None
+
+    @property
+    def module(self) -> str:
+        """The module whose weight it is."""
+        return self.name.removesuffix(".weight")
 
     def whole(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint, from the shape of our weight."""
@@ -117,14 +123,37 @@ def made_of(config: ModelConfig, path: str, weight: nnx.Variable) -> tuple[tuple
     return each, [() if name is None else parts(config, name, each) for name in found]
 
 
+def scheme_of(config: ModelConfig, path: str, weight: nnx.Variable) -> Scheme | None:
+    """How a kernel is quantized. Raises ValueError where its tensors are so in different ways."""
+    if config.schemes is None:
+        return None
+    of = {part.name: config.schemes.of(part.module) for row in made_of(config, path, weight)[1] for part in row}
+    if len(set(of.values())) > 1:
+        first, *_ = of
+        other = next(name for name, scheme in of.items() if scheme != of[first])
+        raise ValueError(f"{first} and {other} are parts of one weight here ({path}), but quantized in different ways")
+    return next(iter(of.values()))
+
+
 def parts(config: ModelConfig, path: str, shape: Sequence[int]) -> tuple[Part, ...]:
     """The tensors that make up our weight at `path` (e.g. "layers.3.attention.qkv") of the given shape."""
+    row, layer = _row(config, path)
+    found = [part for tensor in row for part in tensor.parts(config, shape, layer)]
+    return tuple(_below(found, shape))
+
+
+def first_module(config: ModelConfig, path: str) -> str:
+    """The first of the modules whose weights make up ours at `path`."""
+    row, layer = _row(config, path)
+    return row[0].name.replace("*", layer).replace("#", "0").removesuffix(".weight")
+
+
+def _row(config: ModelConfig, path: str) -> tuple[tuple[Tensor, ...], str]:
+    """That of the table, and the layer."""
     layer = re.search(r"\.(\d+)\.", path)
     generic = re.sub(r"\.\d+\.", ".*.", path, count=1)
     own = BELOW if FAMILIES[config.model_type].fused else BY_FAMILY.get(config.model_type, {})
-    row = own.get(generic) or TABLE[generic]
-    found = [part for tensor in row for part in tensor.parts(config, shape, layer[1] if layer else "")]
-    return tuple(_below(found, shape))
+    return own.get(generic) or TABLE[generic], layer[1] if layer else ""
 
 
 def _below(found: Sequence[Part], shape: Sequence[int]) -> Iterator[Part]:

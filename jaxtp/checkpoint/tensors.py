@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePath
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +17,7 @@ from jaxtp.files import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FP8 = "F8_E4M3"  # which the library that opens the files does not make arrays of
 
 
 class Tensors:
@@ -53,6 +56,8 @@ class Tensors:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A block of the tensor, in the dtype of the file."""
+        if self.dtype(name) == FP8:
+            return self._bytes(name)[index]
         try:
             return self._slice(name)[index]
         except SafetensorError as error:
@@ -65,6 +70,14 @@ class Tensors:
     def drop(self, name: str) -> None:
         """There is no such tensor from here on."""
         del self._at[name]
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """A tensor of fp8, in place in its file: behind eight bytes of a length and a header of that length."""
+        _, path, own = self._at[name]
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begins, _ = json.loads(file.read(length))[own]["data_offsets"]
+        return np.memmap(path, jnp.float8_e4m3fn, "r", 8 + length + begins, self.shape(name))
 
     def _slice(self, name: str) -> Any:
         file, _, own = self._at[name]

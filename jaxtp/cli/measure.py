@@ -12,6 +12,7 @@ import tyro
 
 from jaxtp.cli.options import Alias, Engine, Flag, Model, ModelFlag, one_model, writable
 from jaxtp.cli.parse import parse
+from jaxtp.config.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Plan:
     max_model_len: int | None = None
     """Tokens of a request at most, for the concurrency; default prompt and output."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    quantization: Literal["int8"] | None = None
-    """int8: generate with the weights of the layers in 8 bits."""
+    quantization: Quantization | None = None
+    """int8, fp8, int4: generate with the weights of the layers in so few bits."""
     gpu_memory_utilization: float | None = None
     """Share of each GPU that may be used; default 0.9 to generate, 0.95 to train."""
     interconnect: str | None = None

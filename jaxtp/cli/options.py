@@ -15,6 +15,7 @@ import tyro
 
 from jaxtp import files
 from jaxtp.buckets import MAX_NUM_SEQS
+from jaxtp.config.quantization import Quantization
 
 if TYPE_CHECKING:  # the verbs import what they need: `--help` answers at once
     from jaxtp import LLM, SamplingParams
@@ -56,8 +57,8 @@ class Engine:
     """auto: all devices at hand, in the layout that `jaxtp plan` holds best for one request."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's."""
-    quantization: Literal["int8"] | None = None
-    """int8: keep the weights of the layers in 8 bits."""
+    quantization: Quantization | None = None
+    """int8, fp8, int4: round the weights of the layers at load; else the checkpoint's own, which may be named."""
     lora: str | None = None
     """Adapter in PEFT's format (folder or hub id), merged into the weights as they are loaded."""
     max_model_len: int | None = None

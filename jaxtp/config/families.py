@@ -219,7 +219,7 @@ FAMILIES = {
 
 # Configs of more than text: the architecture, and the family of its text part, which alone is read
 MULTIMODAL = {"gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text")}
-_BESIDE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+_BESIDE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -56,7 +56,6 @@ HARMLESS = frozenset(
 )
 FIXED: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (1, None),
-    "quantization_config": (None,),
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtp.checks import INT32, whole
 from jaxtp.config.experts import Experts
 from jaxtp.config.families import FAMILIES, Activation, NormForm, NormPosition
 from jaxtp.config.keys import ACTIVATIONS, DTYPE_NAMES, DTYPES, NUMBERS
+from jaxtp.config.quantization import Schemes, chosen
 from jaxtp.config.reader import read
 from jaxtp.config.rope import Rope, rope_to_hf
 
@@ -39,7 +41,8 @@ class ModelConfig:
 
     `windows[i]` is the sliding window of layer i in tokens (a query sees itself and the `window - 1` tokens before it),
     None for full attention. `experts` stand in place of MLPs. `rotated[i]` says whether layer i has RoPE (empty: all have);
-    layers with a window have `local_rope` where there is one. `dtype` is the checkpoint's, None where it does not say.
+    layers with a window have `local_rope` where there is one. `dtype` is the checkpoint's, None where it does not say;
+    `schemes` say how its kernels are quantized, if they are.
 
     norm_position: norms stand before attention and MLP ("pre"), behind them ("post"), or both. norm_form: see `ops.norm`.
     qk_norm_across_heads: the norms of q and k are over all heads together, not each. attention_scale: of scores, default
@@ -82,6 +85,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
+    schemes: Schemes | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -168,6 +172,12 @@ class ModelConfig:
             raise ValueError(f"dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
         return DTYPE_NAMES[name]
 
+    def quantized(self, quantization: str | None) -> ModelConfig:
+        """This config with its kernels in few bits: as its checkpoint has them, which `quantization` may name, or rounded at
+        load, "int8", "fp8" or "int4". Raises ValueError for what is not known, or contradicts the checkpoint.
+        """
+        return replace(self, schemes=chosen(quantization, self.schemes))
+
     @property
     def num_params(self) -> int:
         """Number of weights, tied ones counted once."""
@@ -232,7 +242,26 @@ class ModelConfig:
             problems.append(f"the shared MLP width {self.experts.shared}")
         if self.experts and self.experts.count % tp and self.experts.width % tp:
             problems.append(f"the {self.experts.count} experts (nor their MLP width {self.experts.width})")
-        return tuple(problems)
+        return (*problems, *self._cut_groups(tp))
+
+    def _cut_groups(self, tp: int) -> list[str]:
+        """Groups of inputs and blocks of outputs, of quantized kernels, that tp > 1 would cut."""
+        if tp == 1 or self.schemes is None:
+            return []
+        queries, kv = (heads * self.head_dim for heads in (self.num_heads, max(self.num_kv_heads, tp)))
+        mlp = self.intermediate_size if not all(self.sparse) else self.experts.shared if self.experts else 0
+        inputs = {"o_proj": queries, "the MLP's down_proj": mlp}
+        outputs = {"q_proj": queries, "k_proj and v_proj": kv, "the MLP's gate_proj and up_proj": mlp}
+        problems = []
+        for scheme in self.schemes.kinds:
+            cut = [(name, size, scheme.groups(size), scheme.inputs(size)) for name, size in inputs.items() if size]
+            problems += [
+                f"the {n} groups of {each} of {name}'s {size} inputs" for name, size, n, each in cut if n > 1 and n % tp
+            ]
+            if scheme.block > 1:
+                rows = [(name, size) for name, size in outputs.items() if size % (tp * scheme.block)]
+                problems += [f"the blocks of {scheme.block} of {name}'s {size} outputs" for name, size in rows]
+        return problems
 
     # -- Hugging Face ----------------------------------------------------------------------------------------------
 
@@ -273,6 +302,8 @@ class ModelConfig:
         }
         if self.dtype:
             out["torch_dtype"] = self.dtype
+        if self.schemes and self.schemes.said:
+            out["quantization_config"] = json.loads(self.schemes.said)
         if family.qkv_bias is None:
             out["attention_bias"] = self.qkv_bias
         if family.mlp_bias is None:

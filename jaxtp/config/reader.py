@@ -9,6 +9,8 @@ from jaxtp.checks import INT32, number, whole
 from jaxtp.config.experts import ExpertKeys, Experts
 from jaxtp.config.families import FAMILIES, Family, family_of, text_part
 from jaxtp.config.keys import ACTIVATIONS, DTYPE_NAMES, DTYPES, FIXED, HARMLESS, NUMBERS
+from jaxtp.config.quantization import Schemes
+from jaxtp.config.quantization import read as read_schemes
 from jaxtp.config.rope import Rope, respelled, rope_of
 
 _LAYERS = _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -77,6 +79,7 @@ class _Reader:
             "bos_token_id": self.token("bos_token_id", self.raw.get("bos_token_id")),
             "eos_token_ids": token_ids("eos_token_id", self.raw.get("eos_token_id")),
             "dtype": self.dtype(),
+            "schemes": self.schemes(),
         }
         said = self.take("qkv_bias")
         if said not in (None, made["qkv_bias"]):
@@ -121,6 +124,10 @@ class _Reader:
         if not isinstance(value, str) or value not in DTYPE_NAMES:
             raise ValueError(f"dtype {value!r} is not supported; supported: {DTYPES}")
         return DTYPE_NAMES[value]
+
+    def schemes(self) -> Schemes | None:
+        said = self.take("quantization_config")
+        return None if said is None else read_schemes(said)
 
     # -- experts -------------------------------------------------------------------------------------------------------
 

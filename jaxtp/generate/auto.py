@@ -8,10 +8,10 @@ from typing import Literal
 import jax
 
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.generate import memory
 from jaxtp.log import logger
 from jaxtp.model import Llama
-from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import Cluster, Generation, Machine, Plan, Split, hardware, plan
 from jaxtp.planner.cluster import cluster
 
@@ -66,7 +66,8 @@ def split_of(
             raise ValueError('this plan is of training; jaxtp.plan(..., task="generate") makes those for LLM')
         if choice.task.quantization != quantization:
             raise ValueError(f"this plan is with quantization={choice.task.quantization!r}; asked for: {quantization!r}")
-        mine, its = (dataclasses.replace(c, dtype=None, bos_token_id=None, eos_token_ids=()) for c in (config, choice.config))
+        said = {"dtype": None, "bos_token_id": None, "eos_token_ids": (), "schemes": None}
+        mine, its = (dataclasses.replace(c, **said) for c in (config, choice.config))  # type: ignore[arg-type]
         if mine != its:
             raise ValueError(f"this plan is of {choice.model}, which has another shape than this model")
         return choice.split

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxtp import compilation_cache
 from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.engine.arguments import check_engine, check_ids, check_request
 from jaxtp.engine.build import build
 from jaxtp.engine.engine import Engine
@@ -33,7 +34,6 @@ from jaxtp.mesh import told
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import Products
-from jaxtp.ops.quantized import Quantization
 from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
 from jaxtp.sharding import ExpertDispatch, ExpertLayout

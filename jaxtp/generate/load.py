@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.config.reader import token_ids
 from jaxtp.files import read_object
 from jaxtp.log import logger
@@ -15,7 +16,6 @@ from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import Products
-from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.stages import Stages
@@ -63,9 +63,9 @@ def load_model(
         config = ModelConfig.from_hf(source, overrides=hf_overrides)
     else:
         config = hf.config_of(folder, overrides=hf_overrides)
+    config = config.quantized(quantization)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = config.dtype_of(dtype)
-    check_quantization(quantization, dtype)
     split = planned(config, dtype)
     rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=expert_layout, dispatch=expert_dispatch)
     check_layout(config, split.tp, rules)

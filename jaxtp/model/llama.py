@@ -18,8 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtp.checkpoint import adapters, hf
+from jaxtp.checkpoint.names import scheme_of
 from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
@@ -31,7 +33,7 @@ from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
-from jaxtp.ops.quantized import Quantization, check_quantization, quantize
+from jaxtp.ops.quantized import quantize
 from jaxtp.ops.rope import rotation
 from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
 from jaxtp.tp_plan import rules_from_plan
@@ -68,6 +70,7 @@ class Llama(nnx.Module):
         (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where the
         config cannot be laid out on the mesh by the rules.
         """
+        config = config.quantized(quantization)
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
         if expert_kernel not in (None, *get_args(Products)):
             raise ValueError(f"expert_kernel={expert_kernel!r} is none of {', '.join(get_args(Products))}")
@@ -82,7 +85,6 @@ class Llama(nnx.Module):
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-        check_quantization(quantization, dtype)
         if kernel not in (None, *get_args(Kernel)):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
@@ -111,7 +113,7 @@ class Llama(nnx.Module):
         )
         self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
-        self.config, self.layout, self.stacks, self.quantization = config, layout, stacks, quantization
+        self.config, self.layout, self.stacks = config, layout, stacks
         self.source: str | None = None  # the folder it was loaded from
 
     @classmethod
@@ -134,11 +136,12 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Loads a Hugging Face checkpoint (a folder or a hub id) onto a mesh (default: one device).
 
-        dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8" keeps layers'
-        kernels in 8 bits (`ops.quantized.quantize`). lora: an adapter in PEFT's format (a folder or a hub id), merged into each
-        weight in float32 as it is read. tp_plan: "auto", or globs of module names to transformers' styles (see
-        `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp, "whole" ones or each one's "width" (default:
-        whole where ep·tp divides their number). expert_kernel: how experts multiply (default: `ops.experts.choose_products`).
+        dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8", "fp8" or "int4"
+        rounds layers' kernels at load (`config.quantization.made`); quantized checkpoints load as they are. lora: an adapter in
+        PEFT's format (a folder or a hub id), merged into each weight in float32 as it is read. tp_plan: "auto", or globs of
+        module names to transformers' styles (see `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp, "whole"
+        ones or each one's "width" (default: whole where ep·tp divides their number). expert_kernel: how experts multiply
+        (default: `ops.experts.choose_products`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)
@@ -155,8 +158,17 @@ class Llama(nnx.Module):
 
     def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:
         """Itself, with the weights of a checkpoint folder and an adapter in them. Raises ValueError where they are not those of
-        its config, or the adapter is for another model.
+        its config, or the adapter is for another model, or cannot be merged into quantized weights.
         """
+        schemes = self.config.schemes
+        if schemes and schemes.method:
+            if lora is not None:
+                raise ValueError(
+                    f"lora={str(lora)!r} is merged into the weights of a checkpoint, and cannot be where these are quantized "
+                    f"({schemes.name}); take the checkpoint of 16 bits, with quantization='int8', 'fp8' or 'int4' if need be"
+                )
+            for path, weight in variables(self):
+                weight.set_value(self.kept(path, weight, weight.get_value()))
         adapter = None if lora is None else adapters.Adapter(hf.resolve(lora), hf.shapes(self, self.config))
         merges = adapter.merges() if adapter else None
         hf.load(self, self.config, folder, keep=self.kept, merges=merges, progress=progress)
@@ -199,12 +211,20 @@ class Llama(nnx.Module):
             here = layers_of(path, weight)
             stacked = bool(weight.get_metadata()["stack"])
             drawn = initial_weight([keys[name or path] for name in here], config, here, weight.get_value(), stacked=stacked)
-            weight.set_value(model.kept(path, drawn))
+            weight.set_value(model.kept(path, weight, drawn))
         return model
 
-    def kept(self, path: str, weight: Any) -> Any:
+    def kept(self, path: str, weight: nnx.Variable, value: Any) -> Any:
         """What is kept of a weight that was read or drawn, or of its shape: itself, or the kernel of a block quantized."""
-        return quantize(weight) if self.quantization and path.rpartition(".")[2] in KERNELS else weight
+        if self.config.schemes is None or path.rpartition(".")[2] not in KERNELS:
+            return value
+        scheme = scheme_of(self.config, path, weight)
+        return value if scheme is None else quantize(value, scheme, path=path, stacked=bool(weight.get_metadata()["stack"]))
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its kernels are quantized, by name; None: they are not."""
+        return self.config.schemes.name if self.config.schemes else None
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes a checkpoint folder that `transformers` loads, with the tokenizer files of the folder it came from."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtp.ops.grouped import grouped
-from jaxtp.ops.quantized import Quantized
+from jaxtp.ops.quantized import Quantized, levels, product
 from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import varying_as
 
@@ -56,13 +56,22 @@ def _here(chosen: jax.Array, experts: int) -> jax.Array:
     return (chosen >= 0) & (chosen < experts)
 
 
-def _scaled(y: jax.Array, kernel: Kernel, at: Any) -> jax.Array:
-    """A product with 8-bit values, by the scales of its channels."""
-    return (y.astype(jnp.float32) * kernel.scale[at]).astype(y.dtype) if isinstance(kernel, Quantized) else y
+def _plain(kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
+    return kernel.plain(dtype) if isinstance(kernel, Quantized) else kernel.astype(dtype)
 
 
-def _values(kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
-    return kernel.values.astype(dtype) if isinstance(kernel, Quantized) else kernel
+def _apart(kernel: Kernel, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """A kernel [*O, I], and the scales [*O] that are to be multiplied with its product: of one in few bits, whose scales are of
+    channels.
+    """
+    if isinstance(kernel, Quantized) and kernel.groups == 1 and kernel.shift is None:
+        return levels(kernel, dtype), kernel.scale[..., 0]
+    return _plain(kernel, dtype), None
+
+
+def _part(kernel: Kernel, take: Callable[[jax.Array], jax.Array]) -> Kernel:
+    """What `take` takes of its outputs."""
+    return kernel.part(take) if isinstance(kernel, Quantized) else take(kernel)
 
 
 # -- the formula -----------------------------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ def _values(kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
 
 def _reference(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
     f32 = jnp.float32
-    scaled = [k.values.astype(f32) * k.scale[..., None] if isinstance(k, Quantized) else k.astype(f32) for k in (gate_up, down)]
+    scaled = [_plain(kernel, f32) for kernel in (gate_up, down)]
     share = _shares(chosen, weights, len(scaled[0]))
     hidden = gated(jnp.einsum("nd,efcd->nefc", x.astype(f32), scaled[0]))
     return jnp.einsum("ne,nef,edf->nd", share, hidden, scaled[1]).astype(x.dtype)
@@ -87,12 +96,14 @@ def _shares(chosen: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
 def _every(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
     """Two plain matrix products; the second sums within an expert first, so that `down` is read as it lies."""
     E, F, _, D = gate_up.shape
-    y = jnp.einsum("nd,od->no", x, _values(gate_up, x.dtype).reshape(-1, D), preferred_element_type=jnp.float32)
-    y = _scaled(y.reshape(-1, E, F, 2), gate_up, ...).astype(x.dtype)
-    hidden = gated(y) * _shares(chosen, weights, E)[..., None].astype(x.dtype)
-    z = jnp.einsum("nef,edf->end", hidden, _values(down, x.dtype), preferred_element_type=jnp.float32)
-    z = z * down.scale[:, None] if isinstance(down, Quantized) else z
-    return z.sum(axis=0).astype(x.dtype)
+    if isinstance(gate_up, Quantized):
+        y = product(x, gate_up)
+    else:
+        y = jnp.einsum("nd,od->no", x, gate_up.reshape(-1, D), preferred_element_type=jnp.float32)
+    hidden = gated(y.reshape(-1, E, F, 2).astype(x.dtype)) * _shares(chosen, weights, E)[..., None].astype(x.dtype)
+    values, scale = _apart(down, x.dtype)
+    z = jnp.einsum("nef,edf->end", hidden, values, preferred_element_type=jnp.float32)
+    return (z if scale is None else z * scale[:, None]).sum(axis=0).astype(x.dtype)
 
 
 # -- the experts of each pair ----------------------------------------------------------------------------------------------
@@ -105,11 +116,12 @@ def _chosen(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel
     f32, E = jnp.float32, gate_up.shape[0]
     here = _here(chosen, E)
     at = jnp.where(here, chosen, 0)
-    y = (_values(gate_up, x.dtype)[at].astype(f32) * x[:, None, None, None, :].astype(f32)).sum(axis=-1)
-    y = _scaled(y, gate_up, at).astype(x.dtype)
-    hidden = gated(y).astype(f32) * jnp.where(here, weights, 0.0)[..., None]
-    z = (_values(down, x.dtype)[at].astype(f32) * hidden.astype(x.dtype)[:, :, None, :].astype(f32)).sum(axis=-1)
-    return _scaled(z, down, at).sum(axis=1).astype(x.dtype)
+    (up, up_scale), (out, out_scale) = (_apart(_part(kernel, lambda a: a[at]), x.dtype) for kernel in (gate_up, down))
+    y = (up.astype(f32) * x[:, None, None, None, :].astype(f32)).sum(axis=-1)
+    y = y if up_scale is None else y * up_scale
+    hidden = gated(y.astype(x.dtype)).astype(f32) * jnp.where(here, weights, 0.0)[..., None]
+    z = (out.astype(f32) * hidden.astype(x.dtype)[:, :, None, :].astype(f32)).sum(axis=-1)
+    return (z if out_scale is None else z * out_scale).sum(axis=1).astype(x.dtype)
 
 
 def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
@@ -139,14 +151,15 @@ def _product(rows: jax.Array, kernel: Kernel, expert: jax.Array) -> jax.Array:
     """rows [R, I] times the expert's part of kernel [E, *O, I]: [R, O]. The part is a slice of rows of a matrix, which XLA
     reads in place; XLA:CPU is quicker with it on the left.
     """
-    width, dtype = rows.shape[-1], rows.dtype
-    values = (kernel.values if isinstance(kernel, Quantized) else kernel).reshape(-1, width)
-    each = len(values) // kernel.shape[0]
-    mine = jax.lax.dynamic_slice(values, (expert * each, jnp.zeros_like(expert)), (each, width)).astype(dtype)
-    y = jnp.einsum("oi,ri->or", mine, rows, preferred_element_type=jnp.float32).T
-    if isinstance(kernel, Quantized):
-        y = y * jax.lax.dynamic_slice(kernel.scale.reshape(-1), (expert * each,), (each,))
-    return y.astype(dtype)
+    each = math.prod(kernel.shape[1:-1])
+
+    def mine(a: jax.Array) -> jax.Array:
+        a = a.reshape(-1, a.shape[-1])
+        return jax.lax.dynamic_slice(a, (expert * each, jnp.zeros_like(expert)), (each, a.shape[-1]))
+
+    values, scale = _apart(_part(kernel, mine), rows.dtype)
+    y = jnp.einsum("oi,ri->or", values, rows, preferred_element_type=jnp.float32).T
+    return (y if scale is None else y * scale).astype(rows.dtype)
 
 
 # -- pairs sorted by expert ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.ops.quantized import InPlace, Quantized
+from jaxtp.ops.quantized import InPlace, Quantized, levels, product
 from jaxtp.sharding import beside, dual, mesh_of, names, reshard, size, spec_of
 
 
@@ -54,15 +54,35 @@ def linear(
     halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
     if isinstance(weight, Adapted):
-        y = _linear(x, weight.kernel, out, dtype) + _low_rank(x, weight.adapters, out, dtype)
+        y = linear(x, weight.kernel, out=out, dtype=dtype) + _low_rank(x, weight.adapters, out, dtype)
     elif isinstance(weight, Quantized):
-        # without the barrier, XLA:CPU takes all weights in x's dtype out of the decode loop (see xla_flags.QUANTIZED, too)
-        x, values = jax.lax.optimization_barrier((x, weight.values))
-        y = _linear(x, values.astype(x.dtype), out, dtype)
-        y = (y.astype(jnp.float32) * beside(weight.scale, y)).astype(y.dtype)
+        y = _quantized(x, weight, out, dtype)
     else:
         y = _linear(x, weight, out, dtype)
     return checkpoint_name(y, "product")  # training may keep it, summed, for the backward pass
+
+
+def _quantized(x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
+    """The product with a kernel in few bits. On GPUs as `quantized.product` says."""
+    mesh, (*outer, summed) = mesh_of(x, out.mesh), spec_of(weight.values).partitions
+    if weight.order is not None:
+        x = x.at[..., weight.order].get(out_sharding=NamedSharding(mesh, spec_of(x)))
+    if platform(mesh) == "cpu":
+        # without the barrier, XLA:CPU takes all weights in x's dtype out of the decode loop (see xla_flags.QUANTIZED, too)
+        x, weight = jax.lax.optimization_barrier((x, weight))
+        if weight.groups > 1 or weight.shift is not None or x.dtype == jnp.float16:
+            return _linear(x, weight.plain(x.dtype), out, dtype)
+        y = _linear(x, levels(weight, x.dtype), out, dtype)
+        return (y.astype(jnp.float32) * beside(weight.scale[..., 0], y)).astype(y.dtype)
+    batch, tokens, _ = spec_of(x).partitions
+    if tokens and tokens not in (outer[0], summed):  # such rows do not flatten
+        return _linear(x, weight.plain(x.dtype), out, dtype)
+    x = reshard(x, P(batch, None, summed), mesh)
+    rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
+    shares = {summed} if summed else set()
+    y = product(rows, weight, P(batch, outer[0], unreduced=shares)).astype(dtype or x.dtype)
+    y = y.reshape(*x.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, P(batch, None, *outer, unreduced=shares)))
+    return reshard(y, out.spec, mesh)
 
 
 def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:

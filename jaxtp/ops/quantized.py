@@ -1,18 +1,37 @@
-"""Weights of 8 bits: a kernel as integers, with a scale for each output channel. Activations, sums and the cache keep their
-dtype: what is saved is memory, and the time to read it.
+"""Kernels in few bits: values, a scale for each group of inputs of an output, and where a group's values count from.
+
+Activations, sums and the cache keep their dtype: what is saved is memory, and the time to read it. So that no program writes a
+kernel in 16 bits, a product is written as XLA fuses it (`product`; what was compiled: docs/quantisation.md).
+
+O outputs, I inputs, n groups of the inputs, B rows.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Quantization = Literal["int8"]
-LEVELS = 127  # on either side of 0
+from jaxtp.config.quantization import Scheme, Values
+from jaxtp.mesh import platform
+from jaxtp.sharding import reshard, size, spec_of
+
+DTYPES: dict[Values, Any] = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": jnp.int4}
+PACKS = jax.__version_info__ >= (0, 11)  # JAX 0.10 does not run a compiled program on arrays of 4 bits
+# what the largest weight of a group becomes when 16 bits are rounded; of 4 bits half a step beyond the last value
+LARGEST = {"int4": 7.5, "nf4": 7.5, "int8": 127.0, "fp8": 448.0}
+RANGE = {"int4": (-8, 7), "nf4": (-8, 7), "int8": (-127, 127)}
+# NormalFloat's 16 levels (https://arxiv.org/abs/2305.14314, appendix E), the first of which is the value -8
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 class InPlace:
@@ -23,13 +42,32 @@ class InPlace:
         return self
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Quantized(InPlace):
-    """A kernel [*O, I], to multiply with in its place: values [*O, I] int8 · scale [*O] float32. Either may be abstract."""
+    """A kernel [*O, I], to multiply with in its place: scale · values - shift, group by group.
+
+    values: [*O, I] of `dtype_of(scheme.values)`. scale: [*O, n], float32 where n is 1, else of the model's dtype. shift: the
+    same of scale · zero point, where the scheme has zeros. input_scale: [] float32, by which inputs of an fp8 product are
+    divided. order: [I] int32, the inputs as the groups take them, where they do not stand so. Any may be abstract.
+    """
 
     values: jax.Array
     scale: jax.Array
+    scheme: Scheme
+    shift: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    order: jax.Array | None = None
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Scheme]:
+        """Its arrays, and its scheme."""
+        return (self.values, self.scale, self.shift, self.input_scale, self.order), self.scheme
+
+    @classmethod
+    def tree_unflatten(cls, scheme: Scheme, arrays: tuple[Any, ...]) -> Quantized:
+        """The reverse."""
+        values, scale, *others = arrays
+        return cls(values, scale, scheme, *others)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,36 +81,187 @@ class Quantized(InPlace):
 
     @property
     def sharding(self) -> Any:
-        """Of the values; each scale lies with its channel."""
+        """Of the values; each scale lies with its group."""
         return self.values.sharding
 
+    @property
+    def groups(self) -> int:
+        """n, of the inputs that are here."""
+        return self.scale.shape[-1]
 
-def quantize(kernel: Any) -> Quantized:
-    """A kernel [*O, I] rounded to the nearest of 255 values of each output channel, the largest of which is its largest weight
-    (symmetric, as PyTorch's per-channel int8). Given a shape alone, the shapes.
+    def part(self, take: Callable[[jax.Array], jax.Array]) -> Quantized:
+        """The part of it that `take` takes of outputs: of each array [*O, ·], with whatever dims in their place."""
+        shift = None if self.shift is None else take(self.shift)
+        return Quantized(take(self.values), take(self.scale), self.scheme, shift, self.input_scale, self.order)
+
+    def plain(self, dtype: jnp.dtype) -> jax.Array:
+        """[*O, I] in `dtype`, reckoned in it: in float32, XLA would not take groups into a product. NF4's levels, which go into
+        none, are reckoned in float32.
+        """
+        if self.scheme.values == "nf4" and dtype != jnp.float32:
+            return self.plain(jnp.dtype(jnp.float32)).astype(dtype)
+        values = levels(self, dtype)
+        if self.groups == 1:
+            scale, shift = (None if a is None else _over_inputs(a.astype(dtype), values) for a in (self.scale, self.shift))
+        else:
+            values = values.reshape(*values.shape[:-1], self.groups, -1)
+            scale, shift = (None if a is None else a.astype(dtype)[..., None] for a in (self.scale, self.shift))
+        assert scale is not None
+        made = (values * scale if shift is None else values * scale - shift).reshape(self.shape)
+        return made.astype(self.scheme.rounded).astype(dtype) if self.scheme.rounded else made
+
+
+def dtype_of(values: Values, mesh: Mesh) -> Any:
+    """In which so many bits are held: CPUs under JAX 0.10 hold 4 bits in 8."""
+    return jnp.int8 if DTYPES[values] == jnp.int4 and platform(mesh) == "cpu" and not PACKS else DTYPES[values]
+
+
+def held_scale(scheme: Scheme, groups: int, dtype: jnp.dtype) -> jnp.dtype:
+    """In which scales are held, in a model of that dtype."""
+    return jnp.dtype(jnp.float32) if groups == 1 or scheme.values == "nf4" else jnp.dtype(dtype)
+
+
+def abstract(kernel: jax.ShapeDtypeStruct, scheme: Scheme, *, path: str = "", stacked: bool = False) -> Quantized:
+    """The shapes and layouts of a kernel [*O, I] of a model's dtype that is kept so. stacked: the first dim is layers. Raises
+    ValueError where devices would cut its groups.
+    """
+    mesh, spec, (*outputs, inputs) = kernel.sharding.mesh, kernel.sharding.spec, kernel.shape
+    n, parts = scheme.groups(inputs), size(mesh, spec[-1])
+    if n > 1 and n % parts:
+        raise ValueError(f"{path}: {parts} devices cannot share its {n} groups of {scheme.inputs(inputs)} inputs")
+    where = NamedSharding(mesh, PartitionSpec(*spec[:-1], spec[-1] if n > 1 else None))
+    layers, over = (outputs[:1], spec[:1]) if stacked else ([], [])
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    scale = array((*outputs, n), held_scale(scheme, n, kernel.dtype), where)
+    return Quantized(
+        array(kernel.shape, dtype_of(scheme.values, mesh), kernel.sharding),
+        scale,
+        scheme,
+        scale if scheme.zeros else None,
+        array((*layers,), jnp.float32, NamedSharding(mesh, PartitionSpec(*over))) if scheme.activations == "static" else None,
+        array((*layers, inputs), jnp.int32, NamedSharding(mesh, PartitionSpec(*over, None))) if scheme.ordered else None,
+    )
+
+
+def quantize(kernel: Any, scheme: Scheme, *, path: str = "", stacked: bool = False) -> Quantized:
+    """A kernel [*O, I] rounded to the nearest values of each group, of which its largest weight has the largest (symmetric, as
+    PyTorch's per-channel int8). Given a shape alone, the shapes. Zero points are 0; NF4's levels are no weight's.
     """
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        mesh, spec = kernel.sharding.mesh, kernel.sharding.spec
-        channels = NamedSharding(mesh, PartitionSpec(*spec[:-1]))
-        values: Any = jax.ShapeDtypeStruct(kernel.shape, jnp.int8, sharding=kernel.sharding)
-        scale: Any = jax.ShapeDtypeStruct(kernel.shape[:-1], jnp.float32, sharding=channels)
-        return Quantized(values, scale)
-    return _quantize(kernel)
+        return abstract(kernel, scheme, path=path, stacked=stacked)
+    return _quantize(kernel, scheme, dtype_of(scheme.values, kernel.sharding.mesh), stacked)
 
 
-@jax.jit
-def _quantize(kernel: jax.Array) -> Quantized:
-    kernel = kernel.astype(jnp.float32)
-    largest = jnp.abs(kernel).max(axis=-1)
-    scale = jnp.where(largest > 0, largest / LEVELS, 1.0)
-    return Quantized(jnp.round(kernel / scale[..., None]).astype(jnp.int8), scale)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool) -> Quantized:
+    n, groups = scheme.groups(kernel.shape[-1]), kernel.astype(jnp.float32)
+    groups = groups.reshape(*kernel.shape[:-1], n, -1) if n > 1 else groups
+    largest = jnp.abs(groups).max(axis=-1)
+    scale = jnp.where(largest > 0, largest / LARGEST[scheme.values], 1.0).astype(held_scale(scheme, n, kernel.dtype))
+    values = groups / scale.astype(jnp.float32)[..., None]
+    if scheme.values != "fp8":
+        values = jnp.clip(jnp.round(values), *RANGE[scheme.values])
+    scale, layers = scale if n > 1 else scale[..., None], kernel.shape[:1] if stacked else ()
+    return Quantized(
+        values.astype(dtype).reshape(kernel.shape),
+        scale,
+        scheme,
+        jnp.zeros_like(scale) if scheme.zeros else None,
+        jnp.ones(layers) if scheme.activations == "static" else None,
+        jax.lax.broadcasted_iota(jnp.int32, (*layers, kernel.shape[-1]), len(layers)) if scheme.ordered else None,
+    )
 
 
-def check_quantization(quantization: str | None, dtype: str) -> None:
-    """Raises ValueError for what is not known, or does not go with the dtype."""
-    if quantization not in (None, *get_args(Quantization)):
-        raise ValueError(f"quantization={quantization!r} is not supported; supported: {', '.join(get_args(Quantization))}")
-    if quantization and dtype == "float16":
-        raise ValueError(
-            f"quantization={quantization!r}: float16 may overflow before a product is scaled; use dtype='bfloat16'"
-        )
+# -- products --------------------------------------------------------------------------------------------------------------
+
+FEW_ROWS = 256  # below, XLA:GPU fuses groups only where the inputs are in two parts or more
+FILLS = 24_576  # outputs, of all parts together, that keep a GPU busy
+PARTS = 16  # at most
+
+
+def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None) -> jax.Array:
+    """rows [B, I] times kernel [*O, I] on GPUs: [B, O] float32, laid out as `out` (of one device's own arrays: None).
+
+    One group: values are cast inside of the product, and what comes out is scaled. Several: inputs are summed in parts, each a
+    product of its own, so that XLA:GPU takes the scaling into it (`xla_flags.QUANTIZED`); what zero points take away is the sum
+    of each group's inputs times its shift.
+    """
+    f32, mesh = jnp.float32, jax.typeof(rows).sharding.mesh
+    at = None if out is None else NamedSharding(mesh, out)
+    kernel = kernel.part(lambda a: a.reshape(-1, a.shape[-1]))
+    B, (outputs, n) = len(rows), kernel.scale.shape
+    few, here, pieces = B < FEW_ROWS, outputs, 1
+    if out is not None:
+        batch, summed = spec_of(rows).partitions
+        few = B // size(mesh, batch) < FEW_ROWS
+        here, pieces = outputs // size(mesh, out.partitions[1]), size(mesh, summed)
+    if kernel.scheme.values == "nf4":
+        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
+    if n > 1 and n == pieces:  # one for each device
+        k = n
+    elif n > 1 and few:
+        k = pieces * split(n // pieces, here)
+    elif n > 1:
+        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
+    else:
+        y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
+        y = y * _of_shares(kernel.scale[:, 0], out)
+        if kernel.shift is None:
+            return y
+        sums = jax.lax.reduce_sum(rows.astype(f32), (1,), out_sharding=out and NamedSharding(mesh, _of_rows(out)))
+        return y - sums[:, None] * _of_shares(kernel.shift[:, 0], out)
+    m = n // k
+    parts = rows.reshape(B, k, -1)
+    if m == 1:
+        y = jnp.einsum("bki,oki->kbo", parts, levels(kernel, rows.dtype).reshape(outputs, k, -1), preferred_element_type=f32)
+        y = y * kernel.scale.astype(f32).T[:, None]
+    else:
+        values = levels(kernel, rows.dtype).reshape(outputs, k, m, -1) * kernel.scale.reshape(outputs, k, m, 1)
+        y = jnp.einsum("bki,oki->kbo", parts, values.reshape(outputs, k, -1), preferred_element_type=f32)
+    if kernel.shift is not None:  # written so that it is part of the sum over the parts
+        sums = rows.astype(f32).reshape(B, k, m, -1).sum(axis=-1).transpose(1, 2, 0)[..., None]
+        shift = kernel.shift.astype(f32).reshape(outputs, k, m).transpose(1, 2, 0)[:, :, None]
+        first = jnp.arange(m)[:, None, None] == 0
+        y = jnp.where(first, y[:, None], 0.0) - sums * shift
+    return jax.lax.reduce_sum(y, tuple(range(y.ndim - 2)), out_sharding=at)
+
+
+def _of_shares(a: jax.Array, out: PartitionSpec | None) -> jax.Array:
+    """[O], to meet shares of a sum that are laid out as `out`."""
+    if out is None or not out.unreduced:
+        return a
+    return reshard(a, PartitionSpec(*spec_of(a).partitions, reduced=out.unreduced), jax.typeof(a).sharding.mesh)
+
+
+def _of_rows(out: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(out.partitions[0], unreduced=out.unreduced)
+
+
+def split(groups: int, outputs: int) -> int:
+    """In how many parts so many groups of the inputs are summed: two at least, which all have as many groups."""
+    legal = [k for k in range(2, min(groups, PARTS) + 1) if groups % k == 0 and (groups // k > 1 or groups < 4)]
+    enough = [k for k in legal if k * outputs >= FILLS]
+    return enough[0] if enough else legal[-1] if legal else groups
+
+
+def levels(kernel: Quantized, dtype: jnp.dtype) -> jax.Array:
+    """What the values stand for, before they are scaled."""
+    if kernel.scheme.values != "nf4":
+        return kernel.values.astype(dtype)
+    return _level(kernel.values, 0, len(NF4)).astype(dtype)
+
+
+def _level(values: jax.Array, low: int, high: int) -> jax.Array:
+    """NF4's, chosen by comparisons: a lookup would be a kernel of its own."""
+    if high - low == 1:
+        return jnp.float32(NF4[low])  # type: ignore[return-value]
+    middle = (low + high) // 2
+    return jnp.where(values < jnp.asarray(middle - 8, values.dtype), _level(values, low, middle), _level(values, middle, high))
+
+
+def _over_inputs(a: jax.Array, values: jax.Array) -> jax.Array:
+    """[*O, 1] -> [*O, I], laid out as the values are."""
+    return reshard(jnp.broadcast_to(a, values.shape), spec_of(values), jax.typeof(values).sharding.mesh)

@@ -7,11 +7,12 @@ of GPU reaches of that is `GPU.efficiency`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
-from jaxtp.ops.quantized import Quantization
+from jaxtp.config.quantization import Quantization
 from jaxtp.planner import collectives, experts, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
@@ -89,9 +90,14 @@ class Machine:
         """Work for it, in its dtype."""
         return Generation(batch, prompt_len, output_len, dtype=self.dtype, quantization=self.quantization)
 
-    def product(self, rows: float, inner: int, columns: int, *, head: bool = False) -> float:
-        """[rows, inner] x [inner, columns], of a block or the head."""
-        weight = 1 if self.quantization and not head else self.size
+    @functools.cached_property
+    def weight_bytes(self) -> list[float]:
+        """Of a weight of each kernel of a block, as `memory.kernel_bytes`."""
+        return memory.kernel_bytes(self.config, self.split, self.task(1, 1, 1))
+
+    def product(self, rows: float, inner: int, columns: int, kernel: int | None = None) -> float:
+        """[rows, inner] x [inner, columns], with a block's kernel of that place, or the head."""
+        weight = self.size if kernel is None else self.weight_bytes[kernel]
         moved = self.size * rows * (inner + columns) + weight * inner * columns
         return max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
 
@@ -105,13 +111,13 @@ class Machine:
         config, tp = self.config, self.split.tp
         D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
         qkv = queries + 2 * memory.kv_heads(config, tp) * config.head_dim
-        attention = self.product(tokens, D, qkv) + self.product(tokens, queries, D)
+        attention = self.product(tokens, D, qkv, 0) + self.product(tokens, queries, D, 1)
         return attention + self.feed(tokens, down=down) + (self.experts(tokens) if config.experts else 0.0)
 
     def feed(self, tokens: float, *, down: bool = True) -> float:
         """Of the MLP that every token sees."""
         D, mlp = self.config.hidden_size, memory.mlp_width(self.config) // self.split.tp
-        return self.product(tokens, D, 2 * mlp) + down * self.product(tokens, mlp, D) if mlp else 0.0
+        return self.product(tokens, D, 2 * mlp, 2) + down * self.product(tokens, mlp, D, 3) if mlp else 0.0
 
     def experts(self, tokens: float) -> float:
         """Of the router and the experts that are here."""
@@ -119,10 +125,9 @@ class Machine:
         assert config.experts
         D, work = config.hidden_size, experts.products(config, split, tokens)
         flops = 6 * work.pairs * work.width * D
-        moved = self.size * work.pairs * (2 * D + 3 * work.width) + (1 if self.quantization else self.size) * work.read
-        return self.product(tokens * split.ep, D, config.experts.count, head=True) + max(
-            flops / self.flops, moved / self.bandwidth
-        )
+        *_, up, down = self.weight_bytes
+        moved = self.size * work.pairs * (2 * D + 3 * work.width) + (2 * up + down) / 3 * work.read
+        return self.product(tokens * split.ep, D, config.experts.count) + max(flops / self.flops, moved / self.bandwidth)
 
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
         """One layer of `tokens` tokens of each of `rows` rows, among each other; of one token, after `cached` in each."""
@@ -156,7 +161,7 @@ class Machine:
     def head(self, rows: float) -> float:
         """Of `rows` tokens."""
         parts = self.split.tp * self.split.pp
-        return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts), head=True)
+        return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts))
 
 
 def decode(machine: Machine, task: Generation) -> Time:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.planner import experts
+from jaxtp.planner.quantized import bytes_each
 from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_step, prompt_steps, read_of
 
 
@@ -18,7 +19,7 @@ from jaxtp.planner.work import SIZES, Generation, Split, Step, Training, decode_
 class Params:
     """Parameters that each device holds in use: of a block, how many blocks (empty places included), and of the tables.
     unshared: those of a block without the dim embed, which ZeRO leaves whole. kernels: of each of a block's products, those of
-    experts last. channels: those products' output channels. experts: of a block's kernels those that ep cuts, so that ZeRO has
+    experts last. experts: of a block's kernels those that ep cuts, so that ZeRO has
     dp alone for them. router: of a block's.
     """
 
@@ -29,7 +30,6 @@ class Params:
     head: int
     norm: int
     kernels: tuple[int, ...]
-    channels: int
     experts: int = 0
     router: int = 0
 
@@ -60,15 +60,13 @@ def params(config: ModelConfig, split: Split) -> Params:
     kv = kv_heads(config, tp)
     queries, mlp = config.num_heads * H // tp, mlp_width(config) // tp
     rows = queries + 2 * kv * H
-    channels = rows + D
     kernels: tuple[int, ...] = (rows * D, D * queries)
     if mlp:
-        kernels, channels = (*kernels, 2 * mlp * D, mlp * D), channels + 2 * mlp + D
+        kernels = (*kernels, 2 * mlp * D, mlp * D)
     block, own, router = config.block_norms * D, 0, 0
     if config.experts:
         mine = experts.share(config, split)
         kernels, own = (*kernels, *mine.kernels(D)), sum(mine.kernels(D))
-        channels += mine.count * (2 * mine.width + D)
         router = D * config.experts.count
         block += router + D * (config.experts.shared > 0)  # and the shared MLP's gate
     block += sum(kernels)
@@ -77,7 +75,7 @@ def params(config: ModelConfig, split: Split) -> Params:
     stages = split.stages(config)
     table = math.ceil(config.vocab_size / (tp * split.pp)) * D
     head = 0 if config.tie_word_embeddings else table
-    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, channels, own, router)
+    return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, own, router)
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -86,10 +84,24 @@ def mlp_width(config: ModelConfig) -> int:
 
 
 def weights(config: ModelConfig, split: Split, task: Generation) -> int:
-    """Bytes of what each device holds to generate: quantized kernels are a byte a weight, and a float32 scale a channel."""
+    """Bytes of what each device holds to generate, kernels in few bits with their scales."""
     held, size = params(config, split), SIZES[task.dtype]
-    saved = held.blocks * ((size - 1) * sum(held.kernels) - 4 * held.channels) if task.quantization else 0
-    return size * held.total - saved
+    saved = sum(weights * (size - each) for weights, each in zip(held.kernels, kernel_bytes(config, split, task), strict=True))
+    return size * held.total - round(held.blocks * saved)
+
+
+def kernel_bytes(config: ModelConfig, split: Split, task: Generation) -> list[float]:
+    """Of a weight of each of a block's kernels, in the order of `Params.kernels`."""
+    config = config.quantized(task.quantization)
+    D, tp, queries = config.hidden_size, split.tp, config.num_heads * config.head_dim
+    sizes = {"qkv": (D, 1), "o": (queries, tp)}
+    if mlp_width(config):
+        kind = "shared " if config.experts else ""
+        sizes |= {f"{kind}gate_up": (D, 1), f"{kind}down": (tp * (mlp_width(config) // tp), tp)}
+    if config.experts:
+        width = experts.share(config, split).width
+        sizes |= {"experts gate_up": (D, 1), "experts down": (config.experts.width, config.experts.width // width)}
+    return [bytes_each(config, name, task.dtype, inputs=inputs, parts=parts) for name, (inputs, parts) in sizes.items()]
 
 
 def kv_heads(config: ModelConfig, tp: int) -> int:

@@ -15,8 +15,8 @@ from rich.progress import track
 from jaxtp.buckets import MAX_NUM_SEQS
 from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.log import console, interactive
-from jaxtp.ops.quantized import Quantization
 from jaxtp.planner import hardware
 from jaxtp.planner.cluster import Cluster, cluster, load_links
 from jaxtp.planner.prediction import Plan
@@ -72,18 +72,19 @@ def plan(
         more: dict[str, Any] = {"known": hardware.load(gpu_file), "links": load_links(gpu_file)} if gpu_file else {}
         where = cluster(gpus, interconnect=interconnect, network=network, **more)
     name, config = _model(model)
+    config = config.quantized(quantization)
     share: dict[str, Any] = {} if utilization is None else {"utilization": utilization}
     most = config.context
     prompt_len, output_len = lengths(min(most, max_model_len or most), prompt_len, output_len)
     seq_len = min(4096, most) if seq_len is None else seq_len
     wanted: Task
     if task == "train":
-        if quantization:
-            raise ValueError(f'quantization={quantization!r} is for task="generate"; training keeps its dtype')
+        if config.schemes:
+            raise ValueError(f'quantization={config.schemes.name!r} is for task="generate"; training keeps its dtype')
         wanted = Training(64 if batch is None else batch, seq_len, dtype, **share)
     else:
         shape = (1 if batch is None else batch, prompt_len, output_len, max_model_len, dtype)
-        wanted = Generation(*shape, quantization=quantization, **share)
+        wanted = Generation(*shape, quantization=config.schemes.name if config.schemes else None, **share)
     check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
+from jaxtp.config.quantization import Quantization
 from jaxtp.mesh import AXES, across_nodes, told
 from jaxtp.ops.pages import Read, choose_read
-from jaxtp.ops.quantized import Quantization, check_quantization
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import ExpertDispatch, ExpertLayout, Rules, check_layout
@@ -29,7 +29,8 @@ class Generation:
     """`batch` prompts of `prompt_len` tokens at once, each completed by `output_len`.
 
     max_model_len: tokens of a request at most, for which concurrency is told; default prompt and output. utilization: the
-    share of each GPU that weights and cache may take. quantization: of the blocks' kernels.
+    share of each GPU that weights and cache may take. quantization: of the blocks' kernels, as
+    `ModelConfig.quantized` takes it.
     """
 
     batch: int = 1
@@ -45,7 +46,6 @@ class Generation:
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
         _known(self.dtype, SIZES)
-        check_quantization(self.quantization, self.dtype)
         if self.max_model_len is not None and self.max_model_len < self.total:
             raise ValueError(f"max_model_len={self.max_model_len} is less than prompt_len + output_len = {self.total}")
 
