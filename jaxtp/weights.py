@@ -113,12 +113,16 @@ def weights(model: nnx.Module) -> Iterator[Weight]:
     """The weights of a model, abstract or real, in order."""
     for path, variable in variables(model):
         array = variable.get_value()
-        parts = jax.tree.leaves(array)  # a quantized kernel has two
+        parts = jax.tree.leaves(array)  # a quantized kernel has several
         yield Weight(
             path=path,
             dims=dict(zip(variable.get_metadata()["dims"], array.shape, strict=True)),
             spec=array.sharding.spec,
             dtype=jnp.dtype(array.dtype).name,
-            total_bytes=sum(a.size * a.dtype.itemsize for a in parts),
-            device_bytes=sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in parts),
+            total_bytes=sum(_bytes(a.shape, a.dtype) for a in parts),
+            device_bytes=sum(_bytes(a.sharding.shard_shape(a.shape), a.dtype) for a in parts),
         )
+
+
+def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+    return math.prod(shape) * jax.dtypes.itemsize_bits(dtype) // 8

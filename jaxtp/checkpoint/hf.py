@@ -220,8 +220,7 @@ def _one_order(linears: list[Linear]) -> np.ndarray:
     for linear in others:
         if not np.array_equal(linear.order(), first.order()):
             raise ValueError(
-                f"{linear.module} and {first.module} see the same inputs, but group them in different orders (g_idx); they are one "
-                "weight here"
+                f"{linear.module} and {first.module} are one weight here, but group the inputs in different orders (g_idx)"
             )
     return first.order()
 

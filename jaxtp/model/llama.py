@@ -139,9 +139,9 @@ class Llama(nnx.Module):
         dtype: "float32", "bfloat16" or "float16"; default or "auto" the checkpoint's own. quantization: "int8", "fp8" or "int4"
         rounds layers' kernels at load (`config.quantization.made`); quantized checkpoints load as they are. lora: an adapter in
         PEFT's format (a folder or a hub id), merged into each weight in float32 as it is read. tp_plan: "auto", or globs of
-        module names to transformers' styles (see `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp, "whole"
-        ones or each one's "width" (default: whole where ep·tp divides their number). expert_kernel: how experts multiply
-        (default: `ops.experts.choose_products`).
+        module names to transformers' styles (see `tp_plan.rules_from_plan`). expert_layout: how experts are cut over tp,
+        "whole" ones or each one's "width" (default: whole where ep·tp divides their number). expert_kernel: how experts
+        multiply (default: `ops.experts.choose_products`).
         Raises FileNotFoundError where there is no checkpoint and ValueError where it, its config, or the mesh do not fit.
         """
         folder = hf.resolve(model, revision=revision)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
-from jaxtp.ops.quantized import InPlace, Quantized, levels, product
+from jaxtp.ops.quantized import InPlace, Quantized, levels, multiplies_fp8, product
 from jaxtp.sharding import beside, dual, mesh_of, names, reshard, size, spec_of
 
 
@@ -77,12 +77,19 @@ def _quantized(x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.d
     batch, tokens, _ = spec_of(x).partitions
     if tokens and tokens not in (outer[0], summed):  # such rows do not flatten
         return _linear(x, weight.plain(x.dtype), out, dtype)
+    if summed and size(mesh, summed) == 1:
+        weight, summed = jax.tree.map(_with_whole_inputs, weight), None
     x = reshard(x, P(batch, None, summed), mesh)
     rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
     shares = {summed} if summed else set()
-    y = product(rows, weight, P(batch, outer[0], unreduced=shares)).astype(dtype or x.dtype)
+    y = product(rows, weight, P(batch, outer[0], unreduced=shares), fp8=multiplies_fp8(out.mesh)).astype(dtype or x.dtype)
     y = y.reshape(*x.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, P(batch, None, *outer, unreduced=shares)))
     return reshard(y, out.spec, mesh)
+
+
+def _with_whole_inputs(a: jax.Array) -> jax.Array:
+    """An array of a kernel whose type says that one device holds all inputs, in so many words."""
+    return reshard(a, P(*spec_of(a).partitions[:-1], None), jax.typeof(a).sharding.mesh) if a.ndim else a
 
 
 def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:

@@ -9,6 +9,7 @@ O outputs, I inputs, n groups of the inputs, B rows.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.config.quantization import Scheme, Values
-from jaxtp.mesh import platform
 from jaxtp.sharding import reshard, size, spec_of
 
 DTYPES: dict[Values, Any] = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": jnp.int4}
@@ -111,9 +111,9 @@ class Quantized(InPlace):
         return made.astype(self.scheme.rounded).astype(dtype) if self.scheme.rounded else made
 
 
-def dtype_of(values: Values, mesh: Mesh) -> Any:
-    """In which so many bits are held: CPUs under JAX 0.10 hold 4 bits in 8."""
-    return jnp.int8 if DTYPES[values] == jnp.int4 and platform(mesh) == "cpu" and not PACKS else DTYPES[values]
+def dtype_of(values: Values, device: jax.Device) -> Any:
+    """In which so many bits are held on such devices: CPUs under JAX 0.10 hold 4 bits in 8."""
+    return jnp.int8 if DTYPES[values] == jnp.int4 and device.platform == "cpu" and not PACKS else DTYPES[values]
 
 
 def held_scale(scheme: Scheme, groups: int, dtype: jnp.dtype) -> jnp.dtype:
@@ -137,7 +137,7 @@ def abstract(kernel: jax.ShapeDtypeStruct, scheme: Scheme, *, path: str = "", st
 
     scale = array((*outputs, n), held_scale(scheme, n, kernel.dtype), where)
     return Quantized(
-        array(kernel.shape, dtype_of(scheme.values, mesh), kernel.sharding),
+        array(kernel.shape, dtype_of(scheme.values, mesh.devices.flat[0]), kernel.sharding),
         scale,
         scheme,
         scale if scheme.zeros else None,
@@ -152,7 +152,7 @@ def quantize(kernel: Any, scheme: Scheme, *, path: str = "", stacked: bool = Fal
     """
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return abstract(kernel, scheme, path=path, stacked=stacked)
-    return _quantize(kernel, scheme, dtype_of(scheme.values, kernel.sharding.mesh), stacked)
+    return _quantize(kernel, scheme, dtype_of(scheme.values, min(kernel.sharding.device_set, key=id)), stacked)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -180,53 +180,88 @@ def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool) -> Q
 FEW_ROWS = 256  # below, XLA:GPU fuses groups only where the inputs are in two parts or more
 FILLS = 24_576  # outputs, of all parts together, that keep a GPU busy
 PARTS = 16  # at most
+FEW_GROUPS = 31  # whose shifts are taken away one by one
 
 
-def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None) -> jax.Array:
+def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None, *, fp8: bool = False) -> jax.Array:
     """rows [B, I] times kernel [*O, I] on GPUs: [B, O] float32, laid out as `out` (of one device's own arrays: None).
 
-    One group: values are cast inside of the product, and what comes out is scaled. Several: inputs are summed in parts, each a
-    product of its own, so that XLA:GPU takes the scaling into it (`xla_flags.QUANTIZED`); what zero points take away is the sum
-    of each group's inputs times its shift.
+    One group: values are cast inside of the product, and what comes out is scaled; or inputs become fp8, where the scheme has
+    such activations, the devices multiply it (fp8), and many rows make it faster. Several: inputs are summed in parts, each a
+    product of its own, so that XLA:GPU takes the scaling into it (`xla_flags.QUANTIZED`). Zero points take away the sums of
+    groups' inputs times their shifts.
     """
     f32, mesh = jnp.float32, jax.typeof(rows).sharding.mesh
     at = None if out is None else NamedSharding(mesh, out)
     kernel = kernel.part(lambda a: a.reshape(-1, a.shape[-1]))
     B, (outputs, n) = len(rows), kernel.scale.shape
-    few, here, pieces = B < FEW_ROWS, outputs, 1
+    few, here, pieces = B < FEW_ROWS, outputs, 1  # pieces: of the inputs, one on each device
     if out is not None:
         batch, summed = spec_of(rows).partitions
         few = B // size(mesh, batch) < FEW_ROWS
         here, pieces = outputs // size(mesh, out.partitions[1]), size(mesh, summed)
-    if kernel.scheme.values == "nf4":
-        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
-    if n > 1 and n == pieces:  # one for each device
-        k = n
-    elif n > 1 and few:
-        k = pieces * split(n // pieces, here)
-    elif n > 1:
-        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
-    else:
+    if fp8 and kernel.scheme.activations and not few:
+        return _product_of_fp8(rows.reshape(B, pieces, -1), kernel, at)
+    if n == 1 and kernel.shift is None:
         y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
-        y = y * _of_shares(kernel.scale[:, 0], out)
-        if kernel.shift is None:
-            return y
-        sums = jax.lax.reduce_sum(rows.astype(f32), (1,), out_sharding=out and NamedSharding(mesh, _of_rows(out)))
-        return y - sums[:, None] * _of_shares(kernel.shift[:, 0], out)
-    m = n // k
-    parts = rows.reshape(B, k, -1)
+        return y * _of_shares(kernel.scale[:, 0], out)
+    if n == 1:
+        parts, values = rows.reshape(B, pieces, -1), levels(kernel, rows.dtype).reshape(outputs, pieces, -1)
+        y = jnp.einsum("bpi,opi->pbo", parts, values, preferred_element_type=f32) * kernel.scale[:, 0]
+        y = y - parts.astype(f32).sum(axis=-1).T[..., None] * kernel.shift[:, 0]
+        return jax.lax.reduce_sum(y, (0,), out_sharding=at)
+    if kernel.scheme.values == "nf4" or (n > pieces and not few):
+        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
+    k = pieces if n == pieces else pieces * split(n // pieces, here)
+    m = n // k  # groups of a part
+    parts, values = rows.reshape(B, k, -1), levels(kernel, rows.dtype)
     if m == 1:
-        y = jnp.einsum("bki,oki->kbo", parts, levels(kernel, rows.dtype).reshape(outputs, k, -1), preferred_element_type=f32)
+        y = jnp.einsum("bki,oki->kbo", parts, values.reshape(outputs, k, -1), preferred_element_type=f32)
         y = y * kernel.scale.astype(f32).T[:, None]
     else:
-        values = levels(kernel, rows.dtype).reshape(outputs, k, m, -1) * kernel.scale.reshape(outputs, k, m, 1)
+        values = values.reshape(outputs, k, m, -1) * kernel.scale.reshape(outputs, k, m, 1)
         y = jnp.einsum("bki,oki->kbo", parts, values.reshape(outputs, k, -1), preferred_element_type=f32)
-    if kernel.shift is not None:  # written so that it is part of the sum over the parts
-        sums = rows.astype(f32).reshape(B, k, m, -1).sum(axis=-1).transpose(1, 2, 0)[..., None]
-        shift = kernel.shift.astype(f32).reshape(outputs, k, m).transpose(1, 2, 0)[:, :, None]
-        first = jnp.arange(m)[:, None, None] == 0
-        y = jnp.where(first, y[:, None], 0.0) - sums * shift
+    if kernel.shift is not None:
+        sums = rows.astype(f32).reshape(B, k, m, -1).sum(axis=-1)
+        y = _shifted(y, sums, kernel.shift.astype(f32).reshape(outputs, k, m), pieces)
     return jax.lax.reduce_sum(y, tuple(range(y.ndim - 2)), out_sharding=at)
+
+
+def _shifted(y: jax.Array, sums: jax.Array, shift: jax.Array, pieces: int) -> jax.Array:
+    """y [k, B, O], less sums [B, k, m] times shift [O, k, m], before it is summed over k, or but for its pieces: written in one
+    of two ways, for few groups and for many, of which XLA:GPU makes no kernels of their own.
+    """
+    B, k, m = sums.shape
+    if k * m // pieces > FEW_GROUPS:
+        first = jnp.arange(m)[:, None, None] == 0
+        return jnp.where(first, y[:, None], 0.0) - sums.transpose(1, 2, 0)[..., None] * shift.transpose(1, 2, 0)[:, :, None]
+    y = y.reshape(pieces, k // pieces, B, -1).sum(axis=1)
+    sums, shift = (a.reshape(len(a), pieces, k // pieces, m) for a in (sums, shift))
+    for i, j in itertools.product(range(k // pieces), range(m)):
+        y = y - sums[:, :, i, j].T[..., None] * shift[:, :, i, j].T[:, None]
+    return y
+
+
+def _product_of_fp8(rows: jax.Array, kernel: Quantized, at: NamedSharding | None) -> jax.Array:
+    """rows [B, pieces, I'], each piece of a row scaled by its largest, or all by the checkpoint's number."""
+    f32, fp8, (B, pieces, _) = jnp.float32, kernel.dtype, rows.shape
+    if kernel.input_scale is None:
+        largest = jnp.abs(rows).max(axis=-1).astype(f32)
+        scale = jnp.where(largest > 0, largest / LARGEST["fp8"], 1.0)
+    else:
+        scale = jnp.broadcast_to(kernel.input_scale, (B, pieces))
+    most = float(jnp.finfo(fp8).max)
+    coded = jnp.clip(rows.astype(f32) / scale[..., None], -most, most).astype(fp8)
+    values = kernel.values.reshape(len(kernel.values), pieces, -1)
+    y = jnp.einsum("bpi,opi->pbo", coded, values, preferred_element_type=f32)
+    y = y * scale.T[..., None] * kernel.scale[:, 0]
+    return jax.lax.reduce_sum(y, (0,), out_sharding=at)
+
+
+def multiplies_fp8(mesh: Mesh) -> bool:
+    """Whether its devices multiply fp8 with fp8: GPUs of compute capability 8.9 and up."""
+    capability = getattr(mesh.devices.flat[0], "compute_capability", "0")
+    return tuple(map(int, capability.split("."))) >= (8, 9)
 
 
 def _of_shares(a: jax.Array, out: PartitionSpec | None) -> jax.Array:
@@ -234,10 +269,6 @@ def _of_shares(a: jax.Array, out: PartitionSpec | None) -> jax.Array:
     if out is None or not out.unreduced:
         return a
     return reshard(a, PartitionSpec(*spec_of(a).partitions, reduced=out.unreduced), jax.typeof(a).sharding.mesh)
-
-
-def _of_rows(out: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(out.partitions[0], unreduced=out.unreduced)
 
 
 def split(groups: int, outputs: int) -> int:

@@ -160,7 +160,10 @@ def test_attn_factor_is_a_factor_on_the_attention_factor(caplog):
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types=.* one for each of 4 layers"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types names others than full_attention"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.* is not supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"quantization_config \(gptq\): bits=None is not supported; supported: 4, 8",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_the_file(tmp_path, change, said):

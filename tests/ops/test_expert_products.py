@@ -1,11 +1,14 @@
 """Experts' products: every form is the formula, whatever the routing, in values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtp.config import Experts
+from jaxtp.config.quantization import Scheme
 from jaxtp.ops.experts import FORMS, block_rows, choose_products, mix
 from jaxtp.ops.quantized import quantize
 from jaxtp.ops.router import route, watched
@@ -77,10 +80,16 @@ def test_gradients(form, kind, tokens):
         np.testing.assert_allclose(mine, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", group=4), Scheme("int4", group=4, zeros=True)], ids=str)
 @pytest.mark.parametrize("form", HERE)
-def test_kernels_of_8_bits(form):
-    x, gate_up, down = jax.random.normal(jax.random.key(2), (40, D)), *map(quantize, kernels())
-    plain = [np.asarray(k.values, np.float64) * np.asarray(k.scale)[..., None] for k in (gate_up, down)]
+def test_kernels_in_few_bits(form, scheme):
+    x, gate_up, down = jax.random.normal(jax.random.key(2), (40, D)), *(quantize(kernel, scheme) for kernel in kernels())
+    if scheme.zeros:
+        gate_up, down = (
+            dataclasses.replace(k, shift=0.1 * jnp.cos(jnp.arange(k.scale.size)).reshape(k.scale.shape))
+            for k in (gate_up, down)
+        )
+    plain = [np.asarray(kernel.plain(jnp.float32), np.float64) for kernel in (gate_up, down)]
     args = x, *routing("random", 40)
     np.testing.assert_allclose(mix(*args, gate_up, down, products=form), in_float64(*args, *plain), atol=2e-6)
 

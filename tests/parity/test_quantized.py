@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.audit.targets import abstract_llama
+from jaxtp.config.quantization import Scheme
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.quantized import quantize
 from jaxtp.planner import Generation, Split, memory
@@ -84,12 +85,27 @@ def test_logits_equal_transformers(tmp_path, tp, changes):
 def test_rounding_is_that_of_the_formula():
     kernel = np.random.default_rng(0).normal(size=(3, 4, 16)).astype(np.float32)
     kernel[1, 2] = 0  # a channel of zeros, as in a place without a layer
-    found = jax.tree.map(np.asarray, quantize(jax.numpy.asarray(kernel)))
+    found = jax.tree.map(np.asarray, quantize(jax.numpy.asarray(kernel), Scheme("int8")))
     values, scale = rounded(kernel)
     assert found.values.dtype == np.int8
     np.testing.assert_array_equal(found.values, values)
-    np.testing.assert_allclose(found.scale, np.where(scale, scale, 1), rtol=1e-6)
-    assert np.abs(found.values * found.scale[..., None] - kernel).max() <= scale.max() / 2 * (1 + 1e-6)
+    np.testing.assert_allclose(found.scale[..., 0], np.where(scale, scale, 1), rtol=1e-6)
+    assert np.abs(found.values * found.scale - kernel).max() <= scale.max() / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "steps"), [(Scheme("int4", group=128), 15), (Scheme("int4", group=128, least=32), 15), (Scheme("fp8"), None)]
+)
+@pytest.mark.parametrize("inputs", [256, 192, 172])
+def test_no_weight_is_further_off_than_half_a_step(scheme, steps, inputs):
+    kernel = np.random.default_rng(1).normal(size=(5, inputs)).astype(np.float32)
+    found = quantize(jax.numpy.asarray(kernel), scheme)
+    made = np.asarray(found.plain(np.dtype(np.float32)), np.float64)
+    groups = {256: 2, 192: 3, 172: 43 if scheme.least == 1 else 1}[inputs] if scheme.group else 1
+    assert found.scale.shape == (5, groups)
+    largest = np.repeat(np.abs(kernel.reshape(5, groups, -1)).max(-1), inputs // groups, axis=1)
+    step = largest / 7.5 if steps else np.maximum(np.abs(kernel) / 8, largest / 448 / 8)  # fp8 has three bits behind the first
+    assert (np.abs(made - kernel) <= step / 2 * (1 + 1e-5)).all()
 
 
 CONFIGS = {
@@ -103,11 +119,11 @@ CONFIGS = {
 @pytest.mark.parametrize(
     ("name", "axes"), list(itertools.product(CONFIGS, [{"tp": 1}, {"tp": 8}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 4}])), ids=str
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_planner_knows_what_is_held(name, axes, dtype):
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "int8"), ("bfloat16", "int8"), ("bfloat16", "fp8")])
+def test_the_planner_knows_what_is_held(name, axes, dtype, kind):
     config, split = CONFIGS[name], Split(**axes)
-    model = abstract_llama(config, make_mesh(**axes), split, dtype=dtype, quantization="int8")
-    task = Generation(dtype=dtype, quantization="int8")
+    model = abstract_llama(config, make_mesh(**axes), split, dtype=dtype, quantization=kind)
+    task = Generation(dtype=dtype, quantization=kind)
     assert memory.weights(config, split, task) == describe(model).device_bytes
     assert memory.weights(config, split, dataclasses.replace(task, quantization=None)) > describe(model).device_bytes
 
@@ -121,10 +137,12 @@ def test_random_weights_are_quantized_too():
 
 def test_bad_input(tmp_path):
     folder = tiny.checkpoint(tmp_path / "model")
-    with pytest.raises(ValueError, match="quantization='int4' is not supported; supported: int8"):
-        LLM(folder, quantization="int4", progress=False)
-    with pytest.raises(ValueError, match="float16 may overflow before a product is scaled; use dtype='bfloat16'"):
-        LLM(folder, quantization="int8", dtype="float16", progress=False)
+    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, fp8, int4, awq"):
+        LLM(folder, quantization="int3", progress=False)
+    with pytest.raises(
+        ValueError, match=r"quantization='awq': config.json has no quantization_config, so that .* int8, fp8, int4"
+    ):
+        LLM(folder, quantization="awq", progress=False)
     model = Llama.from_pretrained(folder, quantization="int8", progress=False)
     with pytest.raises(ValueError, match="save a model loaded without"):
         model.save_pretrained(tmp_path / "again")

@@ -245,8 +245,13 @@ def test_weights_of_8_bits_need_fewer_gpus_and_less_time(tmp_path):
         ("llama-3.1-8b", "8xH100", {"max_model_len": 100, "prompt_len": 90}, "max_model_len=100 is less than prompt_len"),
         ("llama-3.1-8b", "8xH100", {"utilization": 1.5}, r"utilization=1.5 must be in \(0, 1\]"),
         ("llama-3.1-8b", "8xH100", {"dtype": "int4"}, "dtype='int4' must be one of float32"),
-        ("llama-3.1-8b", "8xH100", {"quantization": "awq"}, "quantization='awq' is not supported; supported: int8"),
-        ("llama-3.1-8b", "8xH100", {"quantization": "int8", "dtype": "float16"}, "use dtype='bfloat16'"),
+        ("llama-3.1-8b", "8xH100", {"quantization": "awq"}, "quantization='awq': config.json has no quantization_config"),
+        (
+            "llama-3.1-8b",
+            "8xH100",
+            {"quantization": "int3"},
+            "quantization='int3' is not supported; supported: int8, fp8, int4",
+        ),
         ("llama-3.1-8b", "8xH100", {"quantization": "int8", "task": "train"}, "training keeps its dtype"),
     ],
 )

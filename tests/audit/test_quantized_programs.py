@@ -1,0 +1,76 @@
+"""The steps that H200s would run with kernels in few bits, compiled here and read: nothing of a kernel is written in 16 bits.
+
+Needs XLA's plugin for GPUs (`pip install -e ".[gpu-compiler]"` and cuDNN).
+"""
+
+import dataclasses
+import functools
+
+import pytest
+from steps import shallow
+
+from jaxtp import preset
+from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh
+from jaxtp.audit.targets import abstract_llama
+from jaxtp.config.quantization import read
+from jaxtp.planner import Generation, Split, memory
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
+
+LAYERS, SLOTS, MIB = 3, 2048, 2**20
+CONFIGS = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "fp8 in blocks": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "fp8 of channels": {"quant_method": "fbgemm_fp8"},
+}
+KERNELS, OTHER_KERNELS = {1: 23, 8: 14, 64: 14}, 22  # of a layer in 16 bits at most, and beside the layers
+MORE = 6  # of a layer in few bits
+
+
+@functools.cache
+def steps(name, tp, kind):
+    """(model, {step: report}) of a few layers."""
+    config = shallow(preset(name), LAYERS)
+    if kind in CONFIGS:
+        config = dataclasses.replace(config, schemes=read(CONFIGS[kind]))
+    mesh = gpu_mesh("H200", tp=tp)
+    model = abstract_llama(config, mesh, Split(tp=tp), dtype="bfloat16", quantization="int4" if kind == "int4" else None)
+    programs = {rows: compile_decode(model, batch=rows, slots=SLOTS, loop=False) for rows in (1, 8, 64)}
+    programs["prompts"] = compile_prefill(model, tokens=SLOTS)
+    return model, {step: audit(program, mesh) for step, program in programs.items()}
+
+
+CASES = [
+    *(("llama-3.1-8b", 8, kind) for kind in (*CONFIGS, "int4")),
+    *(("llama-3.1-70b", 8, kind) for kind in (*CONFIGS, "int4")),
+    ("llama-3.1-8b", 1, "awq"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tp", "kind"), CASES)
+def test_steps(name, tp, kind):
+    (model, reports), (_, plain) = steps(name, tp, kind), steps(name, tp, "16 bits")
+    config = model.config
+    task = Generation(dtype="bfloat16")
+    saved = memory.weights(dataclasses.replace(config, schemes=None), Split(tp=tp), task) - memory.weights(
+        config, Split(tp=tp), task
+    )
+    for step, report in reports.items():
+        # arguments by formula; what a step reads of weights is each of them once
+        assert report.argument_bytes == pytest.approx(plain[step].argument_bytes - saved, rel=0.01)
+        alike = sorted(c.bytes for c in plain[step].copies(MIB))
+        mine = sorted(c.bytes for c in report.copies(MIB))
+        if step == "prompts" and kind == "awq":  # zero points are taken away outside of products: a kernel at a time
+            largest = 2 * config.intermediate_size // tp * config.hidden_size * 2
+            assert report.temp_bytes <= plain[step].temp_bytes + largest
+            continue
+        assert mine == alike
+        # sums of products come in parts, in float32, as dense ones of few rows do; those of fp8 in prompts are in float32, too
+        result = 4 * SLOTS * max(2 * config.intermediate_size // tp, config.hidden_size) + MIB
+        assert report.temp_bytes <= plain[step].temp_bytes + (result if step == "prompts" else step * MIB // 8)
+        sums = [(c.kind, c.axes, c.dtype, c.bytes) for c in report.collectives]
+        assert sums == [(c.kind, c.axes, c.dtype, c.bytes) for c in plain[step].collectives]
+        if step != "prompts":
+            assert sum(report.kernels.values()) <= (KERNELS[step] + MORE) * LAYERS + OTHER_KERNELS
