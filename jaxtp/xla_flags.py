@@ -3,8 +3,8 @@
 They travel with a program (`jax.jit(..., compiler_options=options(mesh))`), never in the environment: there a name that a
 version does not know ends the process, and names come and go. Here the compiler is asked first. What XLA_FLAGS sets stays.
 
-On GPUs only training has any. In generation each collective waits for the product before it and the next one waits for the
-collective, so that there is nothing to schedule beside it.
+In generation each collective waits for the product before it and the next one waits for the collective, so that there is
+nothing to schedule beside it: on GPUs only training has such options.
 """
 
 from __future__ import annotations

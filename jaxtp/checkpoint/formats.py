@@ -80,15 +80,24 @@ class Linear:
         start = wanted.start - first * self.per
         return slice(first, -(-wanted.stop // self.per)), slice(start, start + wanted.stop - wanted.start)
 
-    def unpacked(self, words: np.ndarray, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:
-        """Words [a, b] -> the values that they hold along `axis`, counted from 0."""
-        shifts = np.arange(0, WORD, self.bits, dtype=np.uint32)[list(order or range(self.per))]
-        apart = (np.expand_dims(words.view(np.uint32), axis + 1) >> (shifts if axis else shifts[:, None])) & (
-            (1 << self.bits) - 1
-        )
-        shape = list(words.shape)
-        shape[axis] *= self.per
-        return apart.astype(np.int16).reshape(shape)
+    def unpacked_outputs(self, words: np.ndarray, order: tuple[int, ...] | None = None) -> np.ndarray:
+        """Words [O/8, b] of values of eight outputs -> [O, b] int8, counted from the middle."""
+        words = np.ascontiguousarray(words).view(np.uint32)
+        made = np.empty((len(words), self.per, words.shape[1]), np.int8)
+        for place, value in enumerate(order or range(self.per)):
+            found = (words >> np.uint32(value * self.bits)).astype(np.uint8) & np.uint8((1 << self.bits) - 1)
+            made[:, place] = (found - np.uint8(self.zero)).view(np.int8)
+        return made.reshape(-1, words.shape[1])
+
+    def unpacked_inputs(self, words: np.ndarray) -> np.ndarray:
+        """Words [O, I/8] of values of eight inputs -> [O, I] int8, counted from the middle."""
+        of_bytes = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+        if self.bits == 8:
+            return (of_bytes - np.uint8(self.zero)).view(np.int8)
+        made = np.empty((len(words), 2 * of_bytes.shape[1]), np.int8)
+        made[:, 0::2] = ((of_bytes & 15) - np.uint8(self.zero)).view(np.int8)
+        made[:, 1::2] = ((of_bytes >> 4) - np.uint8(self.zero)).view(np.int8)
+        return made
 
 
 class _Awq(Linear):
@@ -101,7 +110,7 @@ class _Awq(Linear):
 
     def values(self, rows: slice, columns: slice) -> np.ndarray:
         words, mine = self.words(rows)
-        return (self.unpacked(self.read("qweight", (columns, words)), 1, AWQ)[:, mine].T - self.zero).astype(np.int8)
+        return self.unpacked_outputs(self.read("qweight", (columns, words)).T, AWQ)[mine]
 
     def scale(self, rows: slice, groups: slice) -> np.ndarray:
         of, each = self.groups(groups)
@@ -109,7 +118,7 @@ class _Awq(Linear):
 
     def zeros(self, rows: slice, groups: slice) -> np.ndarray:
         (of, each), (words, mine) = self.groups(groups), self.words(rows)
-        return self.unpacked(self.read("qzeros", (of, words)), 1, AWQ)[each][:, mine].T.astype(np.float32) - self.zero
+        return self.unpacked_outputs(self.read("qzeros", (of, words)).T, AWQ)[mine][:, each].astype(np.float32)
 
 
 class _Gptq(_Awq):
@@ -132,16 +141,16 @@ class _Gptq(_Awq):
     def values(self, rows: slice, columns: slice) -> np.ndarray:
         if self.scheme.ordered:
             inputs = self.order()[columns]
-            return (self.unpacked(self.read("qweight", (slice(None), rows)), 0)[inputs].T - self.zero).astype(np.int8)
+            return self.unpacked_inputs(self.read("qweight", (slice(None), rows)).T)[:, inputs]
         words, mine = self.words(columns)
-        return (self.unpacked(self.read("qweight", (words, rows)), 0)[mine].T - self.zero).astype(np.int8)
+        return self.unpacked_inputs(self.read("qweight", (words, rows)).T)[:, mine]
 
     def zeros(self, rows: slice, groups: slice) -> np.ndarray:
         (of, each), (words, mine) = self.groups(groups), self.words(rows)
         found = self.read("qzeros", (of, words)).view(np.uint32)
         if self.layout != "gptq_v2":  # 1 was taken from each point, and borrowed from the next one where it was 0
             found = found + np.uint32(sum(1 << shift for shift in range(0, WORD, self.bits)))
-        return self.unpacked(found, 1)[each][:, mine].T.astype(np.float32) - self.zero
+        return self.unpacked_outputs(found.T)[mine][:, each].astype(np.float32)
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
@@ -197,11 +206,9 @@ class _Compressed(Linear):
         if not self.packed:
             return self.read("weight", (rows, columns))
         if self.scheme.ordered:
-            found = self.unpacked(self.read("weight_packed", (rows, slice(None))), 1)[:, self.order()[columns]]
-        else:
-            words, mine = self.words(columns)
-            found = self.unpacked(self.read("weight_packed", (rows, words)), 1)[:, mine]
-        return (found - self.zero).astype(np.int8)
+            return self.unpacked_inputs(self.read("weight_packed", (rows, slice(None))))[:, self.order()[columns]]
+        words, mine = self.words(columns)
+        return self.unpacked_inputs(self.read("weight_packed", (rows, words)))[:, mine]
 
     def scale(self, rows: slice, groups: slice) -> np.ndarray:
         of, each = self.groups(groups)
@@ -218,8 +225,8 @@ class _Compressed(Linear):
         if not self.packed:
             return self.read("weight_zero_point", (rows, of)).astype(np.float32)[:, each]
         words, mine = self.words(rows)
-        found = self.unpacked(self.read("weight_zero_point", (words, of)), 0)[mine]
-        return found.astype(np.float32)[:, each] - self.zero
+        found = self.unpacked_outputs(self.read("weight_zero_point", (words, of)))[mine]
+        return found.astype(np.float32)[:, each]
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
