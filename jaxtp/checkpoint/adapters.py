@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.names import Index
+from jaxtp.checkpoint.shards import write_tensors
 from jaxtp.checkpoint.tensors import FLOATS
 from jaxtp.files import read_object
 from jaxtp.log import logger
@@ -182,7 +183,7 @@ def write(
     for module, (a, b) in matrices.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
-    hf.write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": lora.rank, "lora_alpha": _number(lora.alpha), "lora_dropout": 0.0, "target_modules": list(lora.targets),

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors.numpy import save_file
 
 from jaxtp.checkpoint.formats import Linear, reader
 from jaxtp.checkpoint.names import EMBED, HEAD, Index, Part, made_of
 from jaxtp.checkpoint.names import tensors as tensors_of
-from jaxtp.checkpoint.tensors import FLOATS, INDEX, SINGLE, Tensors, text_part
+from jaxtp.checkpoint.shards import Writer
+from jaxtp.checkpoint.tensors import FLOATS, Tensors, text_part
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.config.quantization import Schemes
 from jaxtp.files import local
@@ -253,65 +253,27 @@ def _read(
 def save(model: nnx.Module, config: ModelConfig, folder: Path, *, source: Path | None, max_shard_bytes: int) -> None:
     """Writes a folder that `transformers` loads: weights, index, config, generation config and, from `source`, tokenizer.
 
-    Weights are gathered one at a time; a file of at most `max_shard_bytes` (one tensor at least) is written whenever it is
-    full. Only the first process writes.
+    Weights are gathered one at a time. Only the first process writes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writes = jax.process_index() == 0
-    names: dict[str, str] = {}
-    shards: list[dict[str, np.ndarray]] = [{}]
-    written: list[Path] = []
-    size = total = 0
-
-    def flush() -> None:
-        if writes and shards[-1]:
-            written.append(folder / f"shard-{len(written)}.partial")
-            write_tensors(written[-1], shards[-1])
-        names.update(dict.fromkeys(shards[-1], str(len(written) - 1)))
-        shards[-1] = {}
-
+    writer = Writer(folder, max_shard_bytes) if writes else None
     for path, weight in variables(model):
-        array = weight.get_value()
-        host = fetch(array)
+        host = fetch(weight.get_value())
         each, rows = made_of(config, path, weight)
         held = zip(host.reshape(-1, *each), rows, strict=True)
         for name, tensor in itertools.chain(*(tensors_of(parts, row).items() for row, parts in held)):
-            if size and size + tensor.nbytes > max_shard_bytes:
-                flush()
-                size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
-    flush()
-    if writes:
-        _finish(folder, written, names, total)
+            if writer:
+                writer.add(name, tensor)
+    if writer:
+        writer.finish()
         dtype = jnp.dtype(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype).name
         (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": dtype}, indent=2) + "\n")
-        _copy_beside(folder, config, source)
+        copy_beside(folder, config, source)
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, with the permissions that any new file gets here; safetensors' own are for the owner's eyes alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def _finish(folder: Path, written: list[Path], names: Mapping[str, str], total: int) -> None:
-    """Gives the files their final names once their number is known, and writes the index where there are several."""
-    for stale in [*folder.glob(SINGLE), *folder.glob("model-*-of-*.safetensors"), *folder.glob(INDEX)]:
-        stale.unlink()
-    count = len(written)
-    final = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for path, name in zip(written, final, strict=True):
-        path.rename(folder / name)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: final[int(v)] for k, v in names.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None:
+def copy_beside(folder: Path, config: ModelConfig, source: Path | None) -> None:
+    """The generation config into a checkpoint's folder, and the tokenizer of the folder that it was made of."""
     generation, own = folder / "generation_config.json", source is not None and source.resolve() == folder.resolve()
     if not (own and generation.exists()):  # one that stands there else is of another model
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}

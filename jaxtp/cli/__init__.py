@@ -15,7 +15,7 @@ from jaxtp.cli.load import BenchServe
 from jaxtp.cli.measure import Bench, Doctor, Plan, Profile
 from jaxtp.cli.options import Launch, mistakes
 from jaxtp.cli.parse import nearest, parse
-from jaxtp.cli.run import Chat, Export, Generate, Train
+from jaxtp.cli.run import Chat, Export, Generate, Quantize, Train
 from jaxtp.cli.serve import Serve, with_config
 from jaxtp.log import show, version
 
@@ -27,6 +27,7 @@ VERBS: dict[str, Any] = {
     "serve": Serve,
     "train": Train,
     "export": Export,
+    "quantize": Quantize,
     "eval": Eval,
     "plan": Plan,
     "doctor": Doctor,

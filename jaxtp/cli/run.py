@@ -1,4 +1,4 @@
-"""Verbs that run a model: generate, chat, train, export."""
+"""Verbs that run a model or make one: generate, chat, train, export, quantize."""
 
 from __future__ import annotations
 
@@ -177,6 +177,28 @@ class Export:
             adapter=self.adapter,
             overwrite=self.overwrite,
         )
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a checkpoint's weights in few bits, for vLLM, transformers and jaxtp."""
+
+    model: Annotated[tyro.conf.Positional[str], Alias(metavar="MODEL")]
+    """Checkpoint folder or hub id, of 16 or 32 bits."""
+    folder: Annotated[tyro.conf.Positional[Path], Alias(metavar="FOLDER")]
+    """Where to write."""
+    scheme: Literal["w4a16", "w8a16", "fp8"] = "w4a16"
+    """w4a16: int4 in groups of 128 inputs; w8a16: int8, a scale for each output; fp8: e4m3, the same."""
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    """How files hold it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    def run(self) -> None:
+        """Quantizes."""
+        from jaxtp.checkpoint.compress import quantize
+
+        quantize(self.model, self.folder, scheme=self.scheme, revision=self.revision)
 
 
 def _same_everywhere(asked: Any) -> None:

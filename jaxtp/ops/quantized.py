@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.config.quantization import Scheme, Values
 from jaxtp.sharding import reshard, size, spec_of
@@ -146,21 +146,22 @@ def abstract(kernel: jax.ShapeDtypeStruct, scheme: Scheme, *, path: str = "", st
     )
 
 
-def quantize(kernel: Any, scheme: Scheme, *, path: str = "", stacked: bool = False) -> Quantized:
+def quantize(kernel: Any, scheme: Scheme, *, path: str = "", stacked: bool = False, held: Any = None) -> Quantized:
     """A kernel [*O, I] rounded to the nearest values of each group, of which its largest weight has the largest (symmetric, as
-    PyTorch's per-channel int8). Given a shape alone, the shapes. Zero points are 0; NF4's levels are no weight's.
+    PyTorch's per-channel int8). Given a shape alone, the shapes. held: the dtype of scales, default as
+    models hold them. Zero points are 0; NF4's levels are no weight's.
     """
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return abstract(kernel, scheme, path=path, stacked=stacked)
-    return _quantize(kernel, scheme, dtype_of(scheme.values, min(kernel.sharding.device_set, key=id)), stacked)
+    return _quantize(kernel, scheme, dtype_of(scheme.values, min(kernel.sharding.device_set, key=id)), stacked, held)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool) -> Quantized:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool, held: Any) -> Quantized:
     n, groups = scheme.groups(kernel.shape[-1]), kernel.astype(jnp.float32)
     groups = groups.reshape(*kernel.shape[:-1], n, -1) if n > 1 else groups
     largest = jnp.abs(groups).max(axis=-1)
-    scale = jnp.where(largest > 0, largest / LARGEST[scheme.values], 1.0).astype(held_scale(scheme, n, kernel.dtype))
+    scale = jnp.where(largest > 0, largest / LARGEST[scheme.values], 1.0).astype(held or held_scale(scheme, n, kernel.dtype))
     values = groups / scale.astype(jnp.float32)[..., None]
     if scheme.values != "fp8":
         values = jnp.clip(jnp.round(values), *RANGE[scheme.values])
@@ -202,14 +203,14 @@ def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None
         here, pieces = outputs // size(mesh, out.partitions[1]), size(mesh, summed)
     if fp8 and kernel.scheme.activations and not few:
         return _product_of_fp8(rows.reshape(B, pieces, -1), kernel, at)
-    if n == 1 and kernel.shift is None:
-        y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
-        return y * _of_shares(kernel.scale[:, 0], out)
-    if n == 1:
+    if n == 1 and kernel.shift is not None:
         parts, values = rows.reshape(B, pieces, -1), levels(kernel, rows.dtype).reshape(outputs, pieces, -1)
         y = jnp.einsum("bpi,opi->pbo", parts, values, preferred_element_type=f32) * kernel.scale[:, 0]
         y = y - parts.astype(f32).sum(axis=-1).T[..., None] * kernel.shift[:, 0]
         return jax.lax.reduce_sum(y, (0,), out_sharding=at)
+    if n == 1:
+        y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
+        return y * _of_shares(kernel.scale[:, 0], out)
     if kernel.scheme.values == "nf4" or (n > pieces and not few):
         return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
     k = pieces if n == pieces else pieces * split(n // pieces, here)
@@ -258,9 +259,9 @@ def _product_of_fp8(rows: jax.Array, kernel: Quantized, at: NamedSharding | None
     return jax.lax.reduce_sum(y, (0,), out_sharding=at)
 
 
-def multiplies_fp8(mesh: Mesh) -> bool:
+def multiplies_fp8(mesh: Mesh | AbstractMesh) -> bool:
     """Whether its devices multiply fp8 with fp8: GPUs of compute capability 8.9 and up."""
-    capability = getattr(mesh.devices.flat[0], "compute_capability", "0")
+    capability = getattr(mesh.devices.flat[0], "compute_capability", "0") if isinstance(mesh, Mesh) else "0"
     return tuple(map(int, capability.split("."))) >= (8, 9)
 
 
