@@ -100,7 +100,7 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         rows = task.batch // split.microbatches
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
-    model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization)
+    model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization, bits=task.kv_cache_dtype)
     held = split.groups * split.rows(task.batch) * task.slots
     step = largest(config, split, task)
     yield compile_prefill(model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach)

@@ -26,6 +26,7 @@ from jaxtp.engine.programs import Programs
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.ops.pages import Read
 from jaxtp.ops.sampling import Features
 from jaxtp.parallel.circulate import between, staged
@@ -158,12 +159,18 @@ def compile_step(trainer: Trainer, *, rows: int, tokens: int, accumulate: int = 
 
 
 def abstract_llama(
-    config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str, quantization: Quantization | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    split: Split,
+    *,
+    dtype: str,
+    quantization: Quantization | None = None,
+    bits: CacheDtype = "auto",
 ) -> Llama:
     """A model without weights, laid out as `split` says, to generate with."""
     rules = split.rules(config)
     layout = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
-    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, dispatch=exchange, **layout)
+    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, dispatch=exchange, kv_cache_dtype=bits, **layout)
     for path, weight in variables(model):
         weight.set_value(model.kept(path, weight, weight.get_value()))
     return model

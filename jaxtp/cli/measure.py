@@ -44,6 +44,8 @@ class Plan:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: Quantization | None = None
     """int8, fp8, int4: generate with the weights of the layers in so few bits."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """int8, fp8: generate with keys and values in 8 bits."""
     gpu_memory_utilization: float | None = None
     """Share of each GPU that may be used; default 0.9 to generate, 0.95 to train."""
     interconnect: str | None = None

@@ -59,6 +59,8 @@ class Engine:
     """auto: the checkpoint's."""
     quantization: Quantization | None = None
     """int8, fp8, int4: round the weights of the layers at load; else the checkpoint's own, which may be named."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """int8, fp8: keep keys and values in 8 bits, with a scale for each token and head."""
     lora: str | None = None
     """Adapter in PEFT's format (folder or hub id), merged into the weights as they are loaded."""
     max_model_len: int | None = None

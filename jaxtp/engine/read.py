@@ -27,6 +27,7 @@ def choose_read(model: Llama) -> Read:
         windows=windows,
         stages=stages,
         softcap=config.attention_softcap,
+        bits=model.kv_cache_dtype,
     )
     if config.attention_softcap and where == "gpu":
         logger.info("attention scores have a soft cap, which cuDNN's kernels have not: XLA computes attention, in blocks")

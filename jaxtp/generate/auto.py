@@ -12,6 +12,7 @@ from jaxtp.config.quantization import Quantization
 from jaxtp.generate import memory
 from jaxtp.log import logger
 from jaxtp.model import Llama
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.planner import Cluster, Generation, Machine, Plan, Split, hardware, plan
 from jaxtp.planner.cluster import cluster
 
@@ -46,7 +47,7 @@ def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
     if gpu is None or 0 < sum(model.config.sparse) < model.config.num_layers:
         return None
     split = split or Split(**mesh.shape, expert_layout="width" if model.layout.rules.axis("expert_mlp") else "whole")
-    return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization)
+    return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization, model.kv_cache_dtype)
 
 
 def split_of(
@@ -55,6 +56,7 @@ def split_of(
     *,
     dtype: str,
     quantization: Quantization | None,
+    kv_cache_dtype: CacheDtype,
     utilization: float,
     max_model_len: int | None,
 ) -> Split:
@@ -64,6 +66,8 @@ def split_of(
             raise ValueError(f"this plan cannot be: {choice.refused}")
         if not isinstance(choice.task, Generation):
             raise ValueError('this plan is of training; jaxtp.plan(..., task="generate") makes those for LLM')
+        if choice.task.kv_cache_dtype != kv_cache_dtype:
+            raise ValueError(f"this plan is with kv_cache_dtype={choice.task.kv_cache_dtype!r}; asked for: {kv_cache_dtype!r}")
         if choice.task.quantization != quantization:
             raise ValueError(f"this plan is with quantization={choice.task.quantization!r}; asked for: {quantization!r}")
         said = {"dtype": None, "bos_token_id": None, "eos_token_ids": (), "schemes": None}
@@ -79,6 +83,7 @@ def split_of(
         max_model_len=max_model_len and min(max_model_len, config.context),
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         utilization=utilization,
     )
     best = plans.best

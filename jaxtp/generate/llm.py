@@ -33,6 +33,7 @@ from jaxtp.log import console, interactive, logger, show
 from jaxtp.mesh import told
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.ops.experts import Products
 from jaxtp.parallel.circulate import stages_of
 from jaxtp.planner import Split
@@ -49,7 +50,8 @@ class LLM:
     `plan` says: "auto" takes all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own.
     With stages, groups of rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes
     (default: balanced). expert_parallel_size: groups of devices that hold different experts, and rows of their own.
-    dtype: "auto" is the checkpoint's. quantization: "int8" keeps the layers' kernels in 8 bits, rounded as they are loaded.
+    dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those of
+    quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with scales of tokens and heads.
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
@@ -77,6 +79,7 @@ class LLM:
         plan: Choice | None = None,
         dtype: str = "auto",
         quantization: Quantization | None = None,
+        kv_cache_dtype: CacheDtype = "auto",
         lora: str | Path | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -133,6 +136,8 @@ class LLM:
         split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size, ep=expert_parallel_size)
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
+        if isinstance(model, Llama) and kv_cache_dtype not in ("auto", model.kv_cache_dtype):
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is said when a model is made, as this one is already")
         if isinstance(model, Llama) and lora is not None:
             raise ValueError(f"lora={str(lora)!r} is merged when a model is loaded, as this one is already")
         if plan is not None and (split != Split() or isinstance(model, Llama)):
@@ -144,7 +149,7 @@ class LLM:
             if plan is None:
                 return split
             limits: dict[str, Any] = {"utilization": gpu_memory_utilization, "max_model_len": max_model_len}
-            return split_of(plan, config, dtype=dtype, quantization=quantization, **limits)
+            return split_of(plan, config, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, **limits)
 
         start = time.perf_counter()
         self.model = (
@@ -157,6 +162,7 @@ class LLM:
                 sizes=layers_per_stage,
                 dtype=None if dtype == "auto" else dtype,
                 quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
                 lora=lora,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,

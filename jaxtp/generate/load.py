@@ -15,6 +15,7 @@ from jaxtp.log import logger
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
+from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.experts import exchange
@@ -34,6 +35,7 @@ def load_model(
     sizes: Sequence[int] | None,
     dtype: str | None,
     quantization: Quantization | None,
+    kv_cache_dtype: CacheDtype,
     lora: str | Path | None,
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
@@ -64,6 +66,7 @@ def load_model(
     else:
         config = hf.config_of(folder, overrides=hf_overrides)
     config = config.quantized(quantization)
+    check_cache_dtype(kv_cache_dtype)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = config.dtype_of(dtype)
     split = planned(config, dtype)
@@ -79,6 +82,7 @@ def load_model(
         "kernel": kernel,
         "expert_kernel": expert_kernel,
         "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     if load_format == "dummy":
         made = Llama.random(config, **layout)

@@ -1,4 +1,5 @@
-"""The KV cache: for each layer a pool of pages of keys and one of values, [P, K, S, H], sharded over pages (dp) and heads (tp).
+"""The KV cache: for each layer a pool of pages of keys and one of values, [P, K, S, H], sharded over pages (dp) and heads (tp);
+or in 8 bits, with scales [P, K, S] beside them.
 
 Where blocks are stacks, one layer for each rank of pp, its pools are too: [ranks, P, K, S, H], sharded over pp.
 
@@ -16,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtp.ops.coded import DTYPES, CacheDtype, Coded, Held
 from jaxtp.ops.pages import Read
 from jaxtp.sharding import Layout, zeros
 
-LayerCache = tuple[jax.Array, jax.Array]
+LayerCache = tuple[Held, Held]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
@@ -41,13 +43,32 @@ class Cache:
 
     @staticmethod
     def abstract(
-        layout: Layout, *, dtype: jnp.dtype, blocks: int, kv_heads: int, head_dim: int, pages: int, slots: int
+        layout: Layout,
+        *,
+        dtype: jnp.dtype,
+        bits: CacheDtype = "auto",
+        blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        pages: int,
+        slots: int,
     ) -> Cache:
-        """Shapes and shardings, no arrays. layout: of a block's keys and values; pages: of all groups together."""
+        """Shapes and shardings, no arrays. layout: of a block's keys and values; pages: of all groups together. dtype: of both,
+        or where they are in 8 bits (bits) of their scales.
+        """
         dims = {"batch": pages, "heads": kv_heads, "cached": slots, "head_dim": head_dim}
         dims = {"layers": len(layout.stack), **dims} if layout.stack else dims
-        array: Any = jax.ShapeDtypeStruct(tuple(dims.values()), dtype, sharding=layout.sharding(*dims))
-        return Cache(layers=((array, array),) * blocks)
+
+        def array(dtype: jnp.dtype, dims: dict[str, int]) -> Any:
+            return jax.ShapeDtypeStruct(tuple(dims.values()), dtype, sharding=layout.sharding(*dims))
+
+        if bits == "auto":
+            held: Held = array(dtype, dims)
+        else:
+            values = array(DTYPES[bits], dims)
+            del dims["head_dim"]
+            held = Coded(values, array(dtype, dims))
+        return Cache(layers=((held, held),) * blocks)
 
     def zeros(self) -> Cache:
         """The arrays that an abstract cache describes; inside a program over its mesh."""

@@ -31,6 +31,7 @@ from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
 from jaxtp.model.moe import Dispatch
 from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
+from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
 from jaxtp.ops.quantized import quantize
@@ -63,12 +64,14 @@ class Llama(nnx.Module):
         dispatch: Dispatch | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
+        kv_cache_dtype: CacheDtype = "auto",
     ) -> None:
         """region: how attention and experts run on each device's own part. dispatch: what sends tokens along ep to the experts
         that they chose, for rules that leave them there (`parallel.experts.exchange`). expert_kernel: how experts multiply,
         default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
-        (None: none there); such blocks are run by `parallel.circulate`. Raises ValueError, before any device work, where the
-        config cannot be laid out on the mesh by the rules.
+        (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in caches, "int8" or
+        "fp8" with a scale for each token and head. Raises ValueError, before any device work, where the config cannot be laid
+        out on the mesh by the rules.
         """
         config = config.quantized(quantization)
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
@@ -83,6 +86,7 @@ class Llama(nnx.Module):
                 "expert_kernel='grouped' needs Hopper GPUs (H100, H200), 16 bits, and widths that "
                 f"{grouped.COLUMNS} divides; leave it out, or take blocks"
             )
+        check_cache_dtype(kv_cache_dtype)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
         if kernel not in (None, *get_args(Kernel)):
@@ -113,7 +117,7 @@ class Llama(nnx.Module):
         )
         self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
-        self.config, self.layout, self.stacks = config, layout, stacks
+        self.config, self.layout, self.stacks, self.kv_cache_dtype = config, layout, stacks, kv_cache_dtype
         self.source: str | None = None  # the folder it was loaded from
 
     @classmethod
@@ -189,6 +193,7 @@ class Llama(nnx.Module):
         dispatch: Dispatch | None = None,
         region: Region = on_each_device,
         stacks: Stacks = (),
+        kv_cache_dtype: CacheDtype = "auto",
         seed: int = 0,
     ) -> Llama:
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms' factors 1, biases 0."""
@@ -204,6 +209,7 @@ class Llama(nnx.Module):
             dispatch=dispatch,
             region=region,
             stacks=stacks,
+            kv_cache_dtype=kv_cache_dtype,
         )
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
@@ -386,6 +392,7 @@ class Llama(nnx.Module):
             first,
             # XLA:CPU would carry a 16-bit cache through the decode loop in float32 and convert all of it at every step
             dtype=jnp.dtype(jnp.float32) if platform(first.mesh) == "cpu" else first.dtype,
+            bits=self.kv_cache_dtype,
             blocks=len(self.layers),
             kv_heads=kv_heads_held(config, first),
             head_dim=config.head_dim,

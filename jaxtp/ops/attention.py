@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtp.ops.coded import Coded, Held, apart
+
 # reference: the formula, all at once. xla: the same in blocks of queries, which leaves out what stands after a block (on a
 # CPU 1.5 to 2 times faster than the XLA form of jax.nn.dot_product_attention). cudnn: flash attention on GPUs.
 Kernel = Literal["reference", "xla", "cudnn"]
@@ -74,8 +76,8 @@ def attend_fresh(
 
 def attend_seen(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Held,
+    v: Held,
     seen: jax.Array,
     *,
     kernel: Kernel,
@@ -90,7 +92,9 @@ def attend_seen(
     B, T, K, G, H = q.shape
     if T == 1 or kernel != "cudnn":
         return _attend(q, k, v, seen, _Scoring(H**-0.5 if scale is None else scale, softcap), dims="BTKGH")[0]
-    heads, keys, values = q.reshape(B, T, K * G, H), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    plain = (a.plain(q.dtype) if isinstance(a, Coded) else a for a in (k, v))
+    keys, values = (a.swapaxes(1, 2) for a in plain)
+    heads = q.reshape(B, T, K * G, H)
     out = jax.nn.dot_product_attention(heads, keys, values, mask=seen[:, None], scale=scale, implementation="cudnn")
     return out.reshape(q.shape)
 
@@ -113,9 +117,7 @@ class _Scoring(NamedTuple):
     softcap: float | None
 
 
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scoring: _Scoring, *, dims: str
-) -> tuple[jax.Array, jax.Array]:
+def _attend(q: jax.Array, k: Held, v: Held, seen: jax.Array, scoring: _Scoring, *, dims: str) -> tuple[jax.Array, jax.Array]:
     """softmax(scores)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it in the dtype of
     q, [B, T, K, G, H], and the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
 
@@ -126,12 +128,16 @@ def _attend(
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     # dividing by the sum comes last: T·H values instead of T·S
+    v, of_weights = apart(v, q.dtype)
+    weights = weights if of_weights is None else weights * of_weights[:, :, None, None]
     out = _product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / total
     return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: jax.Array, scoring: _Scoring, *, dims: str = "BKGTH") -> jax.Array:
-    return capped(_product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * scoring.scale, scoring.softcap)
+def _scores(q: jax.Array, k: Held, scoring: _Scoring, *, dims: str = "BKGTH") -> jax.Array:
+    k, of_scores = apart(k, q.dtype)
+    scores = _product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * scoring.scale
+    return capped(scores if of_scores is None else scores * of_scores[:, :, None, None], scoring.softcap)
 
 
 def _where(seen: jax.Array, scores: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtp.ops.attention import Kernel, attend_seen, capped, cudnn_fits, visible
+from jaxtp.ops.coded import CacheDtype, Coded, Held, apart, each, encode
 from jaxtp.sharding import varying_as
 
 SIDE_BY_SIDE = 4  # chunks of a prompt that are taken together on CPUs
@@ -26,30 +27,38 @@ Read = Literal["gather", "rows", "slab", "cudnn"]
 
 
 def choose_read(
-    *, platform: str, dtype: jnp.dtype, head_dim: int, windows: bool, stages: bool, softcap: float | None = None
+    *,
+    platform: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    windows: bool,
+    stages: bool,
+    softcap: float | None = None,
+    bits: CacheDtype = "auto",
 ) -> Read:
     """How the cache is read on such devices. windows: whether any layer has one; stages: whether layers stand in several;
-    softcap: of scores, which cuDNN has not.
+    softcap: of scores, which cuDNN has not; nor has it keys and values in 8 bits.
     """
     if platform == "cpu":
         return "rows"
-    if cudnn_fits(dtype, head_dim, softcap) and not windows:
+    if cudnn_fits(dtype, head_dim, softcap) and not windows and bits == "auto":
         return "cudnn"
     return "gather" if stages else "slab"
 
 
-def write_pages(pool: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+def write_pages(pool: Held, new: jax.Array, slots: jax.Array) -> Held:
     """The pool [P, K, S, H] with new [N, K, H] at slots [N] (page · S + place in it), in place if donated. What goes to a slot
     of P · S or above is written nowhere.
     """
     S = pool.shape[2]
-    return pool.at[slots // S, :, slots % S].set(new.astype(pool.dtype), mode="drop")
+    fresh = encode(new, pool) if isinstance(pool, Coded) else new.astype(pool.dtype)
+    return each(lambda pool, new: pool.at[slots // S, :, slots % S].set(new, mode="drop"), pool, fresh)
 
 
 def attend_pages(
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Held,
+    values: Held,
     table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
@@ -73,27 +82,29 @@ def attend_pages(
         return _row_by_row(q, keys, values, table, positions, lengths, window, scale, softcap).astype(q.dtype)
     if read == "cudnn" and T == 1 and window is None:
         assert softcap is None
+        assert not isinstance(keys, Coded)
+        assert not isinstance(values, Coded)
         return _cudnn(q, keys, values, table, lengths, scale)
     if read == "slab" and T == 1:
-        k, v = keys[:B, :, :reach], values[:B, :, :reach]
+        k, v = (each(lambda pool: pool[:B, :, :reach], pool) for pool in (keys, values))
     elif read == "slab":
-        k, v = keys[table[:, 0], :, :reach], values[table[:, 0], :, :reach]
+        k, v = (each(lambda pool: pool[table[:, 0], :, :reach], pool) for pool in (keys, values))
     else:
-        k, v = (_gathered(pool, table[:, : -(-reach // S)]) for pool in (keys, values))
+        k, v = (each(lambda pool: _gathered(pool, table[:, : -(-reach // S)]), pool) for pool in (keys, values))
     seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     return attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
 
 
 def _gathered(pool: jax.Array, table: jax.Array) -> jax.Array:
-    """The pages of each row side by side: [B, K, N·S, H]."""
-    _, K, _, H = pool.shape
-    return pool[table].swapaxes(1, 2).reshape(table.shape[0], K, -1, H)
+    """The pages of each row side by side: [B, K, N·S, H]; of scales [B, K, N·S]."""
+    _, K, _, *H = pool.shape
+    return pool[table].swapaxes(1, 2).reshape(table.shape[0], K, -1, *H)
 
 
 def _row_by_row(
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Held,
+    values: Held,
     table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
@@ -108,7 +119,7 @@ def _row_by_row(
     """
     (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
     span = many * S
-    q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(keys.dtype)
+    q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(jnp.float32 if isinstance(keys, Coded) else keys.dtype)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
     def rows(i: jax.Array, out: jax.Array, count: int) -> jax.Array:
@@ -118,12 +129,17 @@ def _row_by_row(
 
         def block(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             top, total, acc = carry
-            k, v = (jnp.concatenate([a[pages[j * many + n]] for n in range(many)], axis=1) for a in (keys, values))
+            here = [pages[j * many + n] for n in range(many)]
+            k, v = (each(lambda a: jnp.concatenate([a[page] for page in here], axis=1), a) for a in (keys, values))
+            (k, of_scores), (v, of_weights) = apart(k, mine.dtype), apart(v, mine.dtype)
             seen = visible(jnp.tile(at, G)[:, None], j * span + jnp.arange(span)[None, :], window)
-            scores = jnp.where(seen, capped(_product("KQH,KSH->KQS", mine, k), softcap), -jnp.inf)
+            scores = _product("KQH,KSH->KQS", mine, k)
+            scores = scores if of_scores is None else scores * of_scores[:, None]
+            scores = jnp.where(seen, capped(scores, softcap), -jnp.inf)
             new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - new), jnp.exp(top - new)
             total = total * kept + weights.sum(axis=-1, keepdims=True)
+            weights = weights if of_weights is None else weights * of_weights[:, None]
             return new, total, acc * kept + _product("KQS,KSH->KQH", weights.astype(v.dtype), v)
 
         first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // span

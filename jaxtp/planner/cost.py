@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.planner import collectives, experts, hardware, memory
 from jaxtp.planner.cluster import Cluster
 from jaxtp.planner.collectives import Program
@@ -68,6 +69,7 @@ class Machine:
     cluster: Cluster
     dtype: str
     quantization: Quantization | None = None
+    kv_cache_dtype: CacheDtype = "auto"
     pace: float = 1.0  # of products, as a share of their rate
 
     @property
@@ -88,7 +90,9 @@ class Machine:
 
     def task(self, batch: int, prompt_len: int, output_len: int) -> Generation:
         """Work for it, in its dtype."""
-        return Generation(batch, prompt_len, output_len, dtype=self.dtype, quantization=self.quantization)
+        return Generation(
+            batch, prompt_len, output_len, dtype=self.dtype, quantization=self.quantization, kv_cache_dtype=self.kv_cache_dtype
+        )
 
     @functools.cached_property
     def weight_bytes(self) -> list[float]:
@@ -129,14 +133,20 @@ class Machine:
         moved = self.size * work.pairs * (2 * D + 3 * work.width) + (2 * up + down) / 3 * work.read
         return self.product(tokens * split.ep, D, config.experts.count) + max(flops / self.flops, moved / self.bandwidth)
 
+    @functools.cached_property
+    def cached_bytes(self) -> int:
+        """Of a head's key in the cache, or its value."""
+        return memory.head_bytes(self.config, self.task(1, 1, 1))
+
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
         """One layer of `tokens` tokens of each of `rows` rows, among each other; of one token, after `cached` in each."""
         config, tp = self.config, self.split.tp
-        queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp) * config.head_dim
+        queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp)
         count = rows * tokens
         seen = cached if tokens == 1 else tokens / 2  # a causal mask
         scores = 4 * count * seen * queries / (self.flops * ATTENTION / hardware.MATMUL)
-        read = self.size * 2 * rows * (cached if tokens == 1 else tokens) * kv / self.bandwidth
+        held = self.cached_bytes if tokens == 1 else self.size * config.head_dim
+        read = 2 * rows * (cached if tokens == 1 else tokens) * kv * held / self.bandwidth
         return dataclasses.replace(self._layer(count), attention=max(scores, read))
 
     def chunks(self, step: Step) -> Time:

@@ -109,9 +109,15 @@ def kv_heads(config: ModelConfig, tp: int) -> int:
     return max(config.num_kv_heads, tp) // tp
 
 
-def slot(config: ModelConfig, split: Split, dtype: str) -> int:
+def slot(config: ModelConfig, split: Split, task: Generation) -> int:
     """Of one token's keys and values on each device of its row."""
-    return 2 * split.stages(config).slots * kv_heads(config, split.tp) * config.head_dim * SIZES[dtype]
+    return 2 * split.stages(config).slots * kv_heads(config, split.tp) * head_bytes(config, task)
+
+
+def head_bytes(config: ModelConfig, task: Generation) -> int:
+    """Of a head's key, or its value, in the cache; in 8 bits with a scale of the model's dtype."""
+    size = SIZES[task.dtype]
+    return config.head_dim * size if task.kv_cache_dtype == "auto" else config.head_dim + size
 
 
 @dataclass(frozen=True)
@@ -157,13 +163,13 @@ def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
 
 def cache(config: ModelConfig, split: Split, task: Generation) -> int:
     """Of the pages that the rows have at their end."""
-    return split.rows(task.batch) * task.slots * slot(config, split, task.dtype)
+    return split.rows(task.batch) * task.slots * slot(config, split, task)
 
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
     """Tokens that the caches of all groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
     free = int(memory * task.utilization) - weights(config, split, task)
-    return free // slot(config, split, task.dtype) * split.groups
+    return free // slot(config, split, task) * split.groups
 
 
 def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -> float:
@@ -173,7 +179,7 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     into parts, which takes some more.) Of chunks what they see, gathered, beside queries and their result, or gate, up and
     their product; beside either the residual stream and who sees what.
     """
-    size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype)
+    size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype, task.kv_cache_dtype)
     heads, row = config.num_heads // tp, kv_heads(config, tp) * config.head_dim * size
     stream = step.tokens * config.hidden_size * size
     logits = 4 * step.lanes * math.ceil(config.vocab_size / (tp * split.pp))

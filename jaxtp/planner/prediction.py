@@ -82,8 +82,9 @@ class Plan:
     @property
     def machine(self) -> Machine:
         """The rates that it is reckoned with."""
-        quantization = self.task.quantization if isinstance(self.task, Generation) else None
-        return Machine(self.config, self.split, self.cluster, self.task.dtype, quantization)
+        task = self.task
+        how = (task.quantization, task.kv_cache_dtype) if isinstance(task, Generation) else ()
+        return Machine(self.config, self.split, self.cluster, task.dtype, *how)
 
     @functools.cached_property
     def prefill(self) -> Time:

@@ -121,6 +121,7 @@ def _asked(plan: Plan) -> str:
     if isinstance(task, Training):
         return f"updates from {task.batch} rows of {task.seq_len:,} tokens"
     bits = f", weights in {task.quantization}" if task.quantization else ""
+    bits += f", cache in {task.kv_cache_dtype}" if task.kv_cache_dtype != "auto" else ""
     return f"prompts of {task.prompt_len:,} tokens, {task.output_len:,} more each{bits}"
 
 

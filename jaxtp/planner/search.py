@@ -17,6 +17,7 @@ from jaxtp.checkpoint import hf
 from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization
 from jaxtp.log import console, interactive
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.planner import hardware
 from jaxtp.planner.cluster import Cluster, cluster, load_links
 from jaxtp.planner.prediction import Plan
@@ -42,6 +43,7 @@ def plan(
     max_model_len: int | None = None,
     dtype: str = "bfloat16",
     quantization: Quantization | None = None,
+    kv_cache_dtype: CacheDtype = "auto",
     objective: Objective | None = None,
     utilization: float | None = None,
     interconnect: str | None = None,
@@ -84,7 +86,9 @@ def plan(
         wanted = Training(64 if batch is None else batch, seq_len, dtype, **share)
     else:
         shape = (1 if batch is None else batch, prompt_len, output_len, max_model_len, dtype)
-        wanted = Generation(*shape, quantization=config.schemes.name if config.schemes else None, **share)
+        wanted = Generation(
+            *shape, quantization=config.schemes.name if config.schemes else None, kv_cache_dtype=kv_cache_dtype, **share
+        )
     check_length(config, wanted)
     per_node = None if tp_across_nodes else where.per_node
     fill = batch is None and task == "generate" and objective == "throughput"

@@ -14,6 +14,7 @@ from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization
 from jaxtp.mesh import AXES, across_nodes, told
+from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.pages import Read, choose_read
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
@@ -30,7 +31,7 @@ class Generation:
 
     max_model_len: tokens of a request at most, for which concurrency is told; default prompt and output. utilization: the
     share of each GPU that weights and cache may take. quantization: of the blocks' kernels, as
-    `ModelConfig.quantized` takes it.
+    `ModelConfig.quantized` takes it. kv_cache_dtype: of keys and values, "int8" or "fp8" with a scale for each token and head.
     """
 
     batch: int = 1
@@ -40,12 +41,14 @@ class Generation:
     dtype: str = "bfloat16"
     utilization: float = 0.9
     quantization: Quantization | None = None
+    kv_cache_dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
         _positive(batch=self.batch, prompt_len=self.prompt_len, output_len=self.output_len)
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization} must be in (0, 1]")
         _known(self.dtype, SIZES)
+        check_cache_dtype(self.kv_cache_dtype)
         if self.max_model_len is not None and self.max_model_len < self.total:
             raise ValueError(f"max_model_len={self.max_model_len} is less than prompt_len + output_len = {self.total}")
 
@@ -197,7 +200,7 @@ class Step:
         return self.chunks * buckets.chunk_tokens("gpu")
 
 
-def read_of(config: ModelConfig, split: Split, dtype: str) -> Read:
+def read_of(config: ModelConfig, split: Split, dtype: str, bits: CacheDtype = "auto") -> Read:
     """How GPUs read the cache."""
     windows, stages = any(config.windows), split.pp > 1
     kind = jnp.dtype(dtype)
@@ -208,6 +211,7 @@ def read_of(config: ModelConfig, split: Split, dtype: str) -> Read:
         windows=windows,
         stages=stages,
         softcap=config.attention_softcap,
+        bits=bits,
     )
 
 

@@ -41,7 +41,7 @@ def test_weights_and_cache(name, axes):
     rows, slots = split.rows(8), 256
     arrays = [a for pair in model.empty_cache(split.groups * rows * slots // PAGE, PAGE).layers for a in pair]
     held = sum(a.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(a.sharding.shard_shape(a.shape)))) for a in arrays)
-    assert rows * slots * memory.slot(config, split, "float32") == held
+    assert rows * slots * memory.slot(config, split, Generation(dtype="float32")) == held
 
 
 @pytest.mark.parametrize("layout", ["auto", "width"])
