@@ -50,8 +50,9 @@ class LLM:
     `plan` says: "auto" takes all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own.
     With stages, groups of rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes
     (default: balanced). expert_parallel_size: groups of devices that hold different experts, and rows of their own.
-    dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those of
-    quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with scales of tokens and heads.
+    dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those
+    of quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with a scale for each token
+    and head.
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what

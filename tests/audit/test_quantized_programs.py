@@ -74,3 +74,25 @@ def test_steps(name, tp, kind):
         assert sums == [(c.kind, c.axes, c.dtype, c.bytes) for c in plain[step].collectives]
         if step != "prompts":
             assert sum(report.kernels.values()) <= (KERNELS[step] + MORE) * LAYERS + OTHER_KERNELS
+
+
+@pytest.mark.parametrize(("tp", "bits"), [(1, "int8"), (8, "int8"), (8, "fp8")])
+def test_a_cache_of_8_bits(tp, bits):
+    """Half the pool, updated in place; nothing of it is written in 16 bits, and nothing is communicated for it."""
+    config = shallow(preset("llama-3.1-8b"), 2)
+    mesh, split, rows, slots = gpu_mesh("H200", tp=tp), Split(tp=tp), 8, 4096
+    reports = []
+    for kind in ("auto", bits):
+        model = abstract_llama(config, mesh, split, dtype="bfloat16", bits=kind)
+        reports.append(audit(compile_decode(model, batch=rows, slots=slots, loop=False, read="slab"), mesh))
+    plain, coded = reports
+    pools = [
+        rows * slots * memory.slot(config, split, Generation(dtype="bfloat16", kv_cache_dtype=kind)) for kind in ("auto", bits)
+    ]
+    assert pools[0] / pools[1] == pytest.approx(2 * 128 / (128 + 2))
+    assert plain.argument_bytes - coded.argument_bytes == pytest.approx(pools[0] - pools[1], rel=1e-3)
+    assert coded.aliased_bytes >= pools[1]
+    assert coded.copies(MIB) == []
+    assert coded.temp_bytes <= plain.temp_bytes + MIB
+    assert [(c.kind, c.bytes) for c in coded.collectives] == [(c.kind, c.bytes) for c in plain.collectives]
+    assert sum(coded.kernels.values()) <= sum(plain.kernels.values()) + 5 * config.num_layers

@@ -1,17 +1,21 @@
 """Weights of 8 bits: transformers, with the same weights rounded by a formula in NumPy, says what comes out on every mesh."""
 
 import dataclasses
+import importlib.util
 import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import shared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.audit.targets import abstract_llama
+from jaxtp.checkpoint.hf import DEMO
 from jaxtp.config.quantization import Scheme
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.quantized import quantize
@@ -151,3 +155,31 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="is said when a model is loaded"):
         LLM(Llama.from_pretrained(folder, progress=False), quantization="int8", progress=False)
     assert LLM(model, tokenizer=folder, progress=False).generate("ab", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
+
+
+# of the demo's nats a token, at most, and of the divergence from what float32 says
+COSTS = {
+    "weights int8": (0.001, 2e-4),
+    "weights fp8": (0.004, 2e-3),
+    "weights int4": (0.03, 3e-2),
+    "cache int8": (0.001, 2e-4),
+    "cache fp8": (0.004, 2e-3),
+}
+
+
+def test_what_few_bits_cost(monkeypatch):
+    spec = importlib.util.spec_from_file_location("accuracy", Path(__file__).parents[2] / "scripts" / "accuracy.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "BATCHES", 1)
+    rows = script.windows(DEMO, shared("tinyshakespeare.txt"))
+    exact = script.logprobs(Llama.from_pretrained("demo", dtype="float32", progress=False), rows)
+    picked = np.take_along_axis(exact, rows[:, 1:, None], -1)
+    for name, options in script.KINDS:
+        if name not in COSTS:
+            continue
+        llm = LLM("demo", dtype="float32", max_num_seqs=8, progress=False, **options)
+        own = script.logprobs(llm.model, rows)
+        nats, kl = COSTS[name]
+        assert -np.take_along_axis(own, rows[:, 1:, None], -1).mean() + picked.mean() < nats, name
+        assert 0 < (np.exp(exact) * (exact - own)).sum(-1).mean() < kl, name
