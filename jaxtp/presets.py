@@ -5,9 +5,11 @@ Sizes are those of the published `config.json` of each model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtp.config import Experts, ModelConfig, Rope
+from jaxtp.config.quantization import read
 
 _LLAMA2 = Rope()
 _LLAMA3 = Rope(theta=500000.0)
@@ -140,6 +142,34 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-32b": _model("qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, _QWEN_ROPE, **_QWEN3),
     "qwen3-30b-a3b": _model("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 40960, _QWEN_ROPE, **_QWEN3, experts=_qwen3(768)),
     "qwen3-235b-a22b": _model("qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, _QWEN_ROPE, **_QWEN3, experts=_qwen3(1536)),
+}
+
+
+def _quantized(name: str, said: dict[str, Any]) -> ModelConfig:
+    return replace(PRESETS[name], schemes=read(said))
+
+
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+# Meta's own leaves attention, and the first and the last MLP, in bfloat16
+_META = {
+    "quant_method": "fbgemm_fp8",
+    "modules_to_not_convert": ["self_attn", "model.layers.0.mlp", "model.layers.125.mlp", "lm_head"],
+}
+PRESETS |= {
+    "llama-3.1-8b-awq": _quantized("llama-3.1-8b", _AWQ),
+    "llama-3.1-8b-gptq": _quantized("llama-3.1-8b", _GPTQ),
+    "llama-3.1-70b-awq": _quantized("llama-3.1-70b", _AWQ),
+    "llama-3.1-70b-gptq": _quantized("llama-3.1-70b", _GPTQ),
+    "llama-3.1-405b-fp8": _quantized("llama-3.1-405b", _META),
+    "llama-3.1-405b-awq": _quantized("llama-3.1-405b", _AWQ),
+    "qwen2.5-72b-awq": _quantized("qwen2.5-72b", _AWQ),
+    "qwen3-8b-awq": _quantized("qwen3-8b", _AWQ),
+    "qwen3-8b-fp8": _quantized("qwen3-8b", _BLOCKS),
+    "qwen3-32b-awq": _quantized("qwen3-32b", _AWQ),
+    "qwen3-32b-fp8": _quantized("qwen3-32b", _BLOCKS),
+    "qwen3-30b-a3b-fp8": _quantized("qwen3-30b-a3b", _BLOCKS),
 }
 
 

@@ -98,7 +98,8 @@ class Rules:
         if experts.count % ep:
             legal = ", ".join(str(n) for n in range(1, experts.count + 1) if experts.count % n == 0)
             raise ValueError(f"ep={ep} does not divide the {experts.count} experts; legal ep for this model: {legal}")
-        fits = {"whole": experts.count % (ep * tp) == 0, "width": experts.width % tp == 0}
+        groups = config.cut_groups(tp, {"experts' down_proj": experts.width}, {"experts' gate_proj": experts.width})
+        fits = {"whole": experts.count % (ep * tp) == 0, "width": experts.width % tp == 0 and not groups}
         chosen = layout if layout != "auto" else "whole" if fits["whole"] else "width"
         if chosen not in fits:
             raise ValueError(f"expert_layout={layout!r} is none of {', '.join(get_args(ExpertLayout))}")
@@ -106,7 +107,7 @@ class Rules:
             what = (
                 f"the {experts.count} experts by ep·tp={ep * tp}"
                 if chosen == "whole"
-                else f"their width {experts.width} by tp={tp}"
+                else f"their width {experts.width} by tp={tp}" + "".join(f", and {problem}" for problem in groups)
             )
             raise ValueError(
                 f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes"

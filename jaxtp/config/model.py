@@ -245,22 +245,27 @@ class ModelConfig:
         return (*problems, *self._cut_groups(tp))
 
     def _cut_groups(self, tp: int) -> list[str]:
-        """Groups of inputs and blocks of outputs, of quantized kernels, that tp > 1 would cut."""
-        if tp == 1 or self.schemes is None:
-            return []
+        """Groups of inputs and blocks of outputs, of quantized kernels, that tp would cut."""
         queries, kv = (heads * self.head_dim for heads in (self.num_heads, max(self.num_kv_heads, tp)))
         mlp = self.intermediate_size if not all(self.sparse) else self.experts.shared if self.experts else 0
-        inputs = {"o_proj": queries, "the MLP's down_proj": mlp}
-        outputs = {"q_proj": queries, "k_proj and v_proj": kv, "the MLP's gate_proj and up_proj": mlp}
+        inputs, outputs = {"o_proj": queries}, {"q_proj": queries, "k_proj and v_proj": kv}
+        if mlp:
+            inputs["the MLP's down_proj"] = outputs["the MLP's gate_proj and up_proj"] = mlp
+        return self.cut_groups(tp, inputs, outputs)
+
+    def cut_groups(self, parts: int, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> list[str]:
+        """Of modules whose inputs, or outputs, are cut into so many parts: the groups, or blocks, that this would cut."""
+        if parts == 1 or self.schemes is None:
+            return []
         problems = []
         for scheme in self.schemes.kinds:
-            cut = [(name, size, scheme.groups(size), scheme.inputs(size)) for name, size in inputs.items() if size]
-            problems += [
-                f"the {n} groups of {each} of {name}'s {size} inputs" for name, size, n, each in cut if n > 1 and n % tp
-            ]
+            for name, size in inputs.items():
+                n = scheme.groups(size)
+                if n > 1 and n % parts:
+                    problems.append(f"the {n} groups of {scheme.inputs(size)} of {name}'s {size} inputs")
             if scheme.block > 1:
-                rows = [(name, size) for name, size in outputs.items() if size % (tp * scheme.block)]
-                problems += [f"the blocks of {scheme.block} of {name}'s {size} outputs" for name, size in rows]
+                cut = [(name, size) for name, size in outputs.items() if size % (parts * scheme.block)]
+                problems += [f"the blocks of {scheme.block} of {name}'s {size} outputs" for name, size in cut]
         return problems
 
     # -- Hugging Face ----------------------------------------------------------------------------------------------
