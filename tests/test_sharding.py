@@ -30,7 +30,7 @@ ATTENTION = {k: v for k, v in AUTO.items() if "self_attn" in k}
 MLP = {k: v for k, v in AUTO.items() if "mlp" in k}
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-0.6b", "qwen2.5-7b", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-0.6b", "qwen2.5-7b", "mixtral-8x7b", "qwen3-8b-fp8"])
 def test_shardings_and_bytes_are_those_of_the_golden_file(name):
     """UPDATE_GOLDEN=1 writes the files anew."""
     found, config = {}, preset(name)

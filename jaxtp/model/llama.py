@@ -34,7 +34,7 @@ from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import embed, linear
-from jaxtp.ops.quantized import quantize
+from jaxtp.ops.quantized import Quantized, quantize
 from jaxtp.ops.rope import rotation
 from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
 from jaxtp.tp_plan import rules_from_plan
@@ -119,6 +119,9 @@ class Llama(nnx.Module):
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
         self.config, self.layout, self.stacks, self.kv_cache_dtype = config, layout, stacks, kv_cache_dtype
         self.source: str | None = None  # the folder it was loaded from
+        if config.schemes and config.schemes.method:  # of a checkpoint: so its weights are from the start
+            for path, weight in variables(self):
+                weight.set_value(self.kept(path, weight, weight.get_value()))
 
     @classmethod
     def from_pretrained(
@@ -165,14 +168,11 @@ class Llama(nnx.Module):
         its config, or the adapter is for another model, or cannot be merged into quantized weights.
         """
         schemes = self.config.schemes
-        if schemes and schemes.method:
-            if lora is not None:
-                raise ValueError(
-                    f"lora={str(lora)!r} is merged into the weights of a checkpoint, and cannot be where these are quantized "
-                    f"({schemes.name}); take the checkpoint of 16 bits, with quantization='int8', 'fp8' or 'int4' if need be"
-                )
-            for path, weight in variables(self):
-                weight.set_value(self.kept(path, weight, weight.get_value()))
+        if schemes and schemes.method and lora is not None:
+            raise ValueError(
+                f"lora={str(lora)!r} is merged into the weights of a checkpoint, and cannot be where these are quantized "
+                f"({schemes.name}); take the checkpoint of 16 bits, with quantization='int8', 'fp8' or 'int4' if need be"
+            )
         adapter = None if lora is None else adapters.Adapter(hf.resolve(lora), hf.shapes(self, self.config))
         merges = adapter.merges() if adapter else None
         hf.load(self, self.config, folder, keep=self.kept, merges=merges, progress=progress)
@@ -216,13 +216,15 @@ class Llama(nnx.Module):
         for path, weight in variables(model):
             here = layers_of(path, weight)
             stacked = bool(weight.get_metadata()["stack"])
-            drawn = initial_weight([keys[name or path] for name in here], config, here, weight.get_value(), stacked=stacked)
+            held = weight.get_value()
+            abstract = jax.ShapeDtypeStruct(held.shape, jnp.dtype(dtype), sharding=held.sharding)
+            drawn = initial_weight([keys[name or path] for name in here], config, here, abstract, stacked=stacked)
             weight.set_value(model.kept(path, weight, drawn))
         return model
 
     def kept(self, path: str, weight: nnx.Variable, value: Any) -> Any:
         """What is kept of a weight that was read or drawn, or of its shape: itself, or the kernel of a block quantized."""
-        if self.config.schemes is None or path.rpartition(".")[2] not in KERNELS:
+        if self.config.schemes is None or path.rpartition(".")[2] not in KERNELS or isinstance(value, Quantized):
             return value
         scheme = scheme_of(self.config, path, weight)
         return value if scheme is None else quantize(value, scheme, path=path, stacked=bool(weight.get_metadata()["stack"]))

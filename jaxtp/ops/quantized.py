@@ -166,13 +166,18 @@ def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool, held
     if scheme.values != "fp8":
         values = jnp.clip(jnp.round(values), *RANGE[scheme.values])
     scale, layers = scale if n > 1 else scale[..., None], kernel.shape[:1] if stacked else ()
+    own = jax.typeof(kernel).sharding
+
+    def of_layers(a: jax.Array) -> jax.Array:
+        return reshard(a, PartitionSpec(own.spec[0], *[None] * (a.ndim - 1)), own.mesh) if stacked else a
+
     return Quantized(
         values.astype(dtype).reshape(kernel.shape),
         scale,
         scheme,
         jnp.zeros_like(scale) if scheme.zeros else None,
-        jnp.ones(layers) if scheme.activations == "static" else None,
-        jax.lax.broadcasted_iota(jnp.int32, (*layers, kernel.shape[-1]), len(layers)) if scheme.ordered else None,
+        of_layers(jnp.ones(layers)) if scheme.activations == "static" else None,
+        of_layers(jax.lax.broadcasted_iota(jnp.int32, (*layers, kernel.shape[-1]), len(layers))) if scheme.ordered else None,
     )
 
 
