@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtp.checkpoint.tensors import FLOATS, Tensors
@@ -59,6 +60,23 @@ class Linear:
     def input_scale(self) -> float:
         """By which inputs are divided before they become fp8."""
         return float(self.read("input_scale", ...).reshape(-1)[0])
+
+    def plain(self, rows: slice, columns: slice) -> np.ndarray:
+        """What they stand for: [rows, columns] float32."""
+        wanted, each = columns, self.scheme.inputs(self.inputs)
+        if self.scheme.ordered:  # whose groups have inputs from everywhere
+            columns = slice(0, self.inputs)
+        held = slice(columns.start // each, -(-columns.stop // each))
+        inside = np.arange(columns.start, columns.stop) // each - held.start
+        values = self.values(rows, columns)
+        found = np.asarray(NF4, np.float32)[values + self.zero] if self.scheme.values == "nf4" else values.astype(np.float32)
+        scale = self.scale(rows, held)
+        found *= scale[:, inside]
+        if self.scheme.zeros:
+            found -= (scale * self.zeros(rows, held))[:, inside]
+        if self.scheme.rounded:
+            found = found.astype(jnp.dtype(self.scheme.rounded)).astype(np.float32)
+        return found[:, np.argsort(self.order())[wanted]] if self.scheme.ordered else found
 
     def read(self, end: str, index: object) -> np.ndarray:
         """A block of the tensor whose name ends so."""

@@ -22,7 +22,7 @@ from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxtp.checkpoint.formats import Linear, reader
-from jaxtp.checkpoint.names import EMBED, HEAD, Index, Part, made_of
+from jaxtp.checkpoint.names import EMBED, HEAD, KERNELS, Index, Part, made_of
 from jaxtp.checkpoint.names import tensors as tensors_of
 from jaxtp.checkpoint.shards import Writer
 from jaxtp.checkpoint.tensors import FLOATS, Tensors, text_part
@@ -131,11 +131,14 @@ def load(
     config: ModelConfig,
     folder: Path,
     *,
+    schemes: Schemes | None,
     keep: Callable[[str, nnx.Variable, jax.Array], Any],
     merges: Mapping[str, Callable[[Index, np.ndarray], np.ndarray]] | None = None,
     progress: bool = True,
 ) -> None:
-    """Fills an abstract model's weights from a checkpoint folder, in place. keep(path, weight, array): what of one is kept.
+    """Fills an abstract model's weights from a checkpoint folder, in place. schemes: how it is quantized; kernels
+    that the model has in few bits are kept so, others become what the bits stand for. keep(path, weight, array): what of one is
+    kept.
     merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
@@ -145,11 +148,11 @@ def load(
     with text_part(Tensors(folder)) as tensors, _bar(progress) as bar:
         if config.tie_word_embeddings and HEAD in tensors and EMBED not in tensors:
             tensors.rename(HEAD, EMBED)  # one table, under its other name
-        linears = _linears(tensors, config, weights, found)
+        linears = _linears(tensors, schemes, found)
         _check(tensors, config, folder, shapes(model, config), linears)
 
         def read(name: str, index: Index) -> np.ndarray:
-            block = tensors.read(name, index)
+            block = linears[name].plain(*index) if name in linears else tensors.read(name, index)
             return merges[name](index, block) if merges and name in merges else block
 
         total = sum(_bytes(w.get_value()) for w in weights.values())
@@ -164,19 +167,14 @@ def load(
 
 
 def _linears(
-    tensors: Tensors,
-    config: ModelConfig,
-    weights: Mapping[str, nnx.Variable],
-    found: Mapping[str, tuple[tuple[int, ...], list[tuple[Part, ...]]]],
+    tensors: Tensors, schemes: Schemes | None, found: Mapping[str, tuple[tuple[int, ...], list[tuple[Part, ...]]]]
 ) -> dict[str, Linear]:
     """The readers of those modules that the checkpoint holds in few bits, by the name that their weights would have."""
-    held = [path for path, weight in weights.items() if isinstance(weight.get_value(), Quantized)]
-    parts = {part.name: (part, found[path][0]) for path in held for row in found[path][1] for part in row}
-    assert config.schemes or not parts
-    return {
-        name: reader(tensors, part.module, config.schemes, part.whole(each))  # type: ignore[arg-type]
-        for name, (part, each) in parts.items()
-    }
+    if schemes is None or schemes.method is None:
+        return {}
+    kernels = [rows for path, rows in found.items() if path.rpartition(".")[2] in KERNELS]
+    parts = {part.name: (part, each) for each, rows in kernels for row in rows for part in row if schemes.of(part.module)}
+    return {name: reader(tensors, part.module, schemes, part.whole(each)) for name, (part, each) in parts.items()}
 
 
 def _quantized(

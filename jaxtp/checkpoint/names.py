@@ -25,6 +25,7 @@ from jaxtp.config.quantization import Scheme
 from jaxtp.weights import layers_of
 
 Index = tuple[slice, ...]
+KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtp.checkpoint import adapters, hf
-from jaxtp.checkpoint.names import scheme_of
+from jaxtp.checkpoint.names import KERNELS, scheme_of
 from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
-from jaxtp.config.quantization import Quantization
+from jaxtp.config.quantization import Quantization, Schemes
 from jaxtp.files import local
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
@@ -41,7 +41,6 @@ from jaxtp.tp_plan import rules_from_plan
 from jaxtp.weights import layers_of, variables
 from jaxtp.xla_flags import exact
 
-KERNELS = ("qkv", "o", "gate_up", "down")  # of a block
 Stacks = tuple[tuple[int | None, ...], ...]
 
 
@@ -163,19 +162,20 @@ class Llama(nnx.Module):
         )
         return made.load(folder, lora=lora, progress=progress)
 
-    def load(self, folder: Path, *, lora: str | Path | None = None, progress: bool) -> Llama:
-        """Itself, with the weights of a checkpoint folder and an adapter in them. Raises ValueError where they are not those of
-        its config, or the adapter is for another model, or cannot be merged into quantized weights.
+    def load(self, folder: Path, *, lora: str | Path | None = None, schemes: Schemes | None = None, progress: bool) -> Llama:
+        """Itself, with the weights of a checkpoint folder and an adapter in them. schemes: as the folder's are quantized, of a
+        model that is not: read as what they stand for. Raises ValueError where they are not those of its config, or the adapter
+        is for another model, or cannot be merged into quantized weights.
         """
-        schemes = self.config.schemes
-        if schemes and schemes.method and lora is not None:
+        own = self.config.schemes
+        if own and own.method and lora is not None:
             raise ValueError(
                 f"lora={str(lora)!r} is merged into the weights of a checkpoint, and cannot be where these are quantized "
-                f"({schemes.name}); take the checkpoint of 16 bits, with quantization='int8', 'fp8' or 'int4' if need be"
+                f"({own.name}); take the checkpoint of 16 bits, with quantization='int8', 'fp8' or 'int4' if need be"
             )
         adapter = None if lora is None else adapters.Adapter(hf.resolve(lora), hf.shapes(self, self.config))
         merges = adapter.merges() if adapter else None
-        hf.load(self, self.config, folder, keep=self.kept, merges=merges, progress=progress)
+        hf.load(self, self.config, folder, schemes=schemes or own, keep=self.kept, merges=merges, progress=progress)
         self.source = str(folder)
         return self
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtp.checkpoint import hf
 from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
@@ -64,12 +65,13 @@ def weights_of(
     lora: str | Path | None = None,
     progress: bool = True,
 ) -> Params:
-    """The weights of a checkpoint folder with an adapter merged into them, or random ones. Each rank of a pipeline reads, or
-    makes, its own layers.
+    """The weights of a checkpoint folder (of a quantized one what they stand for) with an adapter merged into them, or random
+    ones. Each rank of a pipeline reads, or makes, its own layers.
     """
     stacked, pipeline = trainer.stacked, trainer.pipeline
     layout = staged(pipeline.stages, rules=stacked.layout.rules) if pipeline else {"rules": stacked.layout.rules}
     place: dict[str, Any] = {"mesh": stacked.layout.mesh, "dtype": dtype, "dispatch": exchange, **layout}
     if start:
-        return stacked.stack(Llama(stacked.config, **place).load(start, lora=lora, progress=progress))
+        schemes = hf.config_of(start).schemes
+        return stacked.stack(Llama(stacked.config, **place).load(start, lora=lora, schemes=schemes, progress=progress))
     return stacked.stack(Llama.random(stacked.config, **place, seed=seed))

@@ -207,7 +207,8 @@ def _source(model: Path, step: int | None, best: bool, lora: str | Path | None, 
         raise ValueError(f"{model} is not the folder of a run: it has no checkpoints of which to choose")
     folder = hf.resolve(str(model), revision=revision)
     config = TrainConfig(folder="", model=Model(start=str(folder)))
-    return _Source(folder, config, hf.config_of(folder), None, lora, run=False)
+    model_config = replace(hf.config_of(folder), schemes=None)  # weights in few bits are read as what they stand for
+    return _Source(folder, config, model_config, None, lora, run=False)
 
 
 def _width(corpus: Corpus, tokenizer: Tokenizer) -> float:

@@ -89,7 +89,13 @@ class Run:
         corpus = self._read(data.train)
         self.corpora = self._split(corpus)
         size = self.tokenizer.size if self.tokenizer else int(corpus.tokens.max()) + 1
-        self.model_config = hf.config_of(start) if start else model_config(config, vocab_size=size, eos=eos)
+        found = hf.config_of(start) if start else model_config(config, vocab_size=size, eos=eos)
+        if found.schemes and not (config.lora.lora or config.lora.start):
+            raise ValueError(
+                f"model.start={str(start)!r} holds weights that are quantized ({found.schemes.name}), which no optimizer can "
+                "move; adapters are trained beside them (lora.rank=16), or take the checkpoint of 16 bits"
+            )
+        self.model_config = replace(found, schemes=None)
         self._check_lengths()
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)

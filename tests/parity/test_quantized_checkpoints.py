@@ -1,5 +1,6 @@
 """Checkpoints that are quantized already, of every format: logits and greedy tokens of those who wrote them, on every mesh."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from jaxtp import LLM, Llama, ModelConfig, SamplingParams, make_mesh, plan
 from jaxtp.checkpoint import hf
 from jaxtp.model.stacked import Stacked
+from jaxtp.train import evaluate, export, train
+from jaxtp.train.config import parse
 
 NAMES = [
     *(
@@ -239,6 +242,40 @@ def test_modules_that_files_hold_in_16_bits_stay_so():
     assert block.attention.qkv.get_value().dtype == "bfloat16"
     assert block.mlp.down.get_value().values.dtype == "float8_e4m3fn"
     assert config.schemes.of("model.layers.0.mlp.down_proj").activations == "dynamic"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_read_as_what_they_stand_for(name):
+    """By a model that keeps its dtype, as training does."""
+    theirs, config = expected(name), hf.config_of(folder(name))
+    model = Llama(dataclasses.replace(config, schemes=None), mesh=make_mesh(tp=4), dtype="float32")
+    model.load(folder(name), schemes=config.schemes, progress=False)
+    assert np.abs(np.asarray(model(theirs["tokens"].astype(np.int32))) - theirs["logits"]).max() < 1e-4
+
+
+def test_adapters_are_trained_beside_them(tmp_path):
+    """The first loss is that of the quantized model, and what is exported has 16 bits, or more, with the adapters in it."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    start = changed(tmp_path, "awq-g32")
+    tiny.byte_tokenizer(start, 256)
+    said = {
+        "folder": str(tmp_path / "run"),
+        "steps": 8,
+        "parallel": {"dp": 1},
+        "model": {"start": str(start), "dtype": "float32"},
+        "data": {"train": [str(tmp_path / "text.txt")], "sequence_length": 32, "batch_size": 4},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    with pytest.raises(ValueError, match=r"quantized \(awq\), which no optimizer can move; adapters are trained beside them"):
+        train(parse(said))
+    found = train(parse({**said, "lora": {"rank": 4}})).losses
+    assert found[-1][1] < 0.8 * found[0][1]
+    before = evaluate(start, str(tmp_path / "text.txt"), sequence_length=32, dtype="float32", progress=False).nats
+    export(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    after = evaluate(tmp_path / "merged", str(tmp_path / "text.txt"), sequence_length=32, dtype="float32", progress=False).nats
+    assert after < 0.8 * before
 
 
 SAID = [
