@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     *("chat_template*", "additional_chat_templates/*.jinja"),
 )
 DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
+_OF_CACHES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 _ROWS = 8192  # of a table, compared at a time
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -307,6 +308,10 @@ def _check(
         known |= {f"{linear.module}.{end}" for end in linear.optional}
         bias = f"{linear.module}.bias"  # GPTQ's old files have one of zeros
         known |= {bias} if bias not in wanted and bias in tensors and not tensors.read(bias, (slice(None),)).any() else set()
+    of_caches = [name for name in tensors if name.endswith(_OF_CACHES)] if linears else []
+    if of_caches:
+        logger.info("%s and others like it are not used: a cache in 8 bits has scales of its own", of_caches[0])
+    known |= set(of_caches)
     extra = [name for name in tensors if name not in wanted and name not in known and not name.endswith("rotary_emb.inv_freq")]
     problems = misfits(tensors, wanted, extra)
     if problems:

@@ -175,7 +175,7 @@ def _quantize(kernel: jax.Array, scheme: Scheme, dtype: Any, stacked: bool, held
         values.astype(dtype).reshape(kernel.shape),
         scale,
         scheme,
-        jnp.zeros_like(scale) if scheme.zeros else None,
+        0 * scale if scheme.zeros else None,
         of_layers(jnp.ones(layers)) if scheme.activations == "static" else None,
         of_layers(jax.lax.broadcasted_iota(jnp.int32, (*layers, kernel.shape[-1]), len(layers))) if scheme.ordered else None,
     )

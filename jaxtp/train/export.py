@@ -14,7 +14,7 @@ from jaxtp.log import logger
 from jaxtp.mesh import make_mesh
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
-from jaxtp.train.build import trainer_of
+from jaxtp.train.build import trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints, chosen
 from jaxtp.train.config import parse
 
@@ -61,7 +61,7 @@ def export(
         base = start if hub else str(hf.resolve(start).absolute())
         adapters.write(folder, trainer.adapters.lora, matrices, base=base, tokenizer=source)
     else:
-        frozen = stacked.stack(Llama.from_pretrained(start or "", dtype="float32")) if trainer.adapters else None
+        frozen = weights_of(trainer, hf.resolve(start or ""), dtype="float32") if trainer.adapters else None
         dtype = dtype or config.model.dtype
         model = trainer.model(state, frozen, dtype=jnp.dtype(dtype))
         model.source = str(source) if source else None

@@ -3,6 +3,7 @@
 JAXTP_TESTS=gpu pytest tests/gpu
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,16 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.config import Experts
+from jaxtp.config.quantization import Scheme
 from jaxtp.engine.read import cudnn_reads
 from jaxtp.ops import experts, grouped
+from jaxtp.ops.quantized import multiplies_fp8, product, quantize
+from jaxtp.xla_flags import QUANTIZED, options
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU is at hand, or JAXTP_TESTS=gpu is not said")
 PROMPTS = ["The king", "ROMEO:", "First Citizen:\nWe are accounted poor citizens, the patricians good.\nWhat authority", "O"]
@@ -64,6 +70,48 @@ def test_somebody_who_reads_along_has_the_same():
     expected = [request.outputs[0].text for request in demo("cpu").generate(PROMPTS, params)]
     last = {request.request_id: request.outputs[0].text for request in demo("gpu").stream(PROMPTS, params)}
     assert [text for _, text in sorted(last.items())] == expected
+
+
+SCHEMES = [
+    Scheme("int8"),
+    Scheme("fp8"),
+    Scheme("int4", group=128),
+    Scheme("int4", group=128, zeros=True),
+    Scheme("fp8", group=128),
+    Scheme("fp8", activations="dynamic"),
+    Scheme("nf4", group=64),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_products_with_kernels_in_few_bits(scheme, rows):
+    """As the weights say in float32, but for what bfloat16 leaves; of fp8 times fp8, what three bits behind the first do."""
+    outputs, inputs = 1024, 2048
+    with jax.default_device(jax.devices("cpu")[0]):
+        kernel = quantize(jax.random.normal(jax.random.key(0), (outputs, inputs), jnp.bfloat16), scheme)
+        if scheme.zeros:
+            kernel = dataclasses.replace(kernel, shift=(0.5 * kernel.scale).astype(kernel.scale.dtype))
+        x = jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16)
+        expected = np.asarray(x, np.float64) @ np.asarray(kernel.plain(jnp.dtype("float32")), np.float64).T
+    mesh = on("gpu")
+    place = NamedSharding(mesh, P())
+    kernel, x = jax.device_put((kernel, x), place)
+    run = jax.jit(functools.partial(product, fp8=multiplies_fp8(mesh)), compiler_options=options(mesh, QUANTIZED))
+    off = np.linalg.norm(np.asarray(run(x, kernel)) - expected) / np.linalg.norm(expected)
+    assert off < (0.05 if scheme.activations and rows >= 256 else 0.01)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_of_8_bits(kind):
+    """Texts of float32 weights, read from a slab; a CPU reads row by row."""
+    params, texts = SamplingParams(temperature=0, max_tokens=32), []
+    for platform in ("gpu", "cpu"):
+        model = Llama.from_pretrained("demo", mesh=on(platform), dtype="float32", progress=False)
+        model.kv_cache_dtype = kind
+        llm = LLM(model, max_num_seqs=8, kv_cache_memory_bytes=1 << 28, progress=False)
+        texts.append([request.outputs[0].text for request in llm.generate(PROMPTS, params)])
+    assert sum(a == b for a, b in zip(*texts, strict=True)) >= len(PROMPTS) - 1  # a value may be rounded the other way
 
 
 def test_a_warm_up_runs_what_it_compiles():

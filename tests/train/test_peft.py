@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtp import LLM, Llama, ModelConfig, cli, make_mesh
 from jaxtp.checkpoint import hf
 from jaxtp.checkpoint.adapters import Adapter
+from jaxtp.config.quantization import Scheme
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.quantized import quantize
 from jaxtp.sharding import Rules
@@ -156,7 +157,7 @@ def test_it_is_merged_in_float32_and_rounded_once(made):
     for (path, weight), (_, rounded) in zip(variables(whole), variables(half), strict=True):
         expected = weight.get_value().astype("bfloat16")
         np.testing.assert_array_equal(np.asarray(rounded.get_value(), np.float32), np.asarray(expected, np.float32), path)
-    kernel = quantize(whole.layers[1].mlp.down.get_value())
+    kernel = quantize(whole.layers[1].mlp.down.get_value(), Scheme("int8"))
     np.testing.assert_array_equal(eight.layers[1].mlp.down.get_value().values, kernel.values)
 
 
