@@ -61,6 +61,8 @@ class Engine:
     """int8, fp8, int4: round the weights of the layers at load; else the checkpoint's own, which may be named."""
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     """int8, fp8: keep keys and values in 8 bits, with a scale for each token and head."""
+    compress_all_reduce: Literal["int8"] | None = None
+    """int8: send what tp sums in 8 bits, for slow links such as PCIe."""
     lora: str | None = None
     """Adapter in PEFT's format (folder or hub id), merged into the weights as they are loaded."""
     max_model_len: int | None = None

@@ -36,6 +36,7 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.coded import CacheDtype
 from jaxtp.ops.experts import Products
 from jaxtp.parallel.circulate import stages_of
+from jaxtp.parallel.compressed import Compression
 from jaxtp.planner import Split
 from jaxtp.sharding import ExpertDispatch, ExpertLayout
 from jaxtp.text import Tokenizer
@@ -52,7 +53,7 @@ class LLM:
     (default: balanced). expert_parallel_size: groups of devices that hold different experts, and rows of their own.
     dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those
     of quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with a scale for each token
-    and head.
+    and head. compress_all_reduce: "int8" sends the sums of tp in 8 bits, for slow links (`parallel.compressed`).
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
@@ -81,6 +82,7 @@ class LLM:
         dtype: str = "auto",
         quantization: Quantization | None = None,
         kv_cache_dtype: CacheDtype = "auto",
+        compress_all_reduce: Compression | None = None,
         lora: str | Path | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -139,6 +141,10 @@ class LLM:
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
         if isinstance(model, Llama) and kv_cache_dtype not in ("auto", model.kv_cache_dtype):
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is said when a model is made, as this one is already")
+        if isinstance(model, Llama) and compress_all_reduce:
+            raise ValueError(
+                f"compress_all_reduce={compress_all_reduce!r} is said when a model is made, as this one is already"
+            )
         if isinstance(model, Llama) and lora is not None:
             raise ValueError(f"lora={str(lora)!r} is merged when a model is loaded, as this one is already")
         if plan is not None and (split != Split() or isinstance(model, Llama)):
@@ -164,6 +170,7 @@ class LLM:
                 dtype=None if dtype == "auto" else dtype,
                 quantization=quantization,
                 kv_cache_dtype=kv_cache_dtype,
+                compress_all_reduce=compress_all_reduce,
                 lora=lora,
                 tp_plan=tp_plan,
                 sequence_parallel=sequence_parallel,

@@ -18,6 +18,7 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
 from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.compressed import Compression, check_compression, reducer
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
@@ -36,6 +37,7 @@ def load_model(
     dtype: str | None,
     quantization: Quantization | None,
     kv_cache_dtype: CacheDtype,
+    compress_all_reduce: Compression | None,
     lora: str | Path | None,
     tp_plan: str | Mapping[str, str],
     sequence_parallel: bool,
@@ -67,6 +69,7 @@ def load_model(
         config = hf.config_of(folder, overrides=hf_overrides)
     config = config.quantized(quantization)
     check_cache_dtype(kv_cache_dtype)
+    check_compression(compress_all_reduce, sequence_parallel=sequence_parallel)
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = config.dtype_of(dtype)
     split = planned(config, dtype)
@@ -75,6 +78,8 @@ def load_model(
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
     mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
+    if compress_all_reduce:
+        layout["reduce"] = reducer(layout.get("region"))
     layout |= {
         "dispatch": exchange,
         "mesh": mesh,

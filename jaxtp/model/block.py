@@ -11,6 +11,7 @@ from jaxtp.model.layers import Attention, Mlp, Norm, Step, scaled
 from jaxtp.model.moe import Dispatch, Moe
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import FEW_TOKENS, Products
+from jaxtp.ops.linear import Reduce
 from jaxtp.ops.router import Routing
 from jaxtp.sharding import Layout, Region, on_each_device
 
@@ -31,18 +32,20 @@ class Block(nnx.Module):
         expert_kernel: Products | None = None,
         dispatch: Dispatch | None = None,
         region: Region = on_each_device,
+        reduce: Reduce | None = None,
     ) -> None:
         before, behind = config.norm_position != "post", config.norms_behind
         self.attention_norm = Norm(config, layout=layout.at("attention_norm")) if before else None
         self.attention_post_norm = Norm(config, layout=layout.at("attention_post_norm")) if behind else None
-        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region)
+        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region, reduce=reduce)
         self.mlp_norm = Norm(config, layout=layout.at("mlp_norm")) if before else None
         self.mlp_post_norm = Norm(config, layout=layout.at("mlp_post_norm")) if behind else None
         self.sparse, self.residual_multiplier = config.sparse[index], config.residual_multiplier
         if self.sparse:
-            self.moe = Moe(config, layout=layout.at("moe"), region=region, expert_kernel=expert_kernel, dispatch=dispatch)
+            how = {"region": region, "expert_kernel": expert_kernel, "dispatch": dispatch, "reduce": reduce}
+            self.moe = Moe(config, layout=layout.at("moe"), **how)  # type: ignore[arg-type]
         else:
-            self.mlp = Mlp(config, layout=layout.at("mlp"))
+            self.mlp = Mlp(config, layout=layout.at("mlp"), reduce=reduce)
 
     def __call__(
         self, x: jax.Array, step: Step, cache: LayerCache | None

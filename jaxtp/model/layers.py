@@ -17,7 +17,7 @@ from jaxtp.config import ModelConfig, RopeName
 from jaxtp.mesh import platform
 from jaxtp.model.cache import Lanes, LayerCache
 from jaxtp.ops.attention import Kernel, attend_fresh, choose_kernel
-from jaxtp.ops.linear import linear
+from jaxtp.ops.linear import Reduce, linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.pages import attend_pages, write_pages
 from jaxtp.ops.rope import rotate
@@ -88,7 +88,16 @@ def _replicated(x: jax.Array, dims: int) -> NamedSharding:
 class Attention(nnx.Module):
     """Q, K and V in one kernel [K, G+2, H, D], cut by KV heads; the output's [D, N], N = K·G·H, cut the same way."""
 
-    def __init__(self, config: ModelConfig, index: int, *, layout: Layout, kernel: Kernel | None, region: Region) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        layout: Layout,
+        kernel: Kernel | None,
+        region: Region,
+        reduce: Reduce | None = None,
+    ) -> None:
         D, H = config.hidden_size, config.head_dim
         K = kv_heads_held(config, layout.at("qkv"))
         G = config.num_heads // K
@@ -101,6 +110,7 @@ class Attention(nnx.Module):
             self.k_norm = _head_norm(config, config.num_kv_heads, layout=layout.at("k_norm"))
         kind = config.kinds[index]
         self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
+        self.reduce = reduce
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.kernel = choose_kernel(
             platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, softcap=self.softcap, override=kernel
@@ -121,7 +131,7 @@ class Attention(nnx.Module):
         q, k = jax.lax.split(qk, (qk.shape[3] - 1, 1), axis=3)
         out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache)
         residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
-        z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual)
+        z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual, reduce=self.reduce)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
     def _attend(
@@ -167,13 +177,13 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU or GEGLU: gate and up in one kernel [F, 2, D], row by row, down [D, F]. width: F, default the config's."""
 
-    def __init__(self, config: ModelConfig, *, layout: Layout, width: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, layout: Layout, width: int | None = None, reduce: Reduce | None = None) -> None:
         D, F = config.hidden_size, width or config.intermediate_size
         self.gate_up = layout.param("gate_up", mlp=F, gate_up=2, embed=D)
         self.down = layout.param("down", embed=D, mlp=F)
         self.gate_up_bias = layout.param("gate_up", mlp=F, gate_up=2) if config.mlp_bias else None
         self.down_bias = layout.param("down", embed=D) if config.mlp_bias else None
-        self.activation, self.layout = config.activation, layout
+        self.activation, self.layout, self.reduce = config.activation, layout, reduce
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D] in the residual stream's layout."""
@@ -183,7 +193,7 @@ class Mlp(nnx.Module):
             y = y + beside(self.gate_up_bias[...], y)
         y = gated(y, self.activation)
         residual = self.layout.at("down").sharding("batch", residual_dim(y.shape[1], self.layout), None)
-        z = linear(y, self.down[...], out=residual)
+        z = linear(y, self.down[...], out=residual, reduce=self.reduce)
         return z if self.down_bias is None else z + beside(self.down_bias[...], z)
 
 

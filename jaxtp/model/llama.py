@@ -33,7 +33,7 @@ from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
-from jaxtp.ops.linear import embed, linear
+from jaxtp.ops.linear import Reduce, embed, linear
 from jaxtp.ops.quantized import Quantized, quantize
 from jaxtp.ops.rope import rotation
 from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
@@ -64,13 +64,14 @@ class Llama(nnx.Module):
         region: Region = on_each_device,
         stacks: Stacks = (),
         kv_cache_dtype: CacheDtype = "auto",
+        reduce: Reduce | None = None,
     ) -> None:
         """region: how attention and experts run on each device's own part. dispatch: what sends tokens along ep to the experts
         that they chose, for rules that leave them there (`parallel.experts.exchange`). expert_kernel: how experts multiply,
         default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
         (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in caches, "int8" or
-        "fp8" with a scale for each token and head. Raises ValueError, before any device work, where the config cannot be laid
-        out on the mesh by the rules.
+        "fp8" with a scale for each token and head. reduce: in place of the all-reduces after products (`parallel.compressed`).
+        Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules.
         """
         config = config.quantized(quantization)
         check_layout(config, check_mesh(mesh).shape["tp"], rules)
@@ -111,6 +112,7 @@ class Llama(nnx.Module):
                 expert_kernel=expert_kernel,
                 dispatch=dispatch,
                 region=region,
+                reduce=reduce,
             )
             for layer, stack in _blocks(config, rules, stacks)
         )
@@ -194,6 +196,7 @@ class Llama(nnx.Module):
         region: Region = on_each_device,
         stacks: Stacks = (),
         kv_cache_dtype: CacheDtype = "auto",
+        reduce: Reduce | None = None,
         seed: int = 0,
     ) -> Llama:
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms' factors 1, biases 0."""
@@ -210,6 +213,7 @@ class Llama(nnx.Module):
             region=region,
             stacks=stacks,
             kv_cache_dtype=kv_cache_dtype,
+            reduce=reduce,
         )
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}

@@ -23,7 +23,7 @@ from jaxtp.mesh import platform
 from jaxtp.model.layers import Mlp, Step, residual_dim
 from jaxtp.ops import grouped
 from jaxtp.ops.experts import Products, choose_products, mix
-from jaxtp.ops.linear import linear
+from jaxtp.ops.linear import Reduce, linear
 from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.router import Routing, route, watched
 from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
@@ -43,6 +43,7 @@ class Moe(nnx.Module):
         region: Region,
         expert_kernel: Products | None,
         dispatch: Dispatch | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         experts, D = config.experts, config.hidden_size
         assert experts
@@ -51,9 +52,9 @@ class Moe(nnx.Module):
         self.gate_up = layout.param("gate_up", experts=E, expert_mlp=F, gate_up=2, embed=D)
         self.down = layout.param("down", experts=E, embed=D, expert_mlp=F)
         if experts.shared:
-            self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared)
+            self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared, reduce=reduce)
             self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
-        self.experts, self.layout, self.region, self.kernel = experts, layout, region, expert_kernel
+        self.experts, self.layout, self.region, self.kernel, self.reduce = experts, layout, region, expert_kernel, reduce
         sent = "ep" in names(layout.rules.axis("routed", layout.path))
         assert dispatch or not sent, "rules that leave the batch on ep need a dispatch"
         self.dispatch = dispatch if sent else None
@@ -79,7 +80,7 @@ class Moe(nnx.Module):
             y = self._mixed(everywhere, taken, reshard(weights, P(*routed.partitions, reduced=shares), mesh))
             if "ep" in shares:  # scattered over ep first: what is then summed over tp is as small as it gets
                 y = reshard(y, P(residual.partitions[0], *routed.partitions[1:], unreduced=shares - {"ep"}), mesh)
-            y = reshard(y, residual, mesh)
+            y = self.reduce(y, NamedSharding(mesh, residual)) if self.reduce and shares else reshard(y, residual, mesh)
         if self.experts.shared:
             gate = linear(x, self.shared_gate[...], out=NamedSharding(mesh, residual), dtype=jnp.float32)
             with jax.named_scope("mlp"):

@@ -8,6 +8,7 @@ all-reduce, or a reduce-scatter where `out` is sharded over tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -19,6 +20,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtp.mesh import platform
 from jaxtp.ops.quantized import InPlace, Quantized, levels, multiplies_fp8, product
 from jaxtp.sharding import beside, dual, mesh_of, names, reshard, size, spec_of
+
+# (each device's share of a sum, the layout of the sum) -> the sum
+Reduce = Callable[[jax.Array, NamedSharding], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -45,24 +49,32 @@ class Adapted(InPlace):
 
 
 def linear(
-    x: jax.Array, weight: jax.Array | Adapted | Quantized, *, out: NamedSharding, dtype: jnp.dtype | None = None
+    x: jax.Array,
+    weight: jax.Array | Adapted | Quantized,
+    *,
+    out: NamedSharding,
+    dtype: jnp.dtype | None = None,
+    reduce: Reduce | None = None,
 ) -> jax.Array:
-    """x [B, T, I] times weight [*O, I], over I: [B, T, *O] in `dtype` (default x's), laid out as `out`.
+    """x [B, T, I] times weight [*O, I], over I: [B, T, *O] in `dtype` (default x's), laid out as `out`. reduce: brings it there
+    where each device has a share of a sum; default an all-reduce or a reduce-scatter.
 
     Of the dims O only the first may be sharded, so that they flatten to a plain matrix on every device: XLA:CPU copies the
     weights of any other product at every call. Row-parallel products are reduced in the result's dtype, which on GPUs
     halves the bytes of a bfloat16 all-reduce against float32 (the product itself accumulates in float32 all the same).
     """
     if isinstance(weight, Adapted):
-        y = linear(x, weight.kernel, out=out, dtype=dtype) + _low_rank(x, weight.adapters, out, dtype)
+        y = linear(x, weight.kernel, out=out, dtype=dtype, reduce=reduce) + _low_rank(x, weight.adapters, out, dtype)
     elif isinstance(weight, Quantized):
-        y = _quantized(x, weight, out, dtype)
+        y = _quantized(x, weight, out, dtype, reduce)
     else:
-        y = _linear(x, weight, out, dtype)
+        y = _linear(x, weight, out, dtype, reduce)
     return checkpoint_name(y, "product")  # training may keep it, summed, for the backward pass
 
 
-def _quantized(x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
+def _quantized(
+    x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.dtype | None, reduce: Reduce | None
+) -> jax.Array:
     """The product with a kernel in few bits. On GPUs as `quantized.product` says."""
     mesh, (*outer, summed) = mesh_of(x, out.mesh), spec_of(weight.values).partitions
     if weight.order is not None:
@@ -71,12 +83,12 @@ def _quantized(x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.d
         # without the barrier, XLA:CPU takes all weights in x's dtype out of the decode loop (see xla_flags.QUANTIZED, too)
         x, weight = jax.lax.optimization_barrier((x, weight))
         if weight.groups > 1 or weight.shift is not None or x.dtype == jnp.float16:
-            return _linear(x, weight.plain(x.dtype), out, dtype)
-        y = _linear(x, levels(weight, x.dtype), out, dtype)
+            return _linear(x, weight.plain(x.dtype), out, dtype, reduce)
+        y = _linear(x, levels(weight, x.dtype), out, dtype, reduce)
         return (y.astype(jnp.float32) * beside(weight.scale[..., 0], y)).astype(y.dtype)
     batch, tokens, _ = spec_of(x).partitions
     if tokens and tokens not in (outer[0], summed):  # such rows do not flatten
-        return _linear(x, weight.plain(x.dtype), out, dtype)
+        return _linear(x, weight.plain(x.dtype), out, dtype, reduce)
     if summed and size(mesh, summed) == 1:
         weight, summed = jax.tree.map(_with_whole_inputs, weight), None
     x = reshard(x, P(batch, None, summed), mesh)
@@ -84,7 +96,7 @@ def _quantized(x: jax.Array, weight: Quantized, out: NamedSharding, dtype: jnp.d
     shares = {summed} if summed else set()
     y = product(rows, weight, P(batch, outer[0], unreduced=shares), fp8=multiplies_fp8(out.mesh)).astype(dtype or x.dtype)
     y = y.reshape(*x.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, P(batch, None, *outer, unreduced=shares)))
-    return reshard(y, out.spec, mesh)
+    return reduce(y, out) if reduce and shares else reshard(y, out.spec, mesh)
 
 
 def _with_whole_inputs(a: jax.Array) -> jax.Array:
@@ -109,7 +121,9 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     return functools.reduce(jnp.add, products)
 
 
-def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype | None) -> jax.Array:
+def _linear(
+    x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtype | None, reduce: Reduce | None = None
+) -> jax.Array:
     mesh = mesh_of(x, out.mesh)
     spec, given = spec_of(weight), spec_of(x)
     *outer, summed = spec.partitions
@@ -126,7 +140,7 @@ def _linear(x: jax.Array, weight: jax.Array, out: NamedSharding, dtype: jnp.dtyp
     shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
     y = _matmul(x, weight, shares, jnp.dtype(dtype or x.dtype))
     y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
-    return reshard(y, out.spec, mesh)
+    return reduce(y, out) if reduce and summed else reshard(y, out.spec, mesh)
 
 
 def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Array:
