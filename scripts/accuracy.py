@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxtp import LLM, Llama, SamplingParams
+from jaxtp import LLM, Llama, SamplingParams, use_virtual_devices
 from jaxtp.checkpoint.hf import resolve
 from jaxtp.text import Tokenizer
 
@@ -30,6 +30,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("weights int4", {"quantization": "int4"}),
     ("cache int8", {"kv_cache_dtype": "int8"}),
     ("cache fp8", {"kv_cache_dtype": "fp8"}),
+    ("all-reduces int8, tp 4", {"tensor_parallel_size": 4, "compress_all_reduce": "int8"}),
     ("weights int8, cache int8", {"quantization": "int8", "kv_cache_dtype": "int8"}),
 ]
 
@@ -58,7 +59,9 @@ def logprobs(model: Llama, rows: np.ndarray) -> np.ndarray:
     begin = jax.jit(lambda: model.empty_cache(ROWS, LENGTH).zeros())
     found = []
     for start in range(0, len(rows), ROWS):
-        logits = np.asarray(model(rows[start : start + ROWS, :-1], positions, cache=begin())[0], np.float64)
+        with jax.set_mesh(model.layout.mesh):
+            cache = begin()
+        logits = np.asarray(model(rows[start : start + ROWS, :-1], positions, cache=cache)[0], np.float64)
         top = logits.max(-1, keepdims=True)
         found.append(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
     return np.concatenate(found)
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
+    use_virtual_devices(4)
     folder = resolve(args.model)
     rows = windows(folder, args.text)
     prompts = [row[:16].tolist() for row in rows[:8]]

@@ -76,7 +76,7 @@ def load_model(
     rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=expert_layout, dispatch=expert_dispatch)
     check_layout(config, split.tp, rules)
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
-    layout = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
+    layout: dict[str, Any] = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
     mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
     if compress_all_reduce:
         layout["reduce"] = reducer(layout.get("region"))

@@ -5,7 +5,7 @@ Of a sum over t devices a GPU sends, for each number, t - 1 bytes or 2 (t - 1) /
 twice the latter. Every device has the same result, bit by bit.
 
 How far off: half a step of each device's share, and in two steps half a step of the sum, a step being the largest of 64 numbers
-over 127. It pays where the link is slow (PCIe) and messages are large: `planner.cost.compression`.
+over 127. It pays where the link is slow (PCIe) and messages are large: `planner.compression`.
 """
 
 from __future__ import annotations

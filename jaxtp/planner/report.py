@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from jaxtp.planner import experts
+from jaxtp.planner import compression, experts
 from jaxtp.planner.cost import Time
 from jaxtp.planner.prediction import Plan
 from jaxtp.planner.work import Generation, Training
@@ -102,6 +102,7 @@ class Plans(list[Plan], Shown):
         if (config := self.best.config).experts:
             whole, met = (f"{n / 1e9:,.1f}" for n in (config.num_params, config.num_active_params))
             lines += [f"{whole} billion weights, of which a token meets {met}"]
+        lines += filter(None, [compression.advice(self.best)])
         lines += ["SP: sequence parallelism; interleaved: so many chunks of layers on each rank"] * training
         alike: dict[str, list[Plan]] = {}
         for plan in _reasons(self.refused):

@@ -1,5 +1,6 @@
 """All-reduces in 8 bits: within their bound, the same on every device, as many bytes as they say, and in every mesh's model."""
 
+import collections
 import functools
 import re
 
@@ -10,12 +11,14 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from steps import shallow
 
-from jaxtp import LLM, SamplingParams, make_mesh
-from jaxtp.audit import audit
+from jaxtp import LLM, Llama, SamplingParams, make_mesh, plan, preset
+from jaxtp.audit import audit, compile_decode, compile_prefill, gpu_mesh
 from jaxtp.config import Experts
 from jaxtp.ops.linear import linear
 from jaxtp.parallel.compressed import GROUP, all_reduce, reducer
+from jaxtp.planner import compression
 
 FORMS = ["one step", "two steps"]
 
@@ -118,6 +121,41 @@ def test_experts_and_few_bits(tmp_path):
         plain = LLM(folder, tensor_parallel_size=4, progress=False, **options)
         mine, exact = (np.asarray(each.model(tokens)) for each in (llm, plain))
         assert 1e-6 < np.abs(mine - exact).mean() / np.abs(exact).mean() < 0.05  # single tokens may choose other experts
+
+
+def test_the_planner_says_where_it_pays():
+    """Where links are slow, for prompts; never for a few rows, nor over NVLink."""
+    nvlink, pcie = plan("llama-3.1-70b", "8xH100"), plan("llama-3.1-70b", "8xL40S")
+    assert "compress_all_reduce" not in str(nvlink)
+    assert "compress_all_reduce='int8' would save" in " ".join(str(pcie).split())
+    for plans in (nvlink, pcie):
+        few = compression.seconds(plans.best.machine, 1)
+        assert few[1] > few[0]
+    many = compression.seconds(pcie.best.machine, 512)
+    assert 0.5 < many[1] / many[0] < 0.8  # half the bytes, and what it takes to pack them
+
+
+@pytest.mark.slow
+def test_compiled_for_gpus():
+    """Llama-3.1-8B over 8: an all-to-all and an all-gather in place of each of a layer's two all-reduces, of few rows an
+    all-gather; and 24 kernels of a layer more at most.
+    """
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
+    config, mesh, D = shallow(preset("llama-3.1-8b"), 2), gpu_mesh("H200", tp=8), 4096
+    reports = {}
+    for kind in ("plain", "int8"):
+        model = Llama(config, mesh=mesh, dtype="bfloat16", reduce=reducer() if kind == "int8" else None)
+        prompts, rows = compile_prefill(model, tokens=512), compile_decode(model, batch=8, slots=1024, loop=False)
+        reports[kind] = audit(prompts, mesh), audit(rows, mesh)
+    prompts, rows = reports["int8"]
+    sums, byte = 2 * config.num_layers, (GROUP + 2) / GROUP
+    found = collections.Counter((c.kind, c.dtype, c.bytes) for c in prompts.collectives if c.bytes > 10_000)
+    size = round(512 * D * byte)
+    assert found == {("all-to-all", "s8", size): sums, ("all-gather", "s8", size): sums, ("all-reduce", "bf16", 2 * 512 * D): 1}
+    found = collections.Counter((c.kind, c.dtype, c.bytes) for c in rows.collectives if c.bytes > 10_000)
+    assert found == {("all-gather", "s8", round(8 * 8 * D * byte)): sums, ("all-reduce", "bf16", 2 * 8 * D): 1}
+    for mine, plain in zip(reports["int8"], reports["plain"], strict=True):
+        assert sum(mine.kernels.values()) <= sum(plain.kernels.values()) + 12 * sums
 
 
 def test_bad_input(tmp_path):

@@ -164,6 +164,7 @@ COSTS = {
     "weights int4": (0.03, 3e-2),
     "cache int8": (0.001, 2e-4),
     "cache fp8": (0.004, 2e-3),
+    "all-reduces int8, tp 4": (0.001, 2e-4),
 }
 
 
