@@ -119,6 +119,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{folder} holds only pickled weights (*.bin), which are never loaded; convert it to safetensors"
         )
+    if not files and list(folder.glob("*.gguf")):
+        raise FileNotFoundError(
+            f"{folder} holds GGUF alone, which llama.cpp reads; take the checkpoint of 16 bits (*.safetensors), with "
+            "quantization='int4' if need be"
+        )
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors")
     return files

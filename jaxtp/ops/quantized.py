@@ -1,7 +1,7 @@
 """Kernels in few bits: values, a scale for each group of inputs of an output, and where a group's values count from.
 
-Activations, sums and the cache keep their dtype: what is saved is memory, and the time to read it. So that no program writes a
-kernel in 16 bits, a product is written as XLA fuses it (`product`; what was compiled: docs/quantisation.md).
+Activations and sums keep their dtype (but in products of fp8 with fp8): what is saved is memory, and the time to read it. So that
+no decode step writes a kernel in 16 bits, a product is written as XLA fuses it (`product`; what was compiled: docs/quantisation.md).
 
 O outputs, I inputs, n groups of the inputs, B rows.
 """
@@ -148,12 +148,12 @@ def abstract(kernel: jax.ShapeDtypeStruct, scheme: Scheme, *, path: str = "", st
 
 def quantize(kernel: Any, scheme: Scheme, *, path: str = "", stacked: bool = False, held: Any = None) -> Quantized:
     """A kernel [*O, I] rounded to the nearest values of each group, of which its largest weight has the largest (symmetric, as
-    PyTorch's per-channel int8). Given a shape alone, the shapes. held: the dtype of scales, default as
-    models hold them. Zero points are 0; NF4's levels are no weight's.
+    PyTorch's per-channel int8). Given a shape alone, the shapes. held: the dtype of scales, default as models hold them. Zero
+    points are 0; NF4's levels are no weight's.
     """
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return abstract(kernel, scheme, path=path, stacked=stacked)
-    return _quantize(kernel, scheme, dtype_of(scheme.values, min(kernel.sharding.device_set, key=id)), stacked, held)
+    return _quantize(kernel, scheme, dtype_of(scheme.values, next(iter(kernel.sharding.device_set))), stacked, held)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

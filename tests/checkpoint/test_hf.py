@@ -131,6 +131,12 @@ def test_pickled_weights_are_never_opened(folder):
         load(folder)
 
 
+def test_gguf_is_said_to_be_for_others(folder):
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    with pytest.raises(FileNotFoundError, match=r"holds GGUF alone, which llama\.cpp reads; take the checkpoint of 16 bits"):
+        load(folder)
+
+
 def test_missing_folders_and_hub_ids():
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
         hf.resolve("./nothing/here")
