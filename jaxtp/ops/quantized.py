@@ -1,7 +1,7 @@
 """Kernels in few bits: values, a scale for each group of inputs of an output, and where a group's values count from.
 
-Activations and sums keep their dtype (but in products of fp8 with fp8): what is saved is memory, and the time to read it. So that
-no decode step writes a kernel in 16 bits, a product is written as XLA fuses it (`product`; what was compiled: docs/quantisation.md).
+Activations and sums keep their dtype (but in products of fp8 with fp8): what is saved is memory, and the time to read it. A
+product is written as XLA fuses it, so that no decode step writes a kernel in 16 bits (`product`; docs/quantisation.md).
 
 O outputs, I inputs, n groups of the inputs, B rows.
 """
