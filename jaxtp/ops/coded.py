@@ -18,17 +18,14 @@ DTYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Coded:
-    """values [..., H] int8 or fp8, times scale [...]. Either may be abstract."""
+class OfValues:
+    """What is held as `values` of few bits, seen as what these stand for; their scales lie with them."""
 
     values: jax.Array
-    scale: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it stands for."""
+        """Of what they stand for."""
         return self.values.shape
 
     @property
@@ -38,8 +35,17 @@ class Coded:
 
     @property
     def sharding(self) -> Any:
-        """Of the values; each scale lies with its token and head."""
+        """Of the values."""
         return self.values.sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Coded(OfValues):
+    """values [..., H] int8 or fp8, times scale [...]. Either may be abstract."""
+
+    values: jax.Array
+    scale: jax.Array
 
     def plain(self, dtype: jnp.dtype) -> jax.Array:
         """What it stands for."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.config.quantization import Scheme, Values
+from jaxtp.ops.coded import OfValues
 from jaxtp.sharding import reshard, size, spec_of
 
 DTYPES: dict[Values, Any] = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": jnp.int4}
@@ -44,7 +45,7 @@ class InPlace:
 
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
-class Quantized(InPlace):
+class Quantized(OfValues, InPlace):
     """A kernel [*O, I], to multiply with in its place: scale · values - shift, group by group.
 
     values: [*O, I] of `dtype_of(scheme.values)`. scale: [*O, n], float32 where n is 1, else of the model's dtype. shift: the
@@ -68,21 +69,6 @@ class Quantized(InPlace):
         """The reverse."""
         values, scale, *others = arrays
         return cls(values, scale, scheme, *others)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The kernel's."""
-        return self.values.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of the values."""
-        return self.values.dtype
-
-    @property
-    def sharding(self) -> Any:
-        """Of the values; each scale lies with its group."""
-        return self.values.sharding
 
     @property
     def groups(self) -> int:
