@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxtp import xla_flags
 from jaxtp.log import logger
@@ -27,9 +28,21 @@ class Programs:
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
-    def run(self, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
-        """function(model, *args, **static), compiled on first sight of these shapes. `donate` numbers args, from 0."""
-        return self.compile(function, *args, donate=donate, **static)(self._leaves, *args)
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        donate: tuple[int, ...] = (),
+        place: Mapping[int, NamedSharding] | None = None,
+        **static: Any,
+    ) -> Any:
+        """function(model, *args, **static), compiled on first sight of these shapes. `donate` numbers args, from 0. place: of
+        host arrays among them, where the call brings them.
+        """
+        told = list(args)
+        for i, sharding in (place or {}).items():
+            told[i] = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype, sharding=sharding)
+        return self.compile(function, *told, donate=donate, **static)(self._leaves, *args)
 
     def texts(self) -> dict[str, str]:
         """The optimised HLO of every program so far, by function and number: "decode", "decode.1", ..."""

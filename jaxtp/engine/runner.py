@@ -28,6 +28,7 @@ class Runner:
     def __init__(self, model: Llama, programs: Programs, *, pages: int, size: int, rows: int) -> None:
         self.model, self.programs, self.rows = model, programs, rows
         self.groups = model.layout.parts("batch")
+        self._places = model.layout.sharding(None, "batch", None)  # of plans
         self.state: step.State = programs.run(step.begin, pages=pages * self.groups, size=size, rows=rows)
         # plans of the last ticks, the newest first
         self._under_way: deque[tuple[np.ndarray, Shape]] = deque(maxlen=model.stages)
@@ -43,10 +44,12 @@ class Runner:
             plans, shape = self._staged(plan, shape)
         else:
             plans = plan[None]
-        sharding = self.model.layout.sharding(None, "batch", None)
+        place = {1: self._places}
+        if jax.process_count() > 1:  # else the call brings it to its devices, in less time
+            plans, place = put(plans, self._places), {}  # type: ignore[assignment]
         state, kept = dataclasses.replace(self.state, counts=counts), self.state.counts
         state, made = self.programs.run(
-            _step(shape), state, put(plans, sharding), np.int32(steps), donate=(0,), shape=shape, features=features
+            _step(shape), state, plans, np.int32(steps), donate=(0,), place=place, shape=shape, features=features
         )
         # a step without penalties is not told of counts: it is the same program before and after anybody asked for them
         self.state = state if features.penalties else dataclasses.replace(state, counts=kept)
@@ -59,8 +62,7 @@ class Runner:
         if self.model.stacks:
             between: Any = circulate.between(self.model, shape.tokens)
             state = dataclasses.replace(state, between=between)
-        sharding = self.model.layout.sharding(None, "batch", None)
-        plan = jax.ShapeDtypeStruct((self.model.stages, self.groups, shape.size), np.int32, sharding=sharding)
+        plan = jax.ShapeDtypeStruct((self.model.stages, self.groups, shape.size), np.int32, sharding=self._places)
         args = state, plan, jax.ShapeDtypeStruct((), np.int32)
         self.programs.compile(_step(shape), *args, donate=(0,), shape=shape, features=features)
 
