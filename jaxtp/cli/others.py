@@ -35,7 +35,6 @@ _GROUPS = {
 _WHY = {
     **{flag: why for why, flags in _GROUPS.items() for flag in flags.split()},
     "trust-remote-code": "is not needed: no code of a checkpoint is ever run; leave it out",
-    "kv-cache-dtype": "is not there: the KV cache has the dtype of the computation (--dtype)",
     "device": "is not needed: JAX takes the GPUs that it sees; --virtual-devices N takes the CPU instead, as N devices",
     "download-dir": "is the variable HF_HOME here, as everywhere with Hugging Face's hub",
     "hf-token": "is the variable HF_TOKEN here, as everywhere with Hugging Face's hub",
@@ -46,6 +45,7 @@ _WHY = {
     "greedy": "is --temperature 0 here, which is the default",
     "num-beams": "is not there: --n draws several completions",
     "load-in-8bit": "is --quantization int8 here",
+    "load-in-4bit": "is --quantization int4 here",
     "device-map": "is not needed: --tensor-parallel-size and its fellows lay the model out, or --plan auto",
     "chat-template": "is not there: the template is the tokenizer's own; --tokenizer names another folder",
 }

@@ -6,6 +6,7 @@ setting that is not understood is refused by name, as everywhere in a config.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -73,9 +74,7 @@ class Schemes:
 
     def of(self, module: str) -> Scheme | None:
         """That of a module, e.g. "model.layers.0.self_attn.q_proj"; None: its weight is as it is without."""
-        if any(_fits(name, module) for name in self.plain):
-            return None
-        return next((scheme for name, scheme in self.rows if _fits(name, module)), None)
+        return _scheme(self, module)
 
     def without(self, modules: Sequence[str]) -> Schemes:
         """The same where these modules have none."""
@@ -85,6 +84,13 @@ class Schemes:
     def kinds(self) -> tuple[Scheme, ...]:
         """Every scheme that a module may have."""
         return tuple(dict.fromkeys(scheme for _, scheme in self.rows))
+
+
+@functools.lru_cache(1 << 17)  # experts have tens of thousands of modules, which are asked for several times
+def _scheme(schemes: Schemes, module: str) -> Scheme | None:
+    if any(_fits(name, module) for name in schemes.plain):
+        return None
+    return next((scheme for name, scheme in schemes.rows if _fits(name, module)), None)
 
 
 def _fits(name: str, module: str) -> bool:
