@@ -74,7 +74,7 @@ class Schemes:
 
     def of(self, module: str) -> Scheme | None:
         """That of a module, e.g. "model.layers.0.self_attn.q_proj"; None: its weight is as it is without."""
-        return _scheme(self, module)
+        return _found(self, module)
 
     def without(self, modules: Sequence[str]) -> Schemes:
         """The same where these modules have none."""
@@ -87,7 +87,7 @@ class Schemes:
 
 
 @functools.lru_cache(1 << 17)  # experts have tens of thousands of modules, which are asked for several times
-def _scheme(schemes: Schemes, module: str) -> Scheme | None:
+def _found(schemes: Schemes, module: str) -> Scheme | None:
     if any(_fits(name, module) for name in schemes.plain):
         return None
     return next((scheme for name, scheme in schemes.rows if _fits(name, module)), None)
