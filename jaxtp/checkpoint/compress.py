@@ -6,7 +6,6 @@ Tensors are read, rounded to the nearest and written one at a time: neither the 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from jaxtp.checkpoint import hf
-from jaxtp.checkpoint.names import HEAD
+from jaxtp.checkpoint.names import HEAD, kernels
 from jaxtp.checkpoint.shards import Writer
 from jaxtp.checkpoint.tensors import Tensors, text_part
 from jaxtp.config.quantization import Scheme
@@ -28,7 +27,6 @@ from jaxtp.ops.quantized import quantize as rounded
 
 SchemeName = Literal["w4a16", "w8a16", "fp8"]
 GROUPS = 128, 64, 32  # inputs, the first that divides those of all modules; else an output is one group
-_LINEAR = re.compile(r"\.(self_attn|mlp|block_sparse_moe)\..*(_proj|\.w[123])\.weight$")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -48,7 +46,8 @@ def quantize(model: str | Path, folder: str | Path, *, scheme: SchemeName = "w4a
     if (target / "config.json").exists():
         raise ValueError(f"{target} holds a checkpoint already; name another folder")
     with text_part(Tensors(source)) as tensors:
-        linear = [name for name in tensors if _LINEAR.search(name) and len(tensors.shape(name)) == 2]
+        named = kernels(config)
+        linear = {name for name in tensors if named.fullmatch(name)}
         inputs = {tensors.shape(name)[1] for name in linear}
         group = next((size for size in GROUPS if all(n % size == 0 for n in inputs)), None) if scheme == "w4a16" else None
         chosen = _SCHEMES[scheme]
@@ -56,7 +55,7 @@ def quantize(model: str | Path, folder: str | Path, *, scheme: SchemeName = "w4a
         writer = Writer(target, MAX_SHARD_BYTES)
         names = track([*tensors], f"quantizing {source.name}", disable=not interactive(), console=console, transient=True)
         for name in names:
-            array = tensors.read(name, ...)  # type: ignore[arg-type]
+            array = tensors.read(name, ...)
             made = _packed(name, array, replace(chosen, group=group)) if name in linear else [(name, array)]
             for found, tensor in made:
                 writer.add(found, tensor)

@@ -8,13 +8,17 @@ O outputs, I inputs, n groups as they are held.
 
 from __future__ import annotations
 
+import abc
 import functools
 import json
 from collections.abc import Mapping
+from types import EllipsisType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtp.checkpoint.names import Index
 from jaxtp.checkpoint.tensors import FLOATS, Tensors
 from jaxtp.config.quantization import Method, Scheme, Schemes
 from jaxtp.ops.quantized import NF4
@@ -24,10 +28,11 @@ WORD, _FLOATS, _FP8 = 32, tuple(FLOATS), ("F8_E4M3",)
 AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word's eight values in the order of the outputs, where each lies
 
 
-class Linear:
+class Linear(abc.ABC):
     """One module [O, I] of a checkpoint."""
 
     optional: tuple[str, ...] = ()  # tensors that may be there, and change nothing or are asked for
+    index = "g_idx"  # the tensor that says each input's group, where they do not stand in order
 
     def __init__(self, tensors: Tensors, module: str, schemes: Schemes, scheme: Scheme, shape: tuple[int, ...]) -> None:
         self.tensors, self.module, self.scheme, self.layout = tensors, module, scheme, schemes.layout
@@ -37,25 +42,26 @@ class Linear:
         self.zero = 1 << (self.bits - 1)
         self.on_disk = -(-self.inputs // (scheme.group or self.inputs))  # groups
 
+    @abc.abstractmethod
     def needed(self) -> Needed:
         """The tensors that it is made of."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def values(self, rows: slice, columns: slice) -> np.ndarray:
         """[rows, columns] int8 or fp8."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scale(self, rows: slice, groups: slice) -> np.ndarray:
         """[rows, groups] float32."""
-        raise NotImplementedError
 
     def zeros(self, rows: slice, groups: slice) -> np.ndarray:
-        """The same of where values count from."""
-        raise NotImplementedError
+        """The same of where values count from; of formats that do not say, 0."""
+        return np.zeros((rows.stop - rows.start, groups.stop - groups.start), np.float32)
 
+    @functools.cached_property
     def order(self) -> np.ndarray:
         """[I] int32: the inputs, group by group."""
-        raise NotImplementedError
+        return _by_group(self.read(self.index, ...), self.on_disk, self.scheme, f"{self.module}.{self.index}")
 
     def input_scale(self) -> float:
         """By which inputs are divided before they become fp8."""
@@ -76,11 +82,11 @@ class Linear:
             found -= (scale * self.zeros(rows, held))[:, inside]
         if self.scheme.rounded:
             found = found.astype(jnp.dtype(self.scheme.rounded)).astype(np.float32)
-        return found[:, np.argsort(self.order())[wanted]] if self.scheme.ordered else found
+        return found[:, np.argsort(self.order)[wanted]] if self.scheme.ordered else found
 
-    def read(self, end: str, index: object) -> np.ndarray:
+    def read(self, end: str, index: Index | EllipsisType) -> np.ndarray:
         """A block of the tensor whose name ends so."""
-        return self.tensors.read(f"{self.module}.{end}", index)  # type: ignore[arg-type]
+        return self.tensors.read(f"{self.module}.{end}", index)
 
     def has(self, end: str) -> bool:
         """Whether there is one."""
@@ -158,7 +164,7 @@ class _Gptq(_Awq):
 
     def values(self, rows: slice, columns: slice) -> np.ndarray:
         if self.scheme.ordered:
-            inputs = self.order()[columns]
+            inputs = self.order[columns]
             return self.unpacked_inputs(self.read("qweight", (slice(None), rows)).T)[:, inputs]
         words, mine = self.words(columns)
         return self.unpacked_inputs(self.read("qweight", (words, rows)).T)[:, mine]
@@ -170,19 +176,13 @@ class _Gptq(_Awq):
             found = found + np.uint32(sum(1 << shift for shift in range(0, WORD, self.bits)))
         return self.unpacked_outputs(found.T)[mine][:, each].astype(np.float32)
 
-    @functools.cached_property
-    def _order(self) -> np.ndarray:
-        return _by_group(self.read("g_idx", ...), self.on_disk, self.scheme, f"{self.module}.g_idx")
-
-    def order(self) -> np.ndarray:
-        return self._order
-
 
 class _Compressed(Linear):
     """weight_packed [O, I/8] or weight [O, I], weight_scale [O, n], [blocks, n] or [1], weight_zero_point, weight_g_idx."""
 
     optional: tuple[str, ...] = ("weight_shape", "weight_g_idx", "input_scale", "output_scale", "weight_zero_point")
     scales: tuple[str, ...] = ("weight_scale",)
+    index = "weight_g_idx"
 
     @property
     def packed(self) -> bool:
@@ -224,7 +224,7 @@ class _Compressed(Linear):
         if not self.packed:
             return self.read("weight", (rows, columns))
         if self.scheme.ordered:
-            return self.unpacked_inputs(self.read("weight_packed", (rows, slice(None))))[:, self.order()[columns]]
+            return self.unpacked_inputs(self.read("weight_packed", (rows, slice(None))))[:, self.order[columns]]
         words, mine = self.words(columns)
         return self.unpacked_inputs(self.read("weight_packed", (rows, words)))[:, mine]
 
@@ -245,13 +245,6 @@ class _Compressed(Linear):
         words, mine = self.words(rows)
         found = self.unpacked_outputs(self.read("weight_zero_point", (words, of)))[mine]
         return found.astype(np.float32)[:, each]
-
-    @functools.cached_property
-    def _order(self) -> np.ndarray:
-        return _by_group(self.read("weight_g_idx", ...), self.on_disk, self.scheme, f"{self.module}.weight_g_idx")
-
-    def order(self) -> np.ndarray:
-        return self._order
 
 
 class _Fp8(_Compressed):
@@ -296,8 +289,9 @@ class _Nf4(Linear):
             self.state: (self.tensors.shape(f"{self.module}.{self.state}") if self.has(self.state) else (1,), ("U8",)),
         }
 
-    def check(self) -> None:
-        """Raises ValueError where its blocks are not those of groups, or its levels not NF4's."""
+    @functools.cached_property
+    def checked(self) -> bool:
+        """That its blocks are those of groups, and its levels NF4's. Raises ValueError where they are not."""
         where = f"{self.module}.weight"
         if self.inputs % (self.scheme.group or 1):
             raise ValueError(f"{where}: blocks of {self.scheme.group} values reach over the ends of its {self.inputs} inputs")
@@ -305,14 +299,15 @@ class _Nf4(Linear):
             raise ValueError(f"{where}: blocks of {self.said.get('blocksize')} values are not supported; supported: 64")
         if self.has("weight.quant_map") and not np.allclose(self.read("weight.quant_map", ...), NF4, atol=1e-6):
             raise ValueError(f"{where}: its levels are not those of NF4")
+        return True
 
     @functools.cached_property
-    def said(self) -> Mapping[str, object]:
+    def said(self) -> Mapping[str, Any]:
         """What the module says of itself."""
-        return json.loads(self.read(self.state, ...).tobytes())  # type: ignore[no-any-return]
+        return dict(json.loads(self.read(self.state, ...).tobytes()))
 
     def values(self, rows: slice, columns: slice) -> np.ndarray:
-        self.check()
+        assert self.checked
         pairs = self.read("weight", (slice(rows.start * self.inputs // 2, rows.stop * self.inputs // 2), slice(0, 1)))
         both = np.stack([pairs[:, 0] >> 4, pairs[:, 0] & 15], axis=1).astype(np.int8).reshape(-1, self.inputs)
         return both[:, columns] - np.int8(self.zero)
@@ -321,9 +316,9 @@ class _Nf4(Linear):
         n = self.on_disk
         found = self.read("weight.absmax", (slice(rows.start * n, rows.stop * n),))
         if found.dtype == np.uint8:
-            blocks = np.arange(rows.start * n, rows.stop * n) // int(self.said.get("nested_blocksize", 256))  # type: ignore[call-overload]
+            blocks = np.arange(rows.start * n, rows.stop * n) // int(self.said.get("nested_blocksize", 256))
             scales = self.read("weight.nested_absmax", ...)[blocks]
-            found = self.read("weight.nested_quant_map", ...)[found] * scales + float(self.said.get("nested_offset", 0))  # type: ignore[arg-type]
+            found = self.read("weight.nested_quant_map", ...)[found] * scales + float(self.said.get("nested_offset", 0))
         return found.astype(np.float32).reshape(-1, n)[:, groups]
 
 

@@ -217,11 +217,11 @@ def _largest(linears: list[Linear]) -> np.ndarray:
 def _one_order(linears: list[Linear]) -> np.ndarray:
     first, *others = linears
     for linear in others:
-        if not np.array_equal(linear.order(), first.order()):
+        if not np.array_equal(linear.order, first.order):
             raise ValueError(
                 f"{linear.module} and {first.module} are one weight here, but group the inputs in different orders (g_idx)"
             )
-    return first.order()
+    return first.order
 
 
 def _read(

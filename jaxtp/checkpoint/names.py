@@ -153,8 +153,19 @@ def _row(config: ModelConfig, path: str) -> tuple[tuple[Tensor, ...], str]:
     """That of the table, and the layer."""
     layer = re.search(r"\.(\d+)\.", path)
     generic = re.sub(r"\.\d+\.", ".*.", path, count=1)
+    return _table(config)[generic], layer[1] if layer else ""
+
+
+def _table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
     own = BELOW if FAMILIES[config.model_type].fused else BY_FAMILY.get(config.model_type, {})
-    return own.get(generic) or TABLE[generic], layer[1] if layer else ""
+    return {**TABLE, **own}
+
+
+def kernels(config: ModelConfig) -> re.Pattern[str]:
+    """What the tensors of blocks' kernels are called, in all layers and experts."""
+    rows = [row for path, row in _table(config).items() if path.rpartition(".")[2] in KERNELS]
+    names = {re.escape(tensor.name).replace(r"\*", r"\d+").replace(r"\#", r"\d+") for row in rows for tensor in row}
+    return re.compile("|".join(sorted(names)))
 
 
 def _below(found: Sequence[Part], shape: Sequence[int]) -> Iterator[Part]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePath
+from types import EllipsisType
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class Tensors:
         fault.
         """
         self._at: dict[str, tuple[Any, Path, str]] = {}  # file, its path, the name there
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # of files with fp8: where tensors begin, and what is said
         with ExitStack() as stack:
             for path in weight_files(folder) if files is None else files:
                 file = stack.enter_context(_opened(path))
@@ -54,7 +56,7 @@ class Tensors:
         """The tensor's dtype as the file says it, e.g. "BF16"."""
         return str(self._slice(name).get_dtype())
 
-    def read(self, name: str, index: Index) -> np.ndarray:
+    def read(self, name: str, index: Index | EllipsisType) -> np.ndarray:
         """A block of the tensor, in the dtype of the file."""
         if self.dtype(name) == FP8:
             return self._bytes(name)[index]
@@ -74,10 +76,12 @@ class Tensors:
     def _bytes(self, name: str) -> np.ndarray:
         """A tensor of fp8, in place in its file: behind eight bytes of a length and a header of that length."""
         _, path, own = self._at[name]
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            begins, _ = json.loads(file.read(length))[own]["data_offsets"]
-        return np.memmap(path, jnp.float8_e4m3fn, "r", 8 + length + begins, self.shape(name))
+        if path not in self._headers:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + length, json.loads(file.read(length))
+        begins, header = self._headers[path]
+        return np.memmap(path, jnp.float8_e4m3fn, "r", begins + header[own]["data_offsets"][0], self.shape(name))
 
     def _slice(self, name: str) -> Any:
         file, _, own = self._at[name]

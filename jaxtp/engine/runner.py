@@ -44,12 +44,11 @@ class Runner:
             plans, shape = self._staged(plan, shape)
         else:
             plans = plan[None]
-        place = {1: self._places}
-        if jax.process_count() > 1:  # else the call brings it to its devices, in less time
-            plans, place = put(plans, self._places), {}  # type: ignore[assignment]
+        alone = jax.process_count() == 1  # then the call brings it to its devices, in less time
+        given, place = (plans, {1: self._places}) if alone else (put(plans, self._places), None)
         state, kept = dataclasses.replace(self.state, counts=counts), self.state.counts
         state, made = self.programs.run(
-            _step(shape), state, plans, np.int32(steps), donate=(0,), place=place, shape=shape, features=features
+            _step(shape), state, given, np.int32(steps), donate=(0,), place=place, shape=shape, features=features
         )
         # a step without penalties is not told of counts: it is the same program before and after anybody asked for them
         self.state = state if features.penalties else dataclasses.replace(state, counts=kept)

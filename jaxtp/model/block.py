@@ -42,8 +42,14 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(config, layout=layout.at("mlp_post_norm")) if behind else None
         self.sparse, self.residual_multiplier = config.sparse[index], config.residual_multiplier
         if self.sparse:
-            how = {"region": region, "expert_kernel": expert_kernel, "dispatch": dispatch, "reduce": reduce}
-            self.moe = Moe(config, layout=layout.at("moe"), **how)  # type: ignore[arg-type]
+            self.moe = Moe(
+                config,
+                layout=layout.at("moe"),
+                region=region,
+                expert_kernel=expert_kernel,
+                dispatch=dispatch,
+                reduce=reduce,
+            )
         else:
             self.mlp = Mlp(config, layout=layout.at("mlp"), reduce=reduce)
 

@@ -49,7 +49,7 @@ class Coded(OfValues):
 
     def plain(self, dtype: jnp.dtype) -> jax.Array:
         """What it stands for."""
-        return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+        return (self.values.astype(jnp.float32) * self.scale.astype(jnp.float32)[..., None]).astype(dtype)
 
 
 Held = jax.Array | Coded
@@ -68,12 +68,11 @@ def apart(held: Held, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     return (held.values.astype(dtype), held.scale.astype(jnp.float32)) if isinstance(held, Coded) else (held, None)
 
 
-def encode(x: jax.Array, like: Coded) -> Coded:
-    """x [..., H] in as many bits as `like`: the largest of each row of H becomes the largest value there is."""
-    x, dtype = x.astype(jnp.float32), jnp.dtype(like.dtype)
-    largest = jnp.abs(x).max(axis=-1)
-    scale = jnp.where(largest > 0, largest / LARGEST[dtype.name], 1.0).astype(like.scale.dtype)
-    most = LARGEST[dtype.name]
+def encode(x: jax.Array, dtype: Any, scale_dtype: Any) -> Coded:
+    """x [..., H] as int8 or fp8: the largest of each row of H becomes the largest value there is."""
+    x, dtype = x.astype(jnp.float32), jnp.dtype(dtype)
+    largest, most = jnp.abs(x).max(axis=-1), LARGEST[dtype.name]
+    scale = jnp.where(largest > 0, largest / most, 1.0).astype(scale_dtype)
     values = jnp.clip(x / scale.astype(jnp.float32)[..., None], -most, most)
     return Coded((jnp.round(values) if dtype == jnp.int8 else values).astype(dtype), scale)
 

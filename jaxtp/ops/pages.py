@@ -51,7 +51,7 @@ def write_pages(pool: Held, new: jax.Array, slots: jax.Array) -> Held:
     of P · S or above is written nowhere.
     """
     S = pool.shape[2]
-    fresh = encode(new, pool) if isinstance(pool, Coded) else new.astype(pool.dtype)
+    fresh = encode(new, pool.dtype, pool.scale.dtype) if isinstance(pool, Coded) else new.astype(pool.dtype)
     return each(lambda pool, new: pool.at[slots // S, :, slots % S].set(new, mode="drop"), pool, fresh)
 
 

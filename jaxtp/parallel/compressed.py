@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtp.ops.coded import Coded, encode
 from jaxtp.parallel.regions import locally
 from jaxtp.sharding import Region, mesh_of, reshard, spec_of
 
 Compression = Literal["int8"]
-GROUP, LARGEST = 64, 127.0
+GROUP = 64  # numbers with one scale
 ONE_STEP = 1 << 18  # bytes that a device sends of a sum, up to which a second message costs more than it saves
 Form = Literal["one step", "two steps"]
 
@@ -56,11 +57,15 @@ def _whole(y: jax.Array) -> PartitionSpec:
     return PartitionSpec(*spec_of(y).partitions)
 
 
+def choose_form(numbers: int, devices: int) -> Form:
+    """In how many steps so many numbers are summed. Two devices send as much either way."""
+    return "one step" if devices == 2 or numbers * (devices - 1) <= ONE_STEP else "two steps"
+
+
 def all_reduce(y: jax.Array, *, axis: str, devices: int, form: Form | None = None) -> jax.Array:
     """The sum of y [...] over a mesh axis of so many devices, in y's dtype; in a region. form: default by size."""
     size = y.size
-    few = devices == 2 or size * (devices - 1) <= ONE_STEP  # two devices send as much either way
-    form = form or ("one step" if few else "two steps")
+    form = form or choose_form(size, devices)
     each = GROUP * (devices if form == "two steps" else 1)
     flat = jnp.pad(y.reshape(-1).astype(jnp.float32), (0, -size % each))
     if form == "one step":
@@ -74,12 +79,10 @@ def all_reduce(y: jax.Array, *, axis: str, devices: int, form: Form | None = Non
 
 def _encoded(x: jax.Array) -> jax.Array:
     """[..., 64] float32 -> [..., 66] int8: values, and the two bytes of their scale, in one message."""
-    largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1.0).astype(jnp.bfloat16)
-    values = jnp.clip(jnp.round(x / scale.astype(jnp.float32)), -LARGEST, LARGEST).astype(jnp.int8)
-    return jnp.concatenate([values, jax.lax.bitcast_convert_type(scale[..., 0], jnp.int8)], axis=-1)
+    coded = encode(x, jnp.int8, jnp.bfloat16)
+    return jnp.concatenate([coded.values, jax.lax.bitcast_convert_type(coded.scale, jnp.int8)], axis=-1)
 
 
 def _decoded(sent: jax.Array) -> jax.Array:
     scale = jax.lax.bitcast_convert_type(sent[..., GROUP:], jnp.bfloat16)
-    return sent[..., :GROUP].astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+    return Coded(sent[..., :GROUP], scale).plain(jnp.dtype(jnp.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtp.parallel.compressed import GROUP, ONE_STEP
+from jaxtp.parallel.compressed import GROUP, choose_form
 from jaxtp.planner.collectives import Collective
 from jaxtp.planner.cost import LAUNCH, Machine
 from jaxtp.planner.prediction import Plan
@@ -18,12 +18,13 @@ def seconds(machine: Machine, tokens: int) -> tuple[float, float]:
     tp, axes, seconds = machine.split.tp, machine.split.axes, machine.cluster.seconds
     numbers = tokens * machine.config.hidden_size
     plain = seconds(Collective("all-reduce", ("tp",), "", machine.size * numbers, tp), axes)
-    size, one = round(numbers * SENT), tp == 2 or numbers * (tp - 1) <= ONE_STEP
+    size, form = round(numbers * SENT), choose_form(numbers, tp)
+    one = form == "one step"
     kinds = [("all-gather", tp * size)] if one else [("all-to-all", size), ("all-gather", size)]
     sent = sum(seconds(Collective(kind, ("tp",), "", whole, tp), axes) for kind, whole in kinds)
     # the shares read, what is sent written, what comes read, the sum written
     moved = numbers * ((machine.size + 2 + tp) if one else (machine.size + 6)) + numbers * machine.size
-    return plain, sent + KERNELS["one step" if one else "two steps"] * LAUNCH + moved / machine.bandwidth
+    return plain, sent + KERNELS[form] * LAUNCH + moved / machine.bandwidth
 
 
 def advice(plan: Plan) -> str | None:

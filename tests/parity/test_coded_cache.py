@@ -66,7 +66,7 @@ def test_every_read_gives_what_the_plain_cache_would(read, tokens, kind):
     N = 1 if read == "slab" else 3
     slots = S * 3 // N
     like = Coded(jnp.zeros((B * N, K, slots, H), kind), jnp.zeros((B * N, K, slots)))
-    keys, values = (encode(jnp.asarray(rng.standard_normal(like.shape), jnp.float32), like) for _ in range(2))
+    keys, values = (encode(jnp.asarray(rng.standard_normal(like.shape), jnp.float32), kind, jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((B, tokens, K, G, H)), jnp.float32)
     table = (
         jnp.arange(B * N, dtype=jnp.int32).reshape(B, N)
