@@ -1,6 +1,7 @@
 """The products with kernels in few bits as GPUs do them, run here: each form is the formula, on any mesh."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,18 @@ def test_each_form_is_the_formula(name, rows):
     np.testing.assert_allclose(np.asarray(made.plain(jnp.float32)), plain, atol=3e-6)
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"dp": 2, "tp": 4}, {"tp": 8}, {"dp": 2}], ids=str)
-@pytest.mark.parametrize("cut", ["outputs", "inputs"])
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "nf4"])
+def shared(name, cut, axes):
+    """Whether devices can share the groups of inputs that are cut."""
+    groups = SCHEMES[name].groups(INPUTS)
+    return cut == "outputs" or groups == 1 or groups % axes.get("tp", 1) == 0
+
+
+CUTS = itertools.product(SCHEMES, ["outputs", "inputs"], [{"tp": 2}, {"dp": 2, "tp": 4}, {"tp": 8}, {"dp": 2}])
+
+
+@pytest.mark.parametrize(("name", "cut", "axes"), [case for case in CUTS if case[0] != "nf4" and shared(*case)], ids=str)
 def test_it_is_the_same_on_every_mesh(monkeypatch, name, cut, axes):
     scheme = SCHEMES[name]
-    if cut == "inputs" and scheme.groups(INPUTS) > 1 and scheme.groups(INPUTS) % axes.get("tp", 1):
-        pytest.skip("devices cannot share these groups")
     monkeypatch.setattr("jaxtp.ops.linear.platform", lambda mesh: "gpu")
     mesh, (made, plain) = make_mesh(**axes), kernel(scheme)
     plain = plain.reshape(8, 3, INPUTS)
