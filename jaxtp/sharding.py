@@ -74,7 +74,11 @@ class Rules:
 
     def sequence_parallel(self) -> Rules:
         """The residual stream sharded over tokens: all-reduces become reduce-scatters and all-gathers."""
-        return self.using(sequence="tp")
+        return self.using(sequence=joined(*names(self.axis("tokens")), "tp"))
+
+    def context_parallel(self) -> Rules:
+        """Tokens in parts over cp, of the residual stream as well, there before what else cuts it."""
+        return self.using(tokens="cp", sequence=joined("cp", *names(self.axis("sequence"))))
 
     def pipeline_parallel(self) -> Rules:
         """Layers in stages over pp, and a vocabulary that pp and tp hold together."""
@@ -141,8 +145,10 @@ class Layout:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """The axes that rows are spread over: dp, and ep where experts lie on it."""
-        return names(self.rules.axis("batch", self.path))
+        """The axes that tokens are spread over: those of rows (dp, and ep where experts lie on it), and of the tokens of a row
+        (cp).
+        """
+        return names(self.rules.axis("batch", self.path)) + names(self.rules.axis("tokens", self.path))
 
     def parts(self, dim: str) -> int:
         """Into how many pieces `dim` is cut here."""
@@ -182,11 +188,10 @@ class Layout:
         """The residual stream [B, T, D] with every token on every device, for the head: an all-gather under sequence
         parallelism. Its type then says that the gradient is summed on its way back only: a reduce-scatter.
         """
-        axis = self.rules.axis("sequence", self.path)
         batch, tokens = self.spec("batch", "tokens")
-        if axis == self.rules.axis("tokens", self.path):
+        over = {*names(self.rules.axis("sequence", self.path))} - {*names(tokens)}
+        if not over:
             return reshard(x, PartitionSpec(batch, tokens, None), self.mesh)
-        over = set(names(axis))
         # where stages hold the head together, the sum over them comes last on the way back, when each device has few tokens
         beyond = set(names(self.rules.axis("logits", self.path))) - over
         own = spec_of(x)
@@ -197,6 +202,11 @@ class Layout:
 def names(axis: Axis) -> tuple[str, ...]:
     """The mesh axes that a dim is cut over."""
     return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def joined(*axes: str) -> Axis:
+    """The dim's axis where it is cut over all of these: `names` the other way round."""
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def size(mesh: Mesh | jax.sharding.AbstractMesh, axis: Axis) -> int:
@@ -332,14 +342,15 @@ def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
     """`weight` [*dims], ready to be added to or multiplied with x [B, T, *dims]: laid out as x's own dims are.
 
     A weight whose gradient is summed over some axis only later (its type says `reduced`) cannot meet an array that is
-    sharded over that axis: it is spread over the batch first, which costs nothing.
+    sharded over that axis: it is spread over all rows and tokens first, which costs nothing.
     """
     spec, own = spec_of(x).partitions, jax.typeof(weight).sharding
-    last = spec[x.ndim - weight.ndim :]
+    before = x.ndim - weight.ndim
     if not own.spec.reduced:
-        return reshard(weight, PartitionSpec(*last), own.mesh)
-    spread = jnp.broadcast_to(weight, (x.shape[0], *[1] * (x.ndim - weight.ndim - 1), *weight.shape))
-    return reshard(spread, PartitionSpec(spec[0], *[None] * (x.ndim - weight.ndim - 1), *last), own.mesh)
+        return reshard(weight, PartitionSpec(*spec[before:]), own.mesh)
+    laid = NamedSharding(own.mesh, PartitionSpec(*spec[:before], *own.spec.partitions))
+    spread = jax.lax.broadcast_in_dim(weight, (*x.shape[:before], *weight.shape), (*range(before, x.ndim),), out_sharding=laid)
+    return reshard(spread, PartitionSpec(*spec), own.mesh)
 
 
 def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:

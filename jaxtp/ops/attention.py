@@ -9,7 +9,7 @@ No function here communicates: attention splits by rows (dp) and by KV heads (tp
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxtp.ops.coded import Coded, Held, apart
 # CPU 1.5 to 2 times faster than the XLA form of jax.nn.dot_product_attention). cudnn: flash attention on GPUs.
 Kernel = Literal["reference", "xla", "cudnn"]
 BLOCK, MAX_BLOCKS = 128, 8  # queries of a block at least, and blocks at most
+NOTHING = -1e30  # in place of the logarithm of 0
 
 
 def choose_kernel(
@@ -69,8 +70,8 @@ def attend_fresh(
             heads, k, v, mask=same, scale=scale, is_causal=True, local_window_size=span, implementation="cudnn"
         )
         return out.reshape(q.shape)
-    block = T if kernel == "reference" else max(BLOCK, -(-T // MAX_BLOCKS))
-    scoring = _Scoring(H**-0.5 if scale is None else scale, softcap)
+    block = T if kernel == "reference" else block_size(T)
+    scoring = Scoring(H**-0.5 if scale is None else scale, softcap)
     return _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, block, window, scoring)
 
 
@@ -91,7 +92,7 @@ def attend_seen(
     """
     B, T, K, G, H = q.shape
     if T == 1 or kernel != "cudnn":
-        return _attend(q, k, v, seen, _Scoring(H**-0.5 if scale is None else scale, softcap), dims="BTKGH")[0]
+        return _attend(q, k, v, seen, Scoring(H**-0.5 if scale is None else scale, softcap), dims="BTKGH")[0]
     plain = (a.plain(q.dtype) if isinstance(a, Coded) else a for a in (k, v))
     keys, values = (a.swapaxes(1, 2) for a in plain)
     heads = q.reshape(B, T, K * G, H)
@@ -110,23 +111,28 @@ def visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     return seen if window is None else seen & (key > query - window)
 
 
-class _Scoring(NamedTuple):
+class Scoring(NamedTuple):
     """What makes scores of q·k."""
 
     scale: float
     softcap: float | None
 
 
-def _attend(q: jax.Array, k: Held, v: Held, seen: jax.Array, scoring: _Scoring, *, dims: str) -> tuple[jax.Array, jax.Array]:
-    """softmax(scores)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S]. Returns it in the dtype of
-    q, [B, T, K, G, H], and the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
+def _attend(
+    q: jax.Array, k: Held, v: Held, seen: jax.Array | None, scoring: Scoring, *, dims: str, some: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scores)·v in float32 between the two products; k and v [B, K, S, H], seen [B, T, S] (None: all). Returns it in
+    the dtype of q, [B, T, K, G, H], and the logarithm of the softmax's denominator, [B, K, G, T, 1] float32.
 
     dims: the order of q's. For a cache as it is in the decode loop ("BTKGH"), XLA:CPU copies the keys in the other order.
+    some: every query sees some key; else the result of one that sees none is 0, and its logarithm NOTHING.
     """
     scores = _where(seen, _scores(q, k, scoring, dims=dims))
     top = scores.max(axis=-1, keepdims=True)
+    top = top if some else jnp.maximum(top, NOTHING)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
+    total = total if some else jnp.where(total == 0, 1.0, total)
     # dividing by the sum comes last: T·H values instead of T·S
     v, of_weights = apart(v, q.dtype)
     weights = weights if of_weights is None else weights * of_weights[:, :, None, None]
@@ -134,14 +140,14 @@ def _attend(q: jax.Array, k: Held, v: Held, seen: jax.Array, scoring: _Scoring, 
     return jnp.einsum("BKGTH->BTKGH", out).astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: Held, scoring: _Scoring, *, dims: str = "BKGTH") -> jax.Array:
+def _scores(q: jax.Array, k: Held, scoring: Scoring, *, dims: str = "BKGTH") -> jax.Array:
     k, of_scores = apart(k, q.dtype)
     scores = _product(f"{dims},BKSH->BKGTS", q.astype(k.dtype), k) * scoring.scale
     return capped(scores if of_scores is None else scores * of_scores[:, :, None, None], scoring.softcap)
 
 
-def _where(seen: jax.Array, scores: jax.Array) -> jax.Array:
-    return jnp.where(seen[:, None, None], scores, -jnp.inf)
+def _where(seen: jax.Array | None, scores: jax.Array) -> jax.Array:
+    return scores if seen is None else jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
 def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -149,12 +155,21 @@ def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 # -- attention among fresh tokens in blocks of queries, and its gradient -----------------------------------------------
-# As flash attention does (arXiv:2205.14135), the backward pass keeps the result and one number a query, and computes the
-# weights again from them.
+# As flash attention does (arXiv:2205.14135), the backward pass keeps the result and one number a query, the logarithm of the
+# softmax's denominator (log_z), and computes the weights again from them. So a part of the keys has a result of its own and a
+# log_z, those of several parts can be merged, and of the merged ones each part has its share of the gradients.
 
 
-def _blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | None) -> Iterator[tuple[slice, slice, jax.Array]]:
-    """For each block: its queries, the keys that any of them sees, and which one sees which [B or 1, block, keys]."""
+Block = tuple[slice, slice, jax.Array | None]  # queries, the keys that any sees, which one sees which [B or 1, block, keys]
+
+
+def block_size(T: int) -> int:
+    """Queries of a block, of so many."""
+    return max(BLOCK, -(-T // MAX_BLOCKS))
+
+
+def causal_blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | None) -> Iterator[Block]:
+    """Of queries and keys at the same T places: a block sees what stands up to its end."""
     place = jnp.arange(T)
     for start in range(0, T, block):
         stop = min(start + block, T)
@@ -165,6 +180,49 @@ def _blocks(T: int, block: int, window: int | None, segment_ids: jax.Array | Non
         yield queries, keys, seen
 
 
+def attend_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, blocks: Iterable[Block], scoring: Scoring, *, some: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, K, G, H], k and v [B, K, S, H] -> [B, T, K, G, H], and log_z [B, K, G, T, 1] float32. some: as of `_attend`."""
+    heads = jnp.einsum("BTKGH->BKGTH", q)
+    parts = [
+        _attend(heads[:, :, :, queries], k[:, :, keys], v[:, :, keys], seen, scoring, dims="BKGTH", some=some)
+        for queries, keys, seen in blocks
+    ]
+    return jnp.concatenate([part for part, _ in parts], axis=1), jnp.concatenate([part for _, part in parts], axis=3)
+
+
+def gradients_of_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    log_z: jax.Array,
+    grad: jax.Array,
+    blocks: Iterable[Block],
+    scoring: Scoring,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of q, in its dtype, and of k and v, in float32. out, log_z: of the whole attention, of which k and v may be a part."""
+    S, dtype = k.shape[2], q.dtype
+    q, grad, out = (jnp.einsum("BTKGH->BKGTH", a) for a in (q, grad, out))
+    along = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys, seen in blocks:
+        asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
+        scores = _scores(asked, k[:, :, keys], scoring)
+        weights = jnp.exp(_where(seen, scores) - log_z[:, :, :, queries])
+        to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
+        to_scores = weights * (to_weights - along[:, :, :, queries]) * scoring.scale
+        if scoring.softcap is not None:  # the slope of the cap: 1 - tanh²
+            to_scores = to_scores * (1 - (scores / scoring.softcap) ** 2)
+        to_scores = to_scores.astype(dtype)
+        to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))
+        beyond = [(0, 0), (0, 0), (keys.start, S - keys.stop), (0, 0)]
+        to_k = to_k + jnp.pad(_product("BKGTS,BKGTH->BKSH", to_scores, asked), beyond)
+        to_v = to_v + jnp.pad(_product("BKGTS,BKGTH->BKSH", weights.astype(dtype), mine), beyond)
+    return jnp.einsum("BKGTH->BTKGH", jnp.concatenate(to_q, axis=3)), to_k, to_v
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocked(
     q: jax.Array,
@@ -173,7 +231,7 @@ def _blocked(
     segment_ids: jax.Array | None,
     block: int,
     window: int | None,
-    scoring: _Scoring,
+    scoring: Scoring,
 ) -> jax.Array:
     """q [B, T, K, G, H], k and v [B, K, T, H] -> [B, T, K, G, H]."""
     return _blocked_forward(q, k, v, segment_ids, block, window, scoring)[0]
@@ -186,41 +244,20 @@ def _blocked_forward(
     segment_ids: jax.Array | None,
     block: int,
     window: int | None,
-    scoring: _Scoring,
+    scoring: Scoring,
 ) -> tuple[jax.Array, Any]:
-    heads = jnp.einsum("BTKGH->BKGTH", q)
-    parts = [
-        _attend(heads[:, :, :, queries], k[:, :, keys], v[:, :, keys], seen, scoring, dims="BKGTH")
-        for queries, keys, seen in _blocks(q.shape[1], block, window, segment_ids)
-    ]
-    out = jnp.concatenate([part for part, _ in parts], axis=1)
-    log_z = jnp.concatenate([part for _, part in parts], axis=3)
+    out, log_z = attend_blocks(q, k, v, causal_blocks(q.shape[1], block, window, segment_ids), scoring)
     out, log_z = checkpoint_name(out, "attention"), checkpoint_name(log_z, "attention")  # what training may keep
     return out, (q, k, v, segment_ids, out, log_z)
 
 
 def _blocked_backward(
-    block: int, window: int | None, scoring: _Scoring, kept: Any, grad: jax.Array
+    block: int, window: int | None, scoring: Scoring, kept: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segment_ids, out, log_z = kept
-    T, dtype = q.shape[1], q.dtype
-    q, grad, out = (jnp.einsum("BTKGH->BKGTH", a) for a in (q, grad, out))
-    along = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    to_q, to_k, to_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys, seen in _blocks(T, block, window, segment_ids):
-        asked, mine = q[:, :, :, queries], grad[:, :, :, queries]
-        scores = _scores(asked, k[:, :, keys], scoring)
-        weights = jnp.exp(_where(seen, scores) - log_z[:, :, :, queries])
-        to_weights = _product("BKGTH,BKSH->BKGTS", mine, v[:, :, keys])
-        to_scores = weights * (to_weights - along[:, :, :, queries]) * scoring.scale
-        if scoring.softcap is not None:  # the slope of the cap: 1 - tanh²
-            to_scores = to_scores * (1 - (scores / scoring.softcap) ** 2)
-        to_scores = to_scores.astype(dtype)
-        to_q.append(_product("BKGTS,BKSH->BKGTH", to_scores, k[:, :, keys]).astype(dtype))
-        beyond = [(0, 0), (0, 0), (keys.start, T - keys.stop), (0, 0)]
-        to_k = to_k + jnp.pad(_product("BKGTS,BKGTH->BKSH", to_scores, asked), beyond)
-        to_v = to_v + jnp.pad(_product("BKGTS,BKGTH->BKSH", weights.astype(dtype), mine), beyond)
-    return jnp.einsum("BKGTH->BTKGH", jnp.concatenate(to_q, axis=3)), to_k.astype(dtype), to_v.astype(dtype), None
+    blocks = causal_blocks(q.shape[1], block, window, segment_ids)
+    to_q, to_k, to_v = gradients_of_blocks(q, k, v, out, log_z, grad, blocks, scoring)
+    return to_q, to_k.astype(k.dtype), to_v.astype(v.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

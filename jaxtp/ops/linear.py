@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtp.mesh import platform
 from jaxtp.ops.quantized import InPlace, Quantized, levels, multiplies_fp8, product
-from jaxtp.sharding import beside, dual, mesh_of, names, reshard, size, spec_of
+from jaxtp.sharding import beside, dual, joined, mesh_of, names, reshard, size, spec_of
 
 # (each device's share of a sum, the layout of the sum) -> the sum
 Reduce = Callable[[jax.Array, NamedSharding], jax.Array]
@@ -128,13 +128,13 @@ def _linear(
     spec, given = spec_of(weight), spec_of(x)
     *outer, summed = spec.partitions
     assert not any(outer[1:]), f"only the first dim of {jax.typeof(weight)} may be sharded, and the last"
-    batch, tokens, _ = given.partitions
+    batch, over, _ = given.partitions
     # an axis cannot shard two dims of the product: tokens that lie on it are gathered first, and scattered on the way back
-    gathered = {tokens} if tokens and tokens == outer[0] else set()
-    tokens = None if tokens in (outer[0], summed) else tokens
+    gathered = {*names(over)} & {*names(outer[0])}
+    tokens = joined(*(axis for axis in names(over) if axis not in {*names(outer[0]), *names(summed)}))
     x = reshard(x, P(batch, tokens, summed, reduced=given.reduced | gathered), mesh)
     # a whole weight that meets tokens of which every device has some gets its gradient from all of them
-    met = {tokens} if tokens else set()
+    met = {*names(tokens)}
     weight = reshard(weight, P(*spec.partitions, reduced=spec.reduced | met), mesh) if spec.reduced else weight
     # each device's share of a sum over a sharded dim; what brings it to `out` is the all-reduce or the reduce-scatter
     shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
@@ -238,7 +238,7 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     if size(mesh, axes) == 1:
         return reshard(table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
 
-    scattered = out.spec[1] if out.spec[1] in axes else None
+    scattered = next((axis for axis in names(out.spec[1]) if axis in axes), None)
     summed = tuple(axis for axis in axes if axis != scattered)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -18,9 +18,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, form: NormForm = "r
     form: where the normalised x meets the weight. rounded to its dtype (Llama); in float32 (OLMo 2); unit_offset: in float32
     with a factor of 1 + weight (Gemma).
     """
-    weight, dims = beside(weight, x), tuple(range(-weight.ndim, 0))
+    dims = tuple(range(-weight.ndim, 0))
     if form == "rounded":
-        return weight * _normed(x, eps, dims)
+        return _times(_normed(x, eps, dims), weight)
     return _in_float32(x, weight, eps, dims, float(form == "unit_offset"))
 
 
@@ -31,8 +31,14 @@ def _normed(x: jax.Array, eps: float, dims: tuple[int, ...]) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=dims, keepdims=True) + eps)).astype(x.dtype)
 
 
+# nor the weight as it is spread over tokens
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return beside(weight, x) * x
+
+
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4))
 def _in_float32(x: jax.Array, weight: jax.Array, eps: float, dims: tuple[int, ...], offset: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=dims, keepdims=True) + eps)
-    return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return (y * (offset + beside(weight, x).astype(jnp.float32))).astype(x.dtype)
