@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 
 from jaxtp import Llama, ModelConfig, Rules, make_mesh
 from jaxtp.model.stacked import Stacked
+from jaxtp.parallel.context import Context
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
@@ -45,7 +46,12 @@ class Run:
 
     def batch(self, arrays: dict[str, np.ndarray], *, accumulate: int = 1) -> Batch:
         """[B, T] arrays as [A, B/A, T] on the mesh."""
-        place = self.trainer.stacked.layout.sharding(None, "batch", "tokens")
+        stacked = self.trainer.stacked
+        place, context = stacked.layout.sharding(None, "batch", "tokens"), stacked.model.context
+        if context:
+            T = next(iter(arrays.values())).shape[-1]
+            more, order = (0, context.padded(T) - T), context.order(context.padded(T))
+            arrays = {k: np.pad(a, ((0, 0), more))[:, order] for k, a in arrays.items()}
         return Batch(**{k: jax.device_put(a.reshape(accumulate, -1, a.shape[-1]), place) for k, a in arrays.items()})
 
 
@@ -62,7 +68,7 @@ def random(stacked: Stacked) -> dict[str, jax.Array]:
         own = [weights[path.replace("*", str(layer))] for layer in spec.layers]
         value = np.stack(own) if own else weights[path]
         if value.shape != spec.shape:
-            more = {"mesh": layout.mesh, "rules": layout.rules, "dispatch": exchange}
+            more = {"mesh": layout.mesh, "rules": layout.rules, "dispatch": exchange, "context": stacked.model.context}
             return stacked.stack(Llama.random(stacked.config, **more, seed=1))
         found[path] = put(value, NamedSharding(layout.mesh, spec.spec))
     return found
@@ -83,6 +89,7 @@ def run(
     layers_per_stage: tuple[int, ...] | None = None,
     expert_layout: str = "auto",
     expert_dispatch: str = "gather",
+    strategy: str | None = None,
     **trainer,
 ) -> Run:
     """A run of the tiny model from random weights that are the same on every mesh, or from a loaded model's."""
@@ -92,11 +99,13 @@ def run(
     rules = rules.expert_parallel(
         config, ep=over.shape["ep"], tp=over.shape["tp"], layout=expert_layout, dispatch=expert_dispatch
     )
-    pipeline, pp = None, over.shape["pp"]
+    pipeline, pp, cp = None, over.shape["pp"], over.shape["cp"]
+    rules = rules.context_parallel() if cp > 1 else rules
     if pp > 1:
         rules = rules.pipeline_parallel()
         pipeline = Pipeline(over, Stages.split(config.num_layers, ranks=pp, chunks=chunks, sizes=layers_per_stage), schedule)
-    stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype, dispatch=exchange))
+    context = Context(cp, strategy) if cp > 1 else None
+    stacked = Stacked(Llama(config, mesh=over, rules=rules, dtype=dtype, dispatch=exchange, context=context))
     adapters = Adapters(stacked, lora) if lora else None
     optimizer = transformation(settings, steps, (adapters or stacked).specs())
     made = Trainer(stacked, optimizer, adapters, pipeline, clip_norm=settings.clip_norm, **trainer)

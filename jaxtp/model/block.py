@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxtp.config import ModelConfig
 from jaxtp.model.cache import LayerCache
-from jaxtp.model.layers import Attention, Mlp, Norm, Step, scaled
+from jaxtp.model.layers import Attention, Context, Mlp, Norm, Step, scaled
 from jaxtp.model.moe import Dispatch, Moe
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import FEW_TOKENS, Products
@@ -33,11 +33,14 @@ class Block(nnx.Module):
         dispatch: Dispatch | None = None,
         region: Region = on_each_device,
         reduce: Reduce | None = None,
+        context: Context | None = None,
     ) -> None:
         before, behind = config.norm_position != "post", config.norms_behind
         self.attention_norm = Norm(config, layout=layout.at("attention_norm")) if before else None
         self.attention_post_norm = Norm(config, layout=layout.at("attention_post_norm")) if behind else None
-        self.attention = Attention(config, index, layout=layout.at("attention"), kernel=kernel, region=region, reduce=reduce)
+        self.attention = Attention(
+            config, index, layout=layout.at("attention"), kernel=kernel, region=region, reduce=reduce, context=context
+        )
         self.mlp_norm = Norm(config, layout=layout.at("mlp_norm")) if before else None
         self.mlp_post_norm = Norm(config, layout=layout.at("mlp_post_norm")) if behind else None
         self.sparse, self.residual_multiplier = config.sparse[index], config.residual_multiplier

@@ -6,10 +6,13 @@ KV head), H head_dim, C = 2 (gate and up), F mlp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -25,14 +28,33 @@ from jaxtp.ops.swiglu import gated
 from jaxtp.sharding import Layout, Region, beside
 
 
+class Context(Protocol):
+    """What a model is handed where the tokens of a row lie in parts over a mesh axis: `parallel.context`."""
+
+    @property
+    def size(self) -> int:
+        """Parts."""
+
+    def padded(self, tokens: int) -> int:
+        """So many tokens, and as many more as make parts alike."""
+
+    def order(self, tokens: int) -> np.ndarray:
+        """Which token of the row stands at each place."""
+
+    @property
+    def attend(self) -> Callable[..., jax.Array]:
+        """As `ops.attention.attend_fresh`, among all parts of a row; segment_ids are those of the whole row."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Step:
     """What every layer needs to know of the tokens at hand.
 
     ropes: (cos, sin) of each rotary embedding of the model, [B, T, R/2] float32, R the channels of a head that turn; positions
-    [B, T] int32; segment_ids [B, T] int32 or None. lanes: with a cache, where in it the tokens go and what they see. counted
-    [B, T] float32: which tokens count in what is told of routers, default all. capacity: see `ops.router.route`.
+    [B, T] int32; segment_ids [B, T] int32 or None, of all tokens everywhere. lanes: with a cache, where in it the tokens go and
+    what they see. counted [B, T] float32: which tokens count in what is told of routers, default all. capacity: see
+    `ops.router.route`.
     """
 
     ropes: dict[RopeName, tuple[jax.Array, jax.Array]]
@@ -97,6 +119,7 @@ class Attention(nnx.Module):
         kernel: Kernel | None,
         region: Region,
         reduce: Reduce | None = None,
+        context: Context | None = None,
     ) -> None:
         D, H = config.hidden_size, config.head_dim
         K = kv_heads_held(config, layout.at("qkv"))
@@ -110,7 +133,7 @@ class Attention(nnx.Module):
             self.k_norm = _head_norm(config, config.num_kv_heads, layout=layout.at("k_norm"))
         kind = config.kinds[index]
         self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
-        self.reduce = reduce
+        self.reduce, self.among = reduce, context.attend if context else attend_fresh
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.kernel = choose_kernel(
             platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, softcap=self.softcap, override=kernel
@@ -137,17 +160,15 @@ class Attention(nnx.Module):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Every device attends with its own rows and heads: a region without communication."""
+        """Every device attends with its own rows and heads: a region without communication, but over cp."""
         # bound here, so that the region closes over plain values only
-        kernel, window, scale, softcap = self.kernel, self.window, self.scale, self.softcap
+        kernel, window, scale, softcap, among = self.kernel, self.window, self.scale, self.softcap, self.among
         if cache is None:
 
-            def among(q, k, v, segment_ids):
-                return attend_fresh(
-                    q, k, v, kernel=kernel, window=window, scale=scale, softcap=softcap, segment_ids=segment_ids
-                )
+            def fresh(q, k, v, segment_ids):
+                return among(q, k, v, kernel=kernel, window=window, scale=scale, softcap=softcap, segment_ids=segment_ids)
 
-            return self.region(among, (q, k, v, step.segment_ids), lambda q, *_: q), None
+            return self.region(fresh, (q, k, v, step.segment_ids), lambda q, *_: q), None
 
         def local(q, k, v, positions, lanes, cache):
             cache = write_pages(cache[0], k[0], lanes.slots[0]), write_pages(cache[1], v[0], lanes.slots[0])

@@ -27,7 +27,7 @@ from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
 from jaxtp.model.initial import initial_weight
-from jaxtp.model.layers import Norm, Step, kv_heads_held, residual_dim, scaled
+from jaxtp.model.layers import Context, Norm, Step, kv_heads_held, residual_dim, scaled
 from jaxtp.model.moe import Dispatch
 from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
@@ -36,7 +36,7 @@ from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import Reduce, embed, linear
 from jaxtp.ops.quantized import Quantized, quantize
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device
+from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device, size
 from jaxtp.tp_plan import rules_from_plan
 from jaxtp.weights import layers_of, variables
 from jaxtp.xla_flags import exact
@@ -65,12 +65,15 @@ class Llama(nnx.Module):
         stacks: Stacks = (),
         kv_cache_dtype: CacheDtype = "auto",
         reduce: Reduce | None = None,
+        context: Context | None = None,
     ) -> None:
         """region: how attention and experts run on each device's own part. dispatch: what sends tokens along ep to the experts
         that they chose, for rules that leave them there (`parallel.experts.exchange`). expert_kernel: how experts multiply,
         default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
         (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in caches, "int8" or
         "fp8" with a scale for each token and head. reduce: in place of the all-reduces after products (`parallel.compressed`).
+        context: how attention goes over the axis of a row's tokens, for rules that have one (`Rules.context_parallel`,
+        `parallel.context.Context`).
         Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules.
         """
         config = config.quantized(quantization)
@@ -93,12 +96,17 @@ class Llama(nnx.Module):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
-        split = {"dp", "tp", *names(rules.axis("layers")), *names(rules.axis("batch"))}
+        split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens") for name in names(rules.axis(dim)))}
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
             raise ValueError(
-                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, and ep "
-                "by the rules of a model that has experts (Rules.expert_parallel)"
+                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, cp by "
+                "Rules.context_parallel, and ep by the rules of a model that has experts (Rules.expert_parallel)"
+            )
+        if size(mesh, rules.axis("tokens")) != (context.size if context else 1):
+            raise ValueError(
+                f"tokens lie over {size(mesh, rules.axis('tokens'))} ranks by these rules, and context={context} is for "
+                f"{context.size if context else 1}; give parallel.context.Context(cp), and Rules().context_parallel()"
             )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
@@ -113,12 +121,14 @@ class Llama(nnx.Module):
                 dispatch=dispatch,
                 region=region,
                 reduce=reduce,
+                context=context,
             )
             for layer, stack in _blocks(config, rules, stacks)
         )
         self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
         self.config, self.layout, self.stacks, self.kv_cache_dtype = config, layout, stacks, kv_cache_dtype
+        self.context = context
         self.source: str | None = None  # the folder it was loaded from
         if config.schemes and config.schemes.method:  # of a checkpoint: so its weights are from the start
             for path, weight in variables(self):
@@ -197,6 +207,7 @@ class Llama(nnx.Module):
         stacks: Stacks = (),
         kv_cache_dtype: CacheDtype = "auto",
         reduce: Reduce | None = None,
+        context: Context | None = None,
         seed: int = 0,
     ) -> Llama:
         """Random weights made on the devices, the same on every mesh: kernels N(0, 0.02²), norms' factors 1, biases 0."""
@@ -214,8 +225,9 @@ class Llama(nnx.Module):
             stacks=stacks,
             kv_cache_dtype=kv_cache_dtype,
             reduce=reduce,
+            context=context,
         )
-        plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch)
+        plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch, context=context)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
             here = layers_of(path, weight)
@@ -277,7 +289,12 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         if cache is None:
+            order = None
+            if self.context:
+                tokens, positions, segment_ids, order = self._spread(tokens, positions, segment_ids)
             logits = self.logits(self.hidden(tokens, positions, segment_ids)[0])
+            if order is not None:
+                logits = self.layout.place(logits, "batch", None, "logits")[:, np.argsort(order)[:T]]
         else:
             lengths = self._flat(jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, (B, T)))
             lanes = self._pages(positions, cache)
@@ -288,6 +305,20 @@ class Llama(nnx.Module):
         if logits.shape[-1] != self.config.vocab_size:  # padded for the mesh
             logits = self.layout.place(logits, "batch", "tokens", None)[..., : self.config.vocab_size]
         return logits if cache is None else (logits, cache)
+
+    def _spread(
+        self, tokens: jax.Array | np.ndarray, positions: jax.Array | np.ndarray, segment_ids: jax.Array | np.ndarray | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, np.ndarray]:
+        """Rows [B, T] as they lie in parts, filled up at their end, where no token sees it; and the token at each place."""
+        assert self.context
+        T = tokens.shape[1]
+        order = self.context.order(self.context.padded(T))
+
+        def spread(x: jax.Array | np.ndarray) -> jax.Array:
+            x = jnp.pad(jnp.asarray(x, jnp.int32), ((0, 0), (0, len(order) - T)))
+            return x[:, order]
+
+        return spread(tokens), spread(positions), None if segment_ids is None else spread(segment_ids), order
 
     def _flat(self, x: jax.Array | np.ndarray) -> jax.Array:
         """[B, T] of all rows: [groups, tokens of a group]."""
@@ -368,7 +399,10 @@ class Llama(nnx.Module):
         config, lengths = self.config, positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths
         turn = functools.partial(rotation, head_dim=config.head_dim, max_position=config.max_position_embeddings)
         ropes = {name: turn(rope, positions, lengths) for name, rope in config.ropes.items()}
-        counted = None if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+        counted = None
+        if segment_ids is not None:
+            counted = (segment_ids != 0).astype(jnp.float32)
+            segment_ids = self.layout.place(segment_ids, "batch", None)
         return Step(ropes, positions, segment_ids, lanes, counted)
 
     @jax.named_scope("head")

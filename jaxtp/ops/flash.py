@@ -42,7 +42,7 @@ def attend_part(
 def gradients_of_part(
     q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, log_z: jax.Array, grad: jax.Array, **asked: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of q, k and v, in their dtype. out, log_z: of the whole attention, of which this is a part. asked: as of `attend_part`."""
+    """Of q, k and v, in their dtype. out, log_z: of the whole attention, of which this is a part; asked: as `attend_part`."""
     B, T, K, G, H = q.shape
     settings = {"causal": False, "window": None, "queries": None, "keys": None, "seen": None, **asked}
     arrays, static = _settings(q, k, **settings)

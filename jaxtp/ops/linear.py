@@ -110,7 +110,7 @@ def _low_rank(x: jax.Array, adapters: tuple[Adapter, ...], out: NamedSharding, d
     """
     mesh, given = mesh_of(x, out.mesh), spec_of(x)
     batch, tokens, _ = given.partitions
-    between = NamedSharding(mesh, P(batch, tokens or out.spec.partitions[1], None))
+    between = NamedSharding(mesh, P(batch, max(tokens, out.spec.partitions[1], key=lambda axis: len(names(axis))), None))
     products = []
     for adapter in adapters:
         y = adapter.scale * _linear(_linear(x, adapter.a, between, dtype), adapter.b, out, dtype)

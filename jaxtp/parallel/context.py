@@ -438,7 +438,7 @@ class _Prefixes(_Gathered):
 
 @dataclass(frozen=True)
 class _Windows(_Gathered):
-    """Each chunk of queries, with its own keys and so many before it as a window reaches, at once: its queries stand as far from
+    """Each chunk of queries with its own keys and as many before it as a window reaches, at once: its queries stand as far from
     the first of these keys as they do in the row, behind others that ask in vain.
     """
 
@@ -446,9 +446,9 @@ class _Windows(_Gathered):
         """Of this rank's queries to all that they see."""
         found = []
         for half, q in enumerate(queries):
-            start, off, keys, values, segments = self._reached(half, q.shape[1], everywhere, documents)
-            out, log_z = self.parts.causal(_put(q, off, keys.shape[1]), keys, values, segments)
             C = q.shape[1]
+            _, off, keys, values, segments = self._reached(half, C, everywhere, documents)
+            out, log_z = self.parts.causal(_put(q, off, keys.shape[1]), keys, values, segments)
             found.append((lax.dynamic_slice_in_dim(out, off, C, 1), lax.dynamic_slice_in_dim(log_z, off, C, 3)))
         return jnp.stack([out for out, _ in found]), jnp.stack([log_z for _, log_z in found])
 

@@ -139,6 +139,7 @@ class Split:
     def rules(self, config: ModelConfig) -> Rules:
         """The layout of weights and activations. Raises ValueError where experts cannot be cut so."""
         rules = Rules().sequence_parallel() if self.sequence_parallel else Rules()
+        rules = rules.context_parallel() if self.cp > 1 else rules
         rules = rules.pipeline_parallel() if self.pp > 1 else rules
         return rules.expert_parallel(config, ep=self.ep, tp=self.tp, layout=self.expert_layout, dispatch=self.expert_dispatch)
 
@@ -272,7 +273,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     stages = split.stages(config)
     check_length(config, task)
     if isinstance(task, Training):
-        check_zero(config, zero=split.zero, dp=split.groups, pp=split.pp)
+        check_zero(config, zero=split.zero, shares=split.groups * split.cp, pp=split.pp)
     stages.alike(config.kinds)
 
 
@@ -305,14 +306,16 @@ def check_rows(batch: int, microbatches: int, *, dp: int, ep: int = 1) -> None:
         )
 
 
-def check_zero(config: ModelConfig, *, zero: int, dp: int, pp: int) -> None:
-    """Raises ValueError where a ZeRO stage does not go with the rest."""
+def check_zero(config: ModelConfig, *, zero: int, shares: int, pp: int) -> None:
+    """Raises ValueError where a ZeRO stage does not go with the rest. shares: devices over which tokens are spread."""
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"zero={zero} must be 0, 1, 2 or 3")
     if pp > 1 and zero > 1:
         raise ValueError(
             f"zero={zero} would scatter or gather over dp at every microbatch of a pipeline; with pp use zero 0 or 1"
         )
-    if zero and config.hidden_size % dp:
+    if zero and config.hidden_size % shares:
         legal = ", ".join(str(n) for n in range(1, min(config.hidden_size, 1024) + 1) if config.hidden_size % n == 0)
-        raise ValueError(f"zero={zero}: dp={dp} does not divide hidden_size {config.hidden_size}; legal dp: {legal}")
+        raise ValueError(
+            f"zero={zero}: dp={shares} (with cp and ep) does not divide hidden_size {config.hidden_size}; legal: {legal}"
+        )

@@ -11,6 +11,7 @@ from jaxtp.config import FAMILIES, ModelConfig
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.circulate import staged
+from jaxtp.parallel.context import Context
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.stages import Stages
@@ -24,10 +25,18 @@ from jaxtp.train.step import Trainer
 def rules_of(split: Parallel, config: ModelConfig) -> Rules:
     """The layout of a run's weights and activations. Raises ValueError where this model cannot be laid out so."""
     rules = Rules().sequence_parallel() if split.sequence_parallel else Rules()
+    rules = rules.context_parallel() if split.cp > 1 else rules
     rules = rules.pipeline_parallel() if split.pp > 1 else rules
     rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=split.expert_layout, dispatch=split.expert_dispatch)
     check_layout(config, split.tp, rules)
     return rules
+
+
+def context_of(split: Parallel) -> Context | None:
+    """How attention goes over cp. Raises ValueError for a strategy without it."""
+    if split.cp == 1 and split.context_strategy != "auto":
+        raise ValueError(f"parallel.context_strategy={split.context_strategy!r} is over cp, which is 1 here; set parallel.cp")
+    return Context(split.cp, None if split.context_strategy == "auto" else split.context_strategy) if split.cp > 1 else None
 
 
 def trainer_of(config: TrainConfig, stacked: Stacked) -> Trainer:
@@ -71,6 +80,7 @@ def weights_of(
     stacked, pipeline = trainer.stacked, trainer.pipeline
     layout = staged(pipeline.stages, rules=stacked.layout.rules) if pipeline else {"rules": stacked.layout.rules}
     place: dict[str, Any] = {"mesh": stacked.layout.mesh, "dtype": dtype, "dispatch": exchange, **layout}
+    place["context"] = stacked.model.context
     if start:
         schemes = hf.config_of(start).schemes
         return stacked.stack(Llama(stacked.config, **place).load(start, lora=lora, schemes=schemes, progress=progress))

@@ -125,9 +125,13 @@ class Parallel:
     """How the work is spread."""
 
     dp: int = -1
-    """Data-parallel groups; -1: all that pp, ep and tp leave."""
+    """Data-parallel groups; -1: all that pp, cp, ep and tp leave."""
     pp: int = 1
     """Stages over which the layers are split; the microbatches (`accumulate`) go through them one after another."""
+    cp: int = 1
+    """Parts that each row of tokens is cut into: attention goes over them, for rows that one device cannot hold."""
+    context_strategy: Literal["auto", "gathered", "ring", "heads"] = "auto"
+    """How attention goes over cp; auto: what sends the fewest bytes (see `jaxtp.parallel.context`)."""
     ep: int = 1
     """Groups of devices that hold different experts; they share the batch as those of dp do."""
     tp: int = 1

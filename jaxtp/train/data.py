@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtp.log import logger
+from jaxtp.model.layers import Context
 from jaxtp.train.corpus import Corpus, Format, check_vocabulary, read
 from jaxtp.train.loss import Batch
 
@@ -115,7 +116,8 @@ def best_fit(sizes: np.ndarray, room: int) -> list[list[int]]:
 class Batches:
     """The batches of a run: step s holds the samples s·B … s·B + B - 1 of the endless shuffled order.
 
-    sharding: of arrays [A, B/A, T], A microbatches. segments: whether rows hold several documents.
+    sharding: of arrays [A, B/A, T], A microbatches. segments: whether rows hold several documents. context: of rows in parts,
+    which are filled up to parts of one size with tokens that do not count, and lie in its order.
     """
 
     windows: Windows
@@ -124,6 +126,7 @@ class Batches:
     seed: int
     sharding: NamedSharding
     segments: bool
+    context: Context | None = None
 
     def from_step(self, step: int) -> Iterator[Batch]:
         """The batches from `step` on, without end. Each process reads the rows that its devices hold, and no others."""
@@ -151,15 +154,19 @@ class Batches:
     @property
     def shape(self) -> tuple[int, int, int]:
         """[A, B/A, T]."""
-        return (self.accumulate, self.batch_size // self.accumulate, self.windows.length)
+        T = self.windows.length
+        return (self.accumulate, self.batch_size // self.accumulate, self.context.padded(T) if self.context else T)
 
     def _shift(self, epoch: int) -> int:
         """Each time through, running text is cut up elsewhere."""
         return int(np.random.default_rng((self.seed, epoch)).integers(self.windows.length)) if epoch else 0
 
     def _batch(self, samples: dict[int, dict[str, np.ndarray]]) -> Batch:
-        shape = self.shape
+        shape, T = self.shape, self.windows.length
         each = np.arange(self.batch_size).reshape(shape[:2])
+        if self.context:
+            beyond, order = (0, shape[2] - T), self.context.order(shape[2])
+            samples = {i: {name: np.pad(a, beyond)[order] for name, a in row.items()} for i, row in samples.items()}
 
         def array(name: str) -> jax.Array:
             def block(index: Any) -> np.ndarray:

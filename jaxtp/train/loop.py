@@ -27,7 +27,7 @@ from jaxtp.parallel.experts import exchange
 from jaxtp.planner.work import Split, check_rows
 from jaxtp.sharding import Rules
 from jaxtp.text import Tokenizer
-from jaxtp.train.build import rules_of, trainer_of, weights_of
+from jaxtp.train.build import context_of, rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
 from jaxtp.train.config import TrainConfig, check_places, model_config, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
@@ -81,7 +81,9 @@ class Run:
         parallel, data = config.parallel, config.data
         self._profile = Profile(config.log.profile_steps, self.folder)
         across = parallel.tp_across_nodes
-        self.mesh = make_mesh(dp=parallel.dp, pp=parallel.pp, ep=parallel.ep, tp=parallel.tp, tp_across_nodes=across)
+        self.mesh = make_mesh(
+            dp=parallel.dp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep, tp=parallel.tp, tp_across_nodes=across
+        )
         check_rows(data.batch_size, parallel.accumulate, dp=self.mesh.shape["dp"], ep=parallel.ep)
         start = hf.resolve(config.model.start) if config.model.start else None
         self.tokenizer = self._tokenizer(start)
@@ -147,8 +149,9 @@ class Run:
 
     def _model(self, rules: Rules, dtype: str) -> Llama:
         return Llama(
-            self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel, dispatch=exchange
-        )
+            self.model_config, mesh=self.mesh, rules=rules, dtype=dtype, kernel=self.config.model.kernel, dispatch=exchange,
+            context=context_of(self.config.parallel),
+        )  # fmt: skip
 
     def _batches(self, corpus: Corpus, name: str) -> Batches:
         data, parallel = self.config.data, self.config.parallel
@@ -164,6 +167,7 @@ class Run:
             self.config.seed,
             self.stacked.layout.sharding(None, "batch", "tokens"),
             segments=windows.shared if isinstance(windows, Spans) else pack or len(corpus.bounds) > 2,
+            context=self.stacked.model.context,
         )
 
     def first_state(self) -> State:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.buckets import LOGITS_TOKENS, logits_chunk
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.sharding import mesh_of, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -40,23 +42,33 @@ def cross_entropy(
     x [B, T, D] comes from `Stacked.hidden`; Z is the softmax's denominator (the z-loss of PaLM, arXiv:2204.02311, §5).
     Everything is float32 from the logits on. The logits of a chunk are computed again in the backward pass.
     """
-    x = stacked.layout.gather(x)
-    T = x.shape[1]
-    size = logits_chunk(T, most=chunk)
+    layout = stacked.layout
+    x, parts = layout.gather(x), layout.parts("tokens")
+    each = x.shape[1] // parts
+    size = logits_chunk(each, most=chunk)
     whole = functools.partial(_sums, stacked, params, z_loss=z_loss)
-    if size == T:
+    if size == each:
         return whole(x, batch.labels, batch.weights)
     one = jax.checkpoint(whole, prevent_cse=False)
 
-    def body(sums: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        def part(a: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+    def cut(a: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [B, parts, T / parts, ...]: a chunk is of every device's own tokens."""
+        spec = spec_of(a)
+        apart = PartitionSpec(*spec.partitions[:2], None, *spec.partitions[2:], reduced=spec.reduced)
+        return a.reshape(a.shape[0], parts, each, *a.shape[2:], out_sharding=NamedSharding(mesh_of(a, layout.mesh), apart))
 
-        new = one(part(x), part(batch.labels), part(batch.weights))
+    own = [cut(a) for a in (x, batch.labels, batch.weights)]
+
+    def body(sums: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def part(a: jax.Array, whole: jax.Array) -> jax.Array:
+            a = jax.lax.dynamic_slice_in_dim(a, start, size, axis=2)
+            return a.reshape(a.shape[0], parts * size, *a.shape[3:], out_sharding=jax.typeof(whole).sharding)
+
+        new = one(*(part(a, whole) for a, whole in zip(own, (x, batch.labels, batch.weights), strict=True)))
         return (sums[0] + new[0], sums[1] + new[1]), None
 
     zero = jnp.zeros_like(batch.weights.sum(axis=1))  # (a slice of a single row would lose its place on the mesh)
-    sums, _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, T, size))
+    sums, _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, each, size))
     return sums
 
 

@@ -34,7 +34,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import names, reshard
+from jaxtp.sharding import joined, names, reshard, size
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -66,7 +66,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         layout, config = self.stacked.layout, self.stacked.config
-        check_zero(config, zero=self.zero, dp=layout.parts("batch"), pp=layout.mesh.shape["pp"])
+        check_zero(config, zero=self.zero, shares=size(layout.mesh, layout.data), pp=layout.mesh.shape["pp"])
         if config.experts and self.routers.balance is None:
             object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
         if self.pipeline and "ep" in layout.data:
@@ -102,10 +102,9 @@ class Trainer:
         return self.pipeline.specs(specs) if self.pipeline else specs
 
     def _share(self, spec: Spec) -> PartitionSpec:
-        """The layout over the data's axes as well: ZeRO is the rule embed -> dp, and ep where experts do not lie on it."""
+        """The layout over the data's axes as well: ZeRO is the rule embed -> dp, cp, and ep where experts do not lie on it."""
         own = {name for axis in spec.spec for name in names(axis)}
-        free = tuple(axis for axis in self.stacked.layout.data if axis not in own)
-        over = free[0] if len(free) == 1 else free
+        over = joined(*(axis for axis in self.stacked.layout.data if axis not in own))
         return PartitionSpec(*(over if dim == "embed" else axis for dim, axis in zip(spec.dims, spec.spec, strict=True)))
 
     def abstract_state(self) -> State:
@@ -320,6 +319,7 @@ class Trainer:
                 dtype=layout.dtype.name,
                 kernel=kernel,
                 region=mapped,
+                context=stacked.model.context,
             )
         )
         kinds = stages.alike(stacked.config.kinds)
@@ -361,10 +361,10 @@ class Trainer:
 
     def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups of dp apart by itself
-            over = set()
-        else:  # where experts see tokens, those of all of ep are there, or come there
-            over = {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}
+        over = {*names(layout.rules.axis("tokens"))}
+        if not (self.pipeline and path.startswith(BLOCK)):  # that keeps the groups of dp apart by itself
+            # where experts see tokens, those of all of ep are there, or come there
+            over |= {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}
             over -= {name for axis in spec for name in names(axis)}
         return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
