@@ -49,7 +49,7 @@ def check_compiler() -> None:
         raise RuntimeError(f"XLA's compiler for GPUs is not installed: {INSTALL}")
 
 
-def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, ep: int = 1, tp: int = 1) -> Mesh:
+def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, tp: int = 1) -> Mesh:
     """A mesh of GPUs that need not be there; programs over it can be compiled and read, not run.
 
     target: a GPU, or the name of one ("H200"; see `planner.hardware.GPUS`), or the file that describes one (XLA's
@@ -61,12 +61,12 @@ def gpu_mesh(target: str | Path | hardware.GPU, *, dp: int = 1, pp: int = 1, ep:
     else:
         text = files.read_text(target) if Path(target).is_file() else hardware.gpu(str(target)).target()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * ep * tp}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{dp * pp * cp * ep * tp}")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise RuntimeError(
             f"cannot compile for GPUs here: {error}. The compiler must be that of jax {jax.__version__}: {INSTALL}"
         ) from error
-    devices: Any = np.array(topology.devices).reshape(dp, pp, 1, ep, tp)
+    devices: Any = np.array(topology.devices).reshape(dp, pp, cp, ep, tp)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -178,7 +178,8 @@ def abstract_llama(
 
 def abstract_trainer(config: ModelConfig, mesh: Mesh, split: Split, *, dtype: str) -> Trainer:
     """AdamW on a model without weights, laid out as `split` says."""
-    stacked = Stacked(Llama(config, mesh=mesh, rules=split.rules(config), dtype=dtype, dispatch=exchange))
+    rules, context = split.rules(config), split.context
+    stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype=dtype, dispatch=exchange, context=context))
     pipeline = Pipeline(mesh, split.stages(config), split.schedule) if split.pp > 1 else None
     optimizer = transformation(Optimizer(), 100, stacked.specs())
     routers = Routers(over="sequence" if pipeline else "batch")

@@ -29,8 +29,8 @@ def attend_part(
 ) -> tuple[jax.Array, jax.Array]:
     """q [B, T, K, G, H], k and v [B, S, K, H] in 16 bits -> [B, T, K, G, H], and log_z [B, K, G, T, 1] float32.
 
-    causal: query i sees the keys 0…i (the last `window` of them). queries, keys [B]: only the first so many queries ask, only
-    the first so many keys are seen; what others give means nothing. seen [B, T, S]: a mask, which is read from memory.
+    causal: query i sees the keys 0…i (the last `window` of them). keys [B]: only the first so many are seen, and with `queries`
+    [B] only the first so many ask; what others give means nothing. seen [B, T, S]: a mask, which is read from memory.
     """
     B, T, K, G, H = q.shape
     arrays, static = _settings(q, k, scale, causal, window, queries, keys, seen)
@@ -64,10 +64,9 @@ def _settings(
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """What both primitives take beside q, k and v: arrays, and static settings."""
     none = jnp.zeros(0, q.dtype)
-    padded, lengths = queries is not None or keys is not None, (none, none)
-    if padded:
-        whole = jnp.zeros_like(queries if keys is None else keys)
-        lengths = (whole + q.shape[1] if queries is None else queries, whole + k.shape[1] if keys is None else keys)
+    padded, lengths = keys is not None, (none, none)
+    if keys is not None:
+        lengths = (jnp.full_like(keys, q.shape[1]) if queries is None else queries, keys)
     kinds = cudnn.MaskType
     plain, limited = (kinds.CAUSAL, kinds.PADDING_CAUSAL) if causal else (kinds.NO_MASK, kinds.PADDING)
     hidden = cudnn.get_large_negative_number(q.dtype)

@@ -66,7 +66,7 @@ class Context:
     def order(self, tokens: int) -> np.ndarray:
         """Which token of the row stands at each place, rank by rank: [T] int."""
         chunks = np.arange(tokens).reshape(2 * self.size, -1)
-        return chunks[_chunk_at(self.size)].reshape(-1)
+        return np.stack([chunks[: self.size], chunks[: self.size - 1 : -1]], axis=1).reshape(-1)
 
     def attend(
         self,
@@ -122,14 +122,16 @@ def choose_strategy(
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
-def _chunk_at(c: int) -> np.ndarray:
-    """The chunk of the row at each place."""
-    return np.stack([np.arange(c), 2 * c - 1 - np.arange(c)], axis=1).reshape(-1)
+def _in_order(chunks: jax.Array) -> jax.Array:
+    """All chunks [2c, ...] as they lie on the ranks, in the order of the row (a copy)."""
+    ranks = chunks.reshape(-1, 2, *chunks.shape[1:])
+    return jnp.concatenate([ranks[:, 0], ranks[::-1, 1]])
 
 
-def _place_of(c: int) -> np.ndarray:
+def _zigzag(chunks: jax.Array) -> jax.Array:
     """The other way round."""
-    return np.argsort(_chunk_at(c))
+    c = len(chunks) // 2
+    return jnp.stack([chunks[:c], chunks[: c - 1 : -1]], axis=1).reshape(chunks.shape)
 
 
 def _chunks(x: jax.Array, n: int, dim: int = 1) -> jax.Array:
@@ -198,8 +200,8 @@ class _Plain(NamedTuple):
             yield queries, slice(0, k.shape[1]), None if seen is None else seen[:, queries]
 
     def _gradients(self, whole: _Whole, k: jax.Array, v: jax.Array, blocks: Iterator[Block]) -> tuple[jax.Array, ...]:
-        q, *rest = whole
-        to_q, *to_kv = gradients_of_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), *rest, blocks, self.scoring)
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        to_q, *to_kv = gradients_of_blocks(whole.q, keys, values, whole.out, whole.log_z, whole.grad, blocks, self.scoring)
         return to_q, *(a.swapaxes(1, 2) for a in to_kv)
 
 
@@ -218,11 +220,11 @@ class _Flash(NamedTuple):
         q, *rest = whole
         return flash.gradients_of_part(q, k, v, *rest, **self._causal(segments))
 
-    def full(self, q: jax.Array, k: jax.Array, v: jax.Array, **limits: jax.Array) -> Result:
+    def full(self, q: jax.Array, k: jax.Array, v: jax.Array, **limits: Any) -> Result:
         """To keys that all stand before: limits as of `flash.attend_part`."""
         return flash.attend_part(q, k, v, scale=self.scoring.scale, **limits)
 
-    def full_gradients(self, whole: _Whole, k: jax.Array, v: jax.Array, **limits: jax.Array) -> tuple[jax.Array, ...]:
+    def full_gradients(self, whole: _Whole, k: jax.Array, v: jax.Array, **limits: Any) -> tuple[jax.Array, ...]:
         """Of q, k and v."""
         q, *rest = whole
         return flash.gradients_of_part(q, k, v, *rest, scale=self.scoring.scale, **limits)
@@ -251,13 +253,15 @@ def merged(one: Result, other: Result) -> Result:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(how: _Gathered, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+def _gathered(
+    how: _Steps | _Prefixes | _Windows, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+) -> jax.Array:
     """One all-gather; to go backward one more, so that what is kept is a rank's own part, and a reduce-scatter."""
     return _gathered_forward(how, q, k, v, segments)[0]
 
 
 def _gathered_forward(
-    how: _Gathered, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    how: _Steps | _Prefixes | _Windows, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     queries, own, documents = _chunks(q, 2), _chunks(jnp.stack([k, v]), 2, dim=2), how.documents(segments)
     out, log_z = how.attend(queries, own, lax.all_gather(own, how.axis, tiled=True), documents)
@@ -265,7 +269,7 @@ def _gathered_forward(
     return out, (q, k, v, segments, out, log_z)
 
 
-def _gathered_backward(how: _Gathered, kept: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
+def _gathered_backward(how: _Steps | _Prefixes | _Windows, kept: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, segments, out, log_z = kept
     own, documents = _chunks(jnp.stack([k, v]), 2, dim=2), how.documents(segments)
     whole = _Whole(_chunks(q, 2), _chunks(out, 2), log_z, _chunks(grad, 2))
@@ -370,7 +374,7 @@ class _Steps(_Gathered):
         else:
             half = i // back
             chunk = self.mine[half] - 1 - i % back
-        place = jnp.asarray(_place_of(self.size))[chunk]
+        place = jnp.where(chunk < self.size, 2 * chunk, 2 * (2 * self.size - 1 - chunk) + 1)
         seen = None
         if window is not None:
             at = jnp.arange(C)
@@ -389,7 +393,7 @@ class _Prefixes(_Gathered):
 
     def attend(self, queries: jax.Array, own: jax.Array, everywhere: jax.Array, documents: _Documents | None) -> Result:
         """Of this rank's queries to all that they see."""
-        keys, values = _in_order(everywhere, self.size)
+        keys, values = _row(_in_order(everywhere), dim=2)
         out, log_z = self.own(queries, own, documents)
         found = []
         for half, q in enumerate(queries):
@@ -404,7 +408,7 @@ class _Prefixes(_Gathered):
         self, whole: _Whole, own: jax.Array, everywhere: jax.Array, documents: _Documents | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of queries, and of keys and values, of the rank's own and of all."""
-        keys, values = _in_order(everywhere, self.size)
+        keys, values = _row(_in_order(everywhere), dim=2)
         to_q, to_own = self.own_gradients(whole, own, documents)
         to_all = jnp.zeros((), jnp.float32)
         for half in range(2):
@@ -414,7 +418,7 @@ class _Prefixes(_Gathered):
             to_q = to_q.at[half].add(jnp.where(there[:, :, None, None, None], more.astype(jnp.float32), 0.0))
             seen = (jnp.arange(keys.shape[1]) < limits["keys"][:, None])[:, :, None, None]
             to_all += jnp.stack([_rolled(jnp.where(seen, a.astype(jnp.float32), 0.0), first) for a in to_kv])
-        return to_q, to_own, _chunks(to_all, 2 * self.size, dim=2)[_chunk_at(self.size)]
+        return to_q, to_own, _zigzag(_chunks(to_all, 2 * self.size, dim=2))
 
     def _before(
         self, half: int, q: jax.Array, documents: _Documents | None
@@ -426,8 +430,7 @@ class _Prefixes(_Gathered):
             first, queries = jnp.zeros((B,), jnp.int32), jnp.full((B,), C, jnp.int32)
         else:
             mine = documents.own[half]
-            order = documents.all[_place_of(self.size)]
-            first = jnp.argmax(_row(order) == mine[:, :1], axis=1).astype(jnp.int32)
+            first = jnp.argmax(_row(_in_order(documents.all)) == mine[:, :1], axis=1).astype(jnp.int32)
             queries = (mine == mine[:, :1]).sum(axis=1, dtype=jnp.int32)
         keys = (begin - first).astype(jnp.int32)
         first, keys, queries = varying_as((first, keys, queries), q)
@@ -466,7 +469,7 @@ class _Windows(_Gathered):
             to_q, *to_kv = self.parts.causal_gradients(put, keys, values, segments)
             found.append(lax.dynamic_slice_in_dim(to_q, off, C, 1))
             to_all += _put(jnp.stack(to_kv).astype(jnp.float32), start, S, dim=2)
-        return jnp.stack(found), jnp.zeros((), jnp.float32), _chunks(to_all, 2 * self.size, dim=2)[_chunk_at(self.size)]
+        return jnp.stack(found), jnp.zeros((), jnp.float32), _zigzag(_chunks(to_all, 2 * self.size, dim=2))
 
     def _reached(
         self, half: int, C: int, everywhere: jax.Array, documents: _Documents | None
@@ -479,14 +482,9 @@ class _Windows(_Gathered):
         def part(x: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, start, before + C, 1)
 
-        segments = None if documents is None else part(_row(documents.all[_place_of(self.size)]))
-        keys, values = (part(a) for a in _in_order(everywhere, self.size))
+        segments = None if documents is None else part(_row(_in_order(documents.all)))
+        keys, values = (part(a) for a in _row(_in_order(everywhere), dim=2))
         return start, begin - start, keys, values, segments
-
-
-def _in_order(everywhere: jax.Array, c: int) -> jax.Array:
-    """Chunks of keys and values as they lie -> [2, B, T, K, H] in the order of the row (a copy)."""
-    return _row(everywhere[_place_of(c)], dim=2)
 
 
 def _rolled(x: jax.Array, by: jax.Array) -> jax.Array:
@@ -557,14 +555,15 @@ class _Ring:
     def met(self, hop: int, queries: jax.Array, here: jax.Array, so_far: Result) -> Result:
         """And what came."""
         earlier, (keys, values) = self._earlier(hop), self._keys(hop, here)
-        new = self.parts.full(self._asking(hop, queries), keys, values)
-        ones, others = (tuple(_pair(a)[i] for a in new) for i in range(2))
-        first, second = (tuple(a[i] for a in so_far) for i in range(2))
-        second = merged(second, ones)
-        last = merged(tuple(jnp.where(earlier, a, b) for a, b in zip(first, second, strict=True)), others)  # type: ignore[arg-type]
-        pairs = zip(first, second, last, strict=True)
-        out, log_z = (jnp.stack([jnp.where(earlier, c, a), jnp.where(earlier, b, c)]) for a, b, c in pairs)
-        return out, log_z
+        out, log_z = (_pair(a) for a in self.parts.full(self._asking(hop, queries), keys, values))
+
+        def either(one: Result, other: Result) -> Result:
+            return jnp.where(earlier, one[0], other[0]), jnp.where(earlier, one[1], other[1])
+
+        first, second = (so_far[0][0], so_far[1][0]), merged((so_far[0][1], so_far[1][1]), (out[0], log_z[0]))
+        last = merged(either(first, second), (out[1], log_z[1]))
+        both = either(last, first), either(second, last)
+        return jnp.stack([out for out, _ in both]), jnp.stack([log_z for _, log_z in both])
 
     def met_gradients(
         self, hop: int, whole: _Whole, here: jax.Array, so_far: tuple[jax.Array, jax.Array]
@@ -609,7 +608,7 @@ def _by_heads(
     """An all-to-all there and one back, and as many to go backward."""
     together = jnp.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3)
     together = lax.all_to_all(together, axis, 2, 1, tiled=True)
-    together, segments = (None if a is None else _row(_chunks(a, 2 * c)[_place_of(c)]) for a in (together, segments))
-    q, k, v = (together[:, :, :, part] for part in (slice(-2), -2, -1))
-    out = among(q, k, v, segment_ids=segments)
-    return lax.all_to_all(_row(_chunks(out, 2 * c)[_chunk_at(c)]), axis, 1, 2, tiled=True)
+    together = _row(_in_order(_chunks(together, 2 * c)))
+    segments = None if segments is None else _row(_in_order(_chunks(segments, 2 * c)))
+    out = among(together[:, :, :, :-2], together[:, :, :, -2], together[:, :, :, -1], segment_ids=segments)
+    return lax.all_to_all(_row(_zigzag(_chunks(out, 2 * c))), axis, 1, 2, tiled=True)

@@ -10,6 +10,7 @@ from typing import Any
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.ops.experts import FEW_TOKENS
+from jaxtp.parallel.context import choose_strategy
 from jaxtp.planner import experts, memory
 from jaxtp.planner.work import SIZES, Split, Step
 
@@ -78,8 +79,8 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     """
     size = SIZES[dtype]
     say = _Say(split, NAMES[dtype])
-    D, rows = config.hidden_size, batch // split.microbatches // split.groups
-    stream, scattered = rows * seq_len * D * size, split.sequence_parallel and seq_len % split.tp == 0
+    D, rows, length = config.hidden_size, batch // split.microbatches // split.groups, split.part(seq_len)
+    stream, scattered = rows * length * D * size, split.sequence_parallel and length % split.tp == 0
     again = {"none": 0, "save-dots": 0, "save-attention": 1, "full": 1}[split.remat] * (2 if config.norms_behind else 1)
     # how often tokens go through how many layers forward and back, and how often a layer's forward sums are made
     turns, layers, sums = split.microbatches, split.stages(config).slots, 2 + again
@@ -108,40 +109,61 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     if config.qk_norm_across_heads:
         # each device has its own heads' gradients; sums of squares of q and k, made again and with two more to go backward
         say("all-gather", "tp", rows * config.qk_norm_params * size, times=turns * layers)
-        squares = 4 * rows * seq_len * 2
+        squares = 4 * rows * length * 2
         say.reduce("tp", squares, dtype="f32", times=turns * layers * (1 + (split.remat == "full")))
         say.reduce("tp", 2 * squares, dtype="f32", times=turns * layers)
     if config.experts:
         # every token to all groups of ep, again to go backward unless that was kept, and gradients the same ways; with them the
         # gradients of what weighs the experts of a token
         passes, kept, k = turns * layers, split.remat == "none", config.experts.per_token
-        say.to_experts(config, split, rows * seq_len, stream, there=passes * (2 if kept else 3), back=passes * 2)
+        say.to_experts(config, split, rows * length, stream, there=passes * (2 if kept else 3), back=passes * 2)
         if split.expert_dispatch == "gather":
-            say.reduce(("ep", "tp"), 4 * rows * seq_len * split.ep * k, dtype="f32", times=passes)
+            say.reduce(("ep", "tp"), 4 * rows * length * split.ep * k, dtype="f32", times=passes)
         else:
-            say.reduce("tp", 4 * rows * seq_len * k, dtype="f32", times=passes)
+            say.reduce("tp", 4 * rows * length * k, dtype="f32", times=passes)
         if config.experts.shared:
             say.reduce("tp", stream, times=turns * layers * 2)
     if split.pp > 1:
         say.reduce("pp", part, times=2 * turns - spare)  # what the last stage gives, and the embedding's gradient
         say("collective-permute", "pp", part, times=2 * turns - spare)
     # of each chunk of tokens the largest logit, the sum of exponentials and the label's logit, and the last two once more
-    chunk = buckets.logits_chunk(seq_len)
-    numbers, chunks = 4 * rows * chunk, seq_len // chunk
+    chunk = buckets.logits_chunk(length)
+    numbers, chunks = 4 * rows * chunk, length // chunk
     say.reduce(both, numbers, dtype="f32", times=3 * (turns - spare) * chunks)
     say.reduce(both, 2 * numbers, dtype="f32", times=turns * chunks)
-    _over_dp(say, config, split, size)
-    return say.program
+    _over_cp(say, config, split, rows * length, size=size, times=turns * layers)
+    return say.program + over_data(config, split, dtype=dtype)
 
 
-def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
-    """Gradients, and weights that are kept in shares: over dp and ep, those of experts over dp."""
-    held, M, both = memory.params(config, split), split.microbatches, ("dp", "ep")
+def _over_cp(say: _Say, config: ModelConfig, split: Split, tokens: int, *, size: int, times: int) -> None:
+    """What attention sends along rows, of so many tokens on each rank; layers `times`."""
+    if split.context is None:
+        return
+    kv = memory.kv_heads(config, split.tp)
+    group = config.num_heads // split.tp // kv
+    strategy = choose_strategy(cp=split.cp, kv_heads=kv, group=group, override=split.context_strategy)
+    key, again = tokens * kv * config.head_dim, int(split.remat == "full")
+    if strategy == "gathered":  # once more to go backward, where gradients are scattered
+        say("all-gather", "cp", 2 * key * split.cp * size, times=times * (2 + again))
+        say("reduce-scatter", "cp", 2 * key * split.cp * size, times=times)
+    elif strategy == "ring":
+        say("collective-permute", "cp", 2 * key * size, times=times * (2 + again) * (split.cp - 1))
+        say("collective-permute", "cp", 2 * key * 4, dtype="f32", times=times * split.cp)
+    else:
+        kept = split.remat in ("none", "save-dots")
+        say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 if kept else 3))
+        say("all-to-all", "cp", group * key * size, times=times * (2 + again))
+
+
+def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
+    """Of an update, the gradients, and weights that are kept in shares: over dp, cp and ep, those of experts over dp and cp."""
+    say, size = _Say(split, NAMES[dtype]), SIZES[dtype]
+    held, M, rows, both = memory.params(config, split), split.microbatches, ("dp", "cp"), ("dp", "cp", "ep")
     own = held.experts + held.router
     if split.zero == 0:
         say.reduce(both, 4 * (held.total - own * held.blocks), dtype="f32")
-        say.reduce("dp", 4 * own * held.blocks, dtype="f32")
-        return
+        say.reduce(rows, 4 * own * held.blocks, dtype="f32")
+        return say.program
     if held.whole:
         say.reduce(both, 4 * (held.whole + 3), dtype="f32")  # with the loss's three numbers
     shared = held.block - held.unshared - own
@@ -153,22 +175,23 @@ def _over_dp(say: _Say, config: ModelConfig, split: Split, size: int) -> None:
         for weights in (*kernels, vectors, held.router):
             say("all-gather", both, size * weights, times=gathers)
         for weights in routed:
-            say("all-gather", "dp", size * weights, times=gathers)
+            say("all-gather", rows, size * weights, times=gathers)
         say("reduce-scatter", both, size * shared, times=layers)
-        say("reduce-scatter", "dp", size * held.experts, times=layers)
-        say.reduce("dp", size * held.router, times=layers)
+        say("reduce-scatter", rows, size * held.experts, times=layers)
+        say.reduce(rows, size * held.router, times=layers)
         for table in (held.embed, held.head, held.norm):
             say("all-gather", both, size * table, times=M)
             say("reduce-scatter", both, size * table, times=M)
     else:
         stacks = (held.blocks * weights for weights in kernels)
-        for axes, each in ((both, (*stacks, held.blocks * vectors + held.norm, held.embed, held.head)), ("dp", routed)):
+        for axes, each in ((both, (*stacks, held.blocks * vectors + held.norm, held.embed, held.head)), (rows, routed)):
             for weights in each:
-                whole = weights * (held.blocks if axes == "dp" else 1)
+                whole = weights * (held.blocks if axes == rows else 1)
                 say("all-gather", axes, size * whole)
                 say("reduce-scatter", axes, 4 * whole, dtype="f32", times=M if split.zero == 2 else 1)
         say("all-gather", both, size * held.router * held.blocks)
-        say.reduce("dp", 4 * held.router * held.blocks, dtype="f32")
+        say.reduce(rows, 4 * held.router * held.blocks, dtype="f32")
+    return say.program
 
 
 class _Say:

@@ -139,10 +139,12 @@ class Machine:
         return memory.head_bytes(self.config, self.task(1, 1, 1))
 
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
-        """One layer of `tokens` tokens of each of `rows` rows, among each other; of one token, after `cached` in each."""
+        """One layer of `tokens` tokens of each of `rows` rows, in parts over cp, among each other; of one token, after `cached`
+        in each.
+        """
         config, tp = self.config, self.split.tp
         queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp)
-        count = rows * tokens
+        count = rows * (1 if tokens == 1 else self.split.part(tokens))
         seen = cached if tokens == 1 else tokens / 2  # a causal mask
         scores = 4 * count * seen * queries / (self.flops * ATTENTION / hardware.MATMUL)
         held = self.cached_bytes if tokens == 1 else self.size * config.head_dim
@@ -239,7 +241,7 @@ def train(machine: Machine, task: Training) -> Time:
     config, split = machine.config, machine.split
     M, pp = split.microbatches, split.pp
     rows = task.batch // M // split.groups
-    held, tokens = memory.params(config, split), rows * task.seq_len
+    held, tokens = memory.params(config, split), rows * split.part(task.seq_len)
     layers = split.stages(config).slots * split.chunks
     forward = machine.layer(rows, task.seq_len, task.seq_len)
     # what the backward pass computes again; in a pipeline it begins with a forward pass in any case
@@ -257,8 +259,7 @@ def train(machine: Machine, task: Training) -> Time:
     busy = (once * layers + head) * M
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * memory.kept(held, split) / machine.bandwidth
-    over_dp = Program({c: times for c, times in sent.items() if {*c.axes} <= {"dp", "ep"} and "all-to-all" not in c.kind})
-    hidden = machine.sent(over_dp) * BESIDE if split.zero == 3 else 0.0
+    hidden = machine.sent(collectives.over_data(config, split, dtype=machine.dtype)) * BESIDE if split.zero == 3 else 0.0
     return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 
 

@@ -217,20 +217,21 @@ def products(config: ModelConfig, split: Split, tokens: float) -> float:
 
 
 def kept(held: Params, split: Split) -> float:
-    """Parameters that each device keeps between steps: ZeRO's shares lie over dp and ep, those of experts over dp."""
+    """Parameters that each device keeps between steps: ZeRO's shares lie over dp, cp and ep, experts' over dp and cp."""
     own = held.experts * held.blocks
     if not split.zero:
         return held.total
-    return held.whole + (held.total - held.whole - own) / split.groups + own / split.dp
+    return held.whole + ((held.total - held.whole - own) / split.groups + own / split.dp) / split.cp
 
 
 def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     """Of an update."""
     size, held = SIZES[task.dtype], params(config, split)
     everything, groups, tp = held.total, split.groups, split.tp
-    tokens = task.batch // split.microbatches // groups * task.seq_len
+    rows, part = task.batch // split.microbatches // groups, split.part(task.seq_len)
+    tokens = rows * part
     layer = kept_a_layer(config, split, tokens=tokens, size=size)
-    chunk = tokens // task.seq_len * buckets.logits_chunk(task.seq_len)
+    chunk = rows * buckets.logits_chunk(part)
     logits = 2 * 4 * chunk * math.ceil(config.vocab_size / (tp * split.pp))  # and their gradient
     state, share = 12 * kept(held, split), kept(held, split) / everything
     if split.pp > 1:

@@ -61,7 +61,7 @@ def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: 
 def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     """Forward once, backward twice; what is computed again, the head's logits among it."""
     tp, M = split.tp, split.microbatches
-    tokens = task.batch // M // split.groups * task.seq_len
+    tokens = task.batch // M // split.groups * split.part(task.seq_len)
     products, scores = memory.products(config, split, tokens) / tokens, task.seq_len * config.num_heads * config.head_dim // tp
     down = 0 if config.norms_behind else memory.mlp_width(config) // tp * config.hidden_size
     again = {"none": 0, "save-dots": 0, "save-attention": 2 * (products - down), "full": 2 * (products - down) + 4 * scores}

@@ -16,6 +16,7 @@ from jaxtp.config.quantization import Quantization
 from jaxtp.mesh import AXES, across_nodes, told
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.pages import Read, choose_read
+from jaxtp.parallel.context import Context, Strategy
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import ExpertDispatch, ExpertLayout, Rules, check_layout
@@ -101,7 +102,7 @@ def _known(dtype: str, among: Iterable[str]) -> None:
 @dataclass(frozen=True)
 class Split:
     """How the work is spread: the axes of the mesh, and what else there is to choose. Of training alone: zero, microbatches,
-    schedule, chunks, remat.
+    schedule, chunks, remat, context_strategy.
 
     microbatches: of an update (and, in a pipeline, what goes through its stages). chunks: of layers on a pipeline's rank.
     expert_dispatch: what "ragged" sends hangs on what tokens choose; plans count what that is on average.
@@ -118,6 +119,7 @@ class Split:
     schedule: Name = "1f1b"
     chunks: int = 1
     remat: Remat = "none"
+    context_strategy: Strategy | None = None
     expert_layout: ExpertLayout = "auto"
     expert_dispatch: ExpertDispatch = "gather"
 
@@ -135,6 +137,15 @@ class Split:
     def groups(self) -> int:
         """Of rows: those of dp, each cut over ep."""
         return self.dp * self.ep
+
+    @property
+    def context(self) -> Context | None:
+        """How attention goes over cp."""
+        return Context(self.cp, self.context_strategy) if self.cp > 1 else None
+
+    def part(self, tokens: int) -> int:
+        """Of a row's tokens, those of each rank of cp: filled up to chunks of one size."""
+        return self.context.padded(tokens) // self.cp if self.context else tokens
 
     def rules(self, config: ModelConfig) -> Rules:
         """The layout of weights and activations. Raises ValueError where experts cannot be cut so."""
@@ -257,8 +268,8 @@ def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | No
 
 def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> None:
     """The same as an error."""
-    if split.cp > 1:
-        raise ValueError(f"{split.told()}: context parallelism is not built yet; use dp, pp, ep and tp")
+    if split.cp > 1 and isinstance(task, Generation):
+        raise ValueError(f"{split.told()}: generation over cp is not built yet; use dp, pp, ep and tp")
     if 0 < sum(config.sparse) < config.num_layers:
         raise ValueError(f"{config.model_type}: models of layers with experts and layers without are not planned; they run")
     if isinstance(task, Training):

@@ -193,6 +193,7 @@ class Run:
         return Split(
             **axes, sequence_parallel=its.sequence_parallel, zero=its.zero, expert_layout=its.expert_layout,
             expert_dispatch=its.expert_dispatch,
+            context_strategy=None if its.context_strategy == "auto" else its.context_strategy,
             microbatches=its.accumulate, schedule=its.schedule, chunks=its.chunks, remat=its.remat,
         )  # fmt: skip
 
