@@ -342,15 +342,19 @@ def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
     """`weight` [*dims], ready to be added to or multiplied with x [B, T, *dims]: laid out as x's own dims are.
 
     A weight whose gradient is summed over some axis only later (its type says `reduced`) cannot meet an array that is
-    sharded over that axis: it is spread over all rows and tokens first, which costs nothing.
+    sharded over that axis: it is spread over the rows first (and over the tokens, where these lie on such an axis, too), which
+    costs nothing.
     """
     spec, own = spec_of(x).partitions, jax.typeof(weight).sharding
     before = x.ndim - weight.ndim
     if not own.spec.reduced:
         return reshard(weight, PartitionSpec(*spec[before:]), own.mesh)
-    laid = NamedSharding(own.mesh, PartitionSpec(*spec[:before], *own.spec.partitions))
-    spread = jax.lax.broadcast_in_dim(weight, (*x.shape[:before], *weight.shape), (*range(before, x.ndim),), out_sharding=laid)
-    return reshard(spread, PartitionSpec(*spec), own.mesh)
+    over = [i == 0 or bool(own.spec.reduced & {*names(axis)}) for i, axis in enumerate(spec[:before])]
+    sizes = [n if spread else 1 for n, spread in zip(x.shape, over, strict=False)]
+    axes = [axis if spread else None for axis, spread in zip(spec, over, strict=False)]
+    laid = NamedSharding(own.mesh, PartitionSpec(*axes, *own.spec.partitions))
+    spread = jax.lax.broadcast_in_dim(weight, (*sizes, *weight.shape), (*range(before, x.ndim),), out_sharding=laid)
+    return reshard(spread, PartitionSpec(*axes, *spec[before:]), own.mesh)
 
 
 def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:

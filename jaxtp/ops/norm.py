@@ -41,4 +41,4 @@ def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _in_float32(x: jax.Array, weight: jax.Array, eps: float, dims: tuple[int, ...], offset: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=dims, keepdims=True) + eps)
-    return (y * (offset + beside(weight, x).astype(jnp.float32))).astype(x.dtype)
+    return (y * (offset + beside(weight.astype(jnp.float32), x))).astype(x.dtype)

@@ -96,7 +96,7 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         own = 0 if config.qk_norm_across_heads else config.qk_norm_params
         norms = config.block_norms * D + own
         say.reduce("tp", rows * norms * each, dtype=kind, times=turns * layers)
-        if split.pp > 1 and split.dp == 1:  # the last norm's: summed over the turns first
+        if split.pp > 1:  # the last norm's: summed over the turns first
             say.reduce("tp", rows * 2 * D * each, dtype=kind)
         else:
             say.reduce("tp", rows * D * each, dtype=kind, times=turns)
@@ -108,7 +108,7 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
             say.reduce("tp", rows * config.qk_norm_params * each, dtype=kind, times=turns * layers)
     if config.qk_norm_across_heads:
         # each device has its own heads' gradients; sums of squares of q and k, made again and with two more to go backward
-        say("all-gather", "tp", rows * config.qk_norm_params * size, times=turns * layers)
+        say("all-gather", "tp", rows * config.qk_norm_params * each, dtype=kind, times=turns * layers)
         squares = 4 * rows * length * 2
         say.reduce("tp", squares, dtype="f32", times=turns * layers * (1 + (split.remat == "full")))
         say.reduce("tp", 2 * squares, dtype="f32", times=turns * layers)

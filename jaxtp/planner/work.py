@@ -327,6 +327,4 @@ def check_zero(config: ModelConfig, *, zero: int, shares: int, pp: int) -> None:
         )
     if zero and config.hidden_size % shares:
         legal = ", ".join(str(n) for n in range(1, min(config.hidden_size, 1024) + 1) if config.hidden_size % n == 0)
-        raise ValueError(
-            f"zero={zero}: dp={shares} (with cp and ep) does not divide hidden_size {config.hidden_size}; legal: {legal}"
-        )
+        raise ValueError(f"zero={zero}: dp·cp·ep={shares} does not divide hidden_size {config.hidden_size}; legal: {legal}")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.buckets import LOGITS_TOKENS, logits_chunk
 from jaxtp.model.stacked import Params, Stacked
-from jaxtp.sharding import mesh_of, spec_of
+from jaxtp.sharding import Layout, mesh_of, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -48,16 +48,10 @@ def cross_entropy(
     size = logits_chunk(each, most=chunk)
     whole = functools.partial(_sums, stacked, params, z_loss=z_loss)
     if size == each:
-        return whole(x, batch.labels, batch.weights)
+        loss, nats = whole(x, batch.labels, batch.weights)
+        return loss.sum(axis=1), nats.sum(axis=1)
     one = jax.checkpoint(whole, prevent_cse=False)
-
-    def cut(a: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [B, parts, T / parts, ...]: a chunk is of every device's own tokens."""
-        spec = spec_of(a)
-        apart = PartitionSpec(*spec.partitions[:2], None, *spec.partitions[2:], reduced=spec.reduced)
-        return a.reshape(a.shape[0], parts, each, *a.shape[2:], out_sharding=NamedSharding(mesh_of(a, layout.mesh), apart))
-
-    own = [cut(a) for a in (x, batch.labels, batch.weights)]
+    own = [_by_part(a, layout) for a in (x, batch.labels, batch.weights)]
 
     def body(sums: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         def part(a: jax.Array, whole: jax.Array) -> jax.Array:
@@ -67,14 +61,15 @@ def cross_entropy(
         new = one(*(part(a, whole) for a, whole in zip(own, (x, batch.labels, batch.weights), strict=True)))
         return (sums[0] + new[0], sums[1] + new[1]), None
 
-    zero = jnp.zeros_like(batch.weights.sum(axis=1))  # (a slice of a single row would lose its place on the mesh)
-    sums, _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, each, size))
-    return sums
+    zero = jnp.zeros_like(own[2].sum(axis=2))  # (a slice of a single row would lose its place on the mesh)
+    (loss, nats), _ = jax.lax.scan(body, (zero, zero), jnp.arange(0, each, size))
+    return loss.sum(axis=1), nats.sum(axis=1)
 
 
 def _sums(
     stacked: Stacked, params: Params, x: jax.Array, labels: jax.Array, weights: jax.Array, *, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
+    """Of the tokens of each rank of cp: [B, parts]."""
     logits = stacked.whole(params).logits(x)
     ids = jnp.arange(logits.shape[-1])
     logits = jnp.where(ids < stacked.config.vocab_size, logits, -jnp.inf)
@@ -82,5 +77,14 @@ def _sums(
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     log_z = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
     label = jnp.where(ids == labels[..., None], logits, 0.0).sum(axis=-1)
-    nats = (weights * (log_z - label)).sum(axis=1)
-    return nats + z_loss * (weights * log_z**2).sum(axis=1), nats
+    nats = weights * (log_z - label)
+    loss = nats + z_loss * weights * log_z**2
+    return _by_part(loss, stacked.layout).sum(axis=2), _by_part(nats, stacked.layout).sum(axis=2)
+
+
+def _by_part(a: jax.Array, layout: Layout) -> jax.Array:
+    """[B, T, ...] -> [B, parts, T / parts, ...], the parts over cp."""
+    spec, parts = spec_of(a), layout.parts("tokens")
+    apart = PartitionSpec(*spec.partitions[:2], None, *spec.partitions[2:], reduced=spec.reduced)
+    laid = NamedSharding(mesh_of(a, layout.mesh), apart)
+    return a.reshape(a.shape[0], parts, a.shape[1] // parts, *a.shape[2:], out_sharding=laid)

@@ -139,7 +139,7 @@ def test_a_step_that_is_not_finite_is_left_out():
 
 def test_zero_needs_a_width_that_dp_divides():
     config = dataclasses.replace(tiny.config(hidden_size=60), num_heads=4, num_kv_heads=4)
-    with pytest.raises(ValueError, match="zero=1: dp=8 does not divide hidden_size 60; legal dp: 1, 2, 3, 4, 5, 6"):
+    with pytest.raises(ValueError, match="zero=1: dp·cp·ep=8 does not divide hidden_size 60; legal: 1, 2, 3, 4, 5, 6"):
         run(config, mesh={"dp": 8}, zero=1)
 
 
