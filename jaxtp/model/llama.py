@@ -97,16 +97,18 @@ class Llama(nnx.Module):
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
         split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens") for name in names(rules.axis(dim)))}
+        split |= {"cp"} if context else set()
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
             raise ValueError(
                 f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, cp by "
                 "Rules.context_parallel, and ep by the rules of a model that has experts (Rules.expert_parallel)"
             )
-        if size(mesh, rules.axis("tokens")) != (context.size if context else 1):
+        parts = size(mesh, rules.axis("tokens"))
+        if parts > 1 and (context is None or context.size != parts):
             raise ValueError(
-                f"tokens lie over {size(mesh, rules.axis('tokens'))} ranks by these rules, and context={context} is for "
-                f"{context.size if context else 1}; give parallel.context.Context(cp), and Rules().context_parallel()"
+                f"these rules cut the tokens of a row into {parts} parts, and context={context} is not for as many; give "
+                f"context=parallel.context.Context({parts})"
             )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)

@@ -2,13 +2,15 @@
 
 A rank's part of every array is an element of a dim that is sharded over pp, and the stage is mapped over that dim: one
 program, in which each rank computes another stage, and the products inside a stage are sharded over tp by the model's own
-rules. Data parallelism is a second such dim, so that each group's gradients stay its own until the end of the step. The model
-knows nothing of this. `ticks` holds what is done at each tick, `orders` the schedule as a program reads it.
+rules. Data parallelism is a second such dim, and the parts of rows over cp with it, so that each group's gradients stay its own
+until the end of the step. The model knows nothing of this. `ticks` holds what is done at each tick, `orders` the schedule as a
+program reads it.
 
 The ranks hold the vocabulary together (over pp and tp), so that none computes a whole head: tokens enter and losses leave on
 all of them at once.
 
-P ranks, v chunks, n slots of a chunk (of a stack, those with rows), M microbatches, d groups of dp, L layers; B rows, T tokens.
+P ranks, v chunks, n slots of a chunk (of a stack, those with rows), M microbatches, d groups (see `regions`), L layers; B rows,
+T tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtp.model.stacked import Spec
-from jaxtp.parallel.regions import locally
+from jaxtp.parallel.regions import groups, locally
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Arrays, Parts, Pass
-from jaxtp.sharding import spec_of
+from jaxtp.sharding import names, spec_of
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ class Pipeline:
     def _cut(self, stack: jax.Array) -> jax.Array:
         """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already."""
         rest = spec_of(stack).partitions[1:]
-        v, out = self.stages.chunks, PartitionSpec("dp", "pp", None, None, *rest)
+        v, out = self.stages.chunks, PartitionSpec(groups(self.mesh), "pp", None, None, *rest)
         return locally(lambda w: w.reshape(1, 1, v, -1, *w.shape[1:]), stack, out=out)
 
     def _uncut(self, grads: jax.Array) -> jax.Array:
         """[d, P, v, n, ...] -> [P·v·n, ...] over pp: each group's share of a sum that is still to be made."""
         rest = spec_of(grads).partitions[4:]
-        return locally(lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={"dp"}))
+        return locally(
+            lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={*names(groups(self.mesh))})
+        )
 
     # -- programs ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Regions: what each device does by itself, or sends along pp by hand, inside programs that are sharded by types.
 
-d groups of dp, P ranks; B rows, b of each group (B/d), T tokens, D embed.
+d groups, which are those of dp and in each the parts of its rows over cp, P ranks; B rows, T tokens, b and t of each group, D
+embed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.mesh import platform
-from jaxtp.sharding import dual, spec_of, specs_of
+from jaxtp.sharding import Axis, dual, joined, names, spec_of, specs_of
 
 NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
@@ -27,9 +28,11 @@ def mapped(
     *,
     over: tuple[str, ...] = (),
     axes: int = 2,
+    cp: int = 1,
 ) -> Any:
-    """`sharding.on_each_device` inside a stage, which is mapped over that many axes (dp and pp in training): their parts are
-    each device's own as well. (Left to `jax.vmap` they would be XLA's to split, which cuDNN's attention does not survive.)
+    """`sharding.on_each_device` inside a stage, mapped over that many axes (in training pp and groups, which cut rows into `cp`
+    parts): what is of each is each device's own as well. (Left to `jax.vmap` XLA would split it, which cuDNN's attention does
+    not survive.)
 
     The backward pass begins with the forward one; what is kept is `args`. Gradients of what is `reduced` are shares of a sum.
     """
@@ -45,7 +48,7 @@ def mapped(
 
     @jax.custom_vjp
     def run(*leaves: jax.Array) -> Any:
-        return _own(function, jax.tree.unflatten(tree, leaves), lambda *args: _shares(like(*args), over), axes)
+        return _own(function, jax.tree.unflatten(tree, leaves), lambda *args: _shares(like(*args), over), axes, cp)
 
     def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
@@ -53,7 +56,11 @@ def mapped(
     def backward(leaves: tuple[jax.Array, ...], grads: Any) -> tuple[jax.Array | None, ...]:
         of_floats = iter(
             _own(
-                back, (leaves, grads), lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f), axes
+                back,
+                (leaves, grads),
+                lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f),
+                axes,
+                cp,
             )
         )
         return tuple(next(of_floats) if f else None for f in floats)
@@ -66,7 +73,7 @@ def _shares(like: Any, over: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda a: PartitionSpec(*spec_of(a).partitions, unreduced=set(over)), like) if over else like
 
 
-def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int) -> Any:
+def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int, cp: int) -> Any:
     """`function` in a region that is manual over every axis of the mesh, once all `axes` that are mapped over have come by."""
 
     @custom_vmap
@@ -78,7 +85,8 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
             return region(*args)
         # never run: only the types of what it returns are asked for, which shard_map cannot say of shares of a sum here
         into, plain = (jax.tree.map(lambda spec: PartitionSpec(*spec.partitions), specs) for specs in (into, out))
-        region = jax.shard_map(function, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
+        named = _with_an_axis("cp", cp, function) if cp > 1 else function
+        region = jax.shard_map(named, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
         bare = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)), args, into)
         found = jax.eval_shape(region, *bare)
         return jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=NamedSharding(mesh, s)), found, out)
@@ -92,10 +100,20 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
                 return jax.vmap(function)(*args)
             return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda a: a[0], args)))
 
-        out = _own(part, args, like, axes - 1)
+        out = _own(part, args, like, axes - 1, cp)
         return out, jax.tree.map(lambda _: True, out)
 
     return run(*args)
+
+
+def _with_an_axis(name: str, size: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which may speak of a mesh axis that is mapped over and so not there, to be asked for its types."""
+
+    def run(*args: Any) -> Any:
+        each = jax.vmap(lambda _: function(*args), axis_name=name)(jnp.arange(size))
+        return jax.tree.map(lambda a: a[0], each)
+
+    return run
 
 
 def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
@@ -121,6 +139,11 @@ def after(x: jax.Array, other: jax.Array) -> jax.Array:
     return locally(local, x, other, out=spec_of(x))
 
 
+def groups(mesh: Mesh | AbstractMesh) -> Axis:
+    """The axes of what is mapped over beside pp."""
+    return ("dp", "cp") if mesh.shape["cp"] > 1 else "dp"
+
+
 def shift(x: jax.Array, by: int) -> jax.Array:
     """[d, P, ...]: each rank's part to the next rank (by=1) or the one before (-1), around."""
     ranks = x.shape[1]
@@ -129,10 +152,10 @@ def shift(x: jax.Array, by: int) -> jax.Array:
 
 
 def of_rank(x: jax.Array, rank: int) -> jax.Array:
-    """[d, P, b, T, D]: that rank's part, on all of them: [B, T, D]."""
-    batch, _, _, tokens, _ = spec_of(x).partitions
+    """[d, P, b, t, D]: that rank's part, on all of them: [B, T, D]."""
+    (batch, *parts), scattered = names(spec_of(x).partitions[0]), names(spec_of(x).partitions[3])
 
     def tell(x):
         return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
 
-    return locally(tell, x, out=PartitionSpec(batch, tokens, None))
+    return locally(tell, x, out=PartitionSpec(batch, joined(*parts, *scattered), None))

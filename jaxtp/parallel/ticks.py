@@ -3,8 +3,8 @@
 What is a rank's own business (which microbatch, which chunk, where its input is kept) stands in regions without communication;
 what a stage computes goes to the next one by a collective-permute.
 
-P ranks, v chunks, n slots of a chunk, M microbatches, d groups of dp, S places for inputs; B rows, b of each group (B/d),
-T tokens, D embed.
+P ranks, v chunks, n slots of a chunk, M microbatches, d groups (see `regions.groups`), S places for inputs; B rows, T tokens,
+b and t of each group, D embed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.parallel.orders import Order, Orders
-from jaxtp.parallel.regions import after, locally, of_rank, shift
+from jaxtp.parallel.regions import after, groups, locally, of_rank, shift
 from jaxtp.parallel.schedules import Kind, Schedule
 from jaxtp.parallel.stages import Stages
-from jaxtp.sharding import dual, spec_of, specs_of
+from jaxtp.sharding import dual, joined, names, size, spec_of, specs_of
 
 Arrays = dict[str, jax.Array]
 
@@ -31,10 +31,10 @@ Arrays = dict[str, jax.Array]
 class Parts:
     """A model cut in three, `micro` being one microbatch of [B, T] arrays.
 
-    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], filled [n] bool, x [b, T, D], micro) -> (x, told); it sees one
-    rank's and one group's arrays, and of `micro` what `needed` takes of it. told: None, or (what a stage costs [], which is
-    learned from as a mean over microbatches and groups, and other numbers). leave(tables, x, micro) -> sums of each row [B], of
-    which the first is what is learned from.
+    enter(tables, micro) -> x [B, T, D]. stage(weights [n, ...], filled [n] bool, x [b, t, D], micro) -> (x, told); it sees one
+    rank's and one group's arrays, and of `micro` the group's part of what `needed` takes. told: None, or (what a stage costs
+    [], which is learned from as a mean over microbatches and groups, and other numbers). leave(tables, x, micro) -> sums of
+    each row [B], of which the first is what is learned from.
     """
 
     enter: Callable[[Arrays, Any], jax.Array]
@@ -46,7 +46,7 @@ class Parts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Between ticks. forth, back [d, P, b, T, D]: what came from the neighbours. kept [d, P, S, b, T, D]: inputs of chunks.
+    """Between ticks. forth, back [d, P, b, t, D]: what came from the neighbours. kept [d, P, S, b, t, D]: inputs of chunks.
     tables, stacks: gradients so far, in float32. sums: of the losses. told [d, P, v, ...]: by stages.
     """
 
@@ -76,8 +76,11 @@ class Pass:
         self.mesh = jax.typeof(jax.tree.leaves(batch)[0]).sharding.mesh
         self.orders = Orders.of(schedule, self.mesh)
         filled = np.array([row is not None for row in stages.rows]).reshape(stages.ranks, stages.chunks, stages.slots)
-        filled = np.broadcast_to(filled, (self.mesh.shape["dp"], *filled.shape))
-        self.filled = jax.sharding.reshard(jnp.asarray(filled), NamedSharding(self.mesh, PartitionSpec("dp", "pp", None, None)))
+        self.groups = groups(self.mesh)
+        self.count = size(self.mesh, self.groups)
+        filled = np.broadcast_to(filled, (self.count, *filled.shape))
+        place = NamedSharding(self.mesh, PartitionSpec(self.groups, "pp", None, None))
+        self.filled = jax.sharding.reshard(jnp.asarray(filled), place)
 
     def begin(self, tables: Arrays, stacks: Arrays) -> State:
         """Nothing under way."""
@@ -89,20 +92,22 @@ class Pass:
             return jnp.zeros(shape, dtype, out_sharding=NamedSharding(self.mesh, spec))
 
         batch, tokens, _ = x.sharding.spec.partitions
-        (B, T, D), groups, ranks = x.shape, self.mesh.shape["dp"], self.stages.ranks
+        over = joined(*(axis for axis in names(tokens) if axis not in names(self.groups)))
+        (B, T, D), ranks = x.shape, self.stages.ranks
+        rows, part = B // size(self.mesh, batch), T // (self.count // size(self.mesh, batch))
         # what is only evaluated is kept nowhere
         places = max(self.schedule.in_flight(rank) for rank in range(ranks)) if self.schedule.name != "forward" else 0
-        flow = zeros((groups, ranks, B // groups, T, D), x.dtype, PartitionSpec(batch, "pp", None, tokens, None))
-        kept = (groups, ranks, places, B // groups, T, D)
+        flow = zeros((self.count, ranks, rows, part, D), x.dtype, PartitionSpec(self.groups, "pp", None, over, None))
+        kept = (self.count, ranks, places, rows, part, D)
         return State(
             forth=flow,
             back=flow,
-            kept=zeros(kept, x.dtype, PartitionSpec(batch, "pp", None, None, tokens, None)),
+            kept=zeros(kept, x.dtype, PartitionSpec(self.groups, "pp", None, None, over, None)),
             tables={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in tables.items()},
             stacks={path: zeros(w.shape, jnp.dtype(jnp.float32), dual(w)) for path, w in stacks.items()},
             sums=jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding.spec), sums),
             told=jax.tree.map(
-                lambda a: zeros((groups, ranks, self.stages.chunks, *a.shape[2:]), a.dtype, _by_chunk(a.sharding.spec)),
+                lambda a: zeros((self.count, ranks, self.stages.chunks, *a.shape[2:]), a.dtype, _by_chunk(a.sharding.spec)),
                 jax.eval_shape(self._told, stacks, flow) if stacks else None,
             ),
         )
@@ -167,7 +172,7 @@ class Pass:
         told = locally(busy, order, told, out=specs_of(told))
         to_told = jax.tree.map(jnp.zeros_like, told)
         if told is not None:
-            each = jnp.full_like(told[0], 1 / (self.schedule.microbatches * self.mesh.shape["dp"]))
+            each = jnp.full_like(told[0], 1 / (self.schedule.microbatches * self.count))
             to_told = (locally(busy, order, each, out=spec_of(each)), to_told[1])
         to_stacks, to_x = pull((locally(turn, order, to_y, state.back, out=spec_of(state.back)), to_told))
         _, enter = jax.vjp(lambda tables: self._enter(tables, orders.returns), tables)
@@ -202,12 +207,12 @@ class Pass:
         return tuple(jnp.where(there, s, jnp.zeros((), s.dtype)) for s in sums)
 
     def _stage(self, weights: Arrays, x: jax.Array, order: Order, micro: Any) -> tuple[jax.Array, Any]:
-        """The same on every rank and in every group, with its own weights [d, P, n, ...] and x [d, P, b, T, D]; and what each
+        """The same on every rank and in every group, with its own weights [d, P, n, ...] and x [d, P, b, t, D]; and what each
         told [d, P, ...].
         """
         weights, filled = {**self._chunk(self.stacks, order), **weights}, self._chunk(self.filled, order)
         inner = jax.vmap(self.parts.stage, spmd_axis_name="pp")
-        return jax.vmap(inner, spmd_axis_name="dp")(weights, filled, x, micro)
+        return jax.vmap(inner, spmd_axis_name=self.groups)(weights, filled, x, micro)
 
     def _chunk(self, stacks: Any, order: Order) -> Any:
         """Of stacks [d, P, v, n, ...] each rank's chunk: [d, P, n, ...]."""
@@ -225,7 +230,7 @@ class Pass:
 
 
 def _picked(beside: Any, order: Order) -> Any:
-    """Of arrays [M, b, T] a rank's microbatch, [1, 1, b, T]."""
+    """Of a group's arrays [M, b, t] a rank's microbatch, [1, 1, b, t]."""
     return jax.tree.map(lambda a: a[order.micro[0]][None, None], beside)
 
 
@@ -236,4 +241,4 @@ def _by_chunk(spec: PartitionSpec) -> PartitionSpec:
 
 def _apart(a: jax.Array) -> PartitionSpec:
     """The layout of `_picked` parts of an array [M, B, T]."""
-    return PartitionSpec("dp", "pp", None, spec_of(a).partitions[2])
+    return PartitionSpec(groups(jax.typeof(a).sharding.mesh), "pp", None, None)

@@ -34,7 +34,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import joined, names, reshard, size
+from jaxtp.sharding import Layout, joined, names, reshard, size
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -75,6 +75,12 @@ class Trainer:
             )
         if self.pipeline:
             self.pipeline.stages.alike(config.kinds)
+        if config.experts and "cp" in layout.data and (self.pipeline or self.routers.capacity is not None):
+            what = "pp" if self.pipeline else f"routers.capacity={self.routers.capacity}"
+            raise ValueError(
+                f"cp with experts and {what}: whole rows are looked at, of which each rank of cp has a part; "
+                f"{'use ep or tp in the place of pp, or of cp' if self.pipeline else 'leave the capacity out'}"
+            )
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "
@@ -311,14 +317,15 @@ class Trainer:
         assert self.pipeline
         stacked, layout, stages = self.stacked, self.stacked.layout, self.pipeline.stages
         kernel = stacked.model.layers[0].attention.kernel
+        within = joined(*(axis for axis in names(layout.rules.axis("sequence")) if axis not in layout.data))
         inner = Stacked(
             Llama(
                 stacked.config,
                 mesh=layout.mesh,
-                rules=layout.rules.using(batch=None, routed=None),  # dp is mapped over: no dim lies on it
+                rules=layout.rules.using(batch=None, routed=None, tokens=None, sequence=within),  # groups are mapped over
                 dtype=layout.dtype.name,
                 kernel=kernel,
-                region=mapped,
+                region=functools.partial(mapped, cp=layout.mesh.shape["cp"]),
                 context=stacked.model.context,
             )
         )
@@ -347,7 +354,7 @@ class Trainer:
             enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),
             stage=stage,
             leave=leave,
-            needed=lambda batch: (batch.positions, batch.segment_ids),
+            needed=lambda batch: (batch.positions, _whole_rows(batch.segment_ids, layout)),
         )
 
     def _ready(self, params: Params) -> Params:
@@ -361,11 +368,11 @@ class Trainer:
 
     def _use(self, weight: jax.Array, spec: PartitionSpec, path: str) -> jax.Array:
         layout = self.stacked.layout
-        over = {*names(layout.rules.axis("tokens"))}
-        if not (self.pipeline and path.startswith(BLOCK)):  # that keeps the groups of dp apart by itself
-            # where experts see tokens, those of all of ep are there, or come there
-            over |= {*names(layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch"))}
-            over -= {name for axis in spec for name in names(axis)}
+        if self.pipeline and path.startswith(BLOCK):  # it keeps the groups apart by itself
+            over = set()
+        else:  # where experts see tokens, those of all of ep are there, or come there
+            rows = layout.rules.axis("routed" if _EXPERTS & {*self._used[path].dims} else "batch")
+            over = {*names(rows), *names(layout.rules.axis("tokens"))} - {name for axis in spec for name in names(axis)}
         return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
     def _settle(self, grads: Params) -> Params:
@@ -382,6 +389,11 @@ class Trainer:
 
         layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (state.params, state.opt))
         return jax.sharding.auto_axes(update, out_sharding=layouts)(grads, state.opt, state.params)
+
+
+def _whole_rows(segment_ids: jax.Array | None, layout: Layout) -> jax.Array | None:
+    """[M, B, T], every group with all tokens of its rows."""
+    return None if segment_ids is None else layout.place(segment_ids, None, "batch", None)
 
 
 class _Sums(NamedTuple):
