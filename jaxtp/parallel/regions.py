@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import core
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -85,10 +86,10 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
             return region(*args)
         # never run: only the types of what it returns are asked for, which shard_map cannot say of shares of a sum here
         into, plain = (jax.tree.map(lambda spec: PartitionSpec(*spec.partitions), specs) for specs in (into, out))
-        named = _with_an_axis("cp", cp, function) if cp > 1 else function
-        region = jax.shard_map(named, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
+        region = jax.shard_map(function, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
         bare = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)), args, into)
-        found = jax.eval_shape(region, *bare)
+        with core.extend_axis_env_nd([("cp", cp)]):  # (an axis that is mapped over is nowhere to be found)
+            found = jax.eval_shape(region, *bare)
         return jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=NamedSharding(mesh, s)), found, out)
 
     @run.def_vmap
@@ -104,16 +105,6 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
         return out, jax.tree.map(lambda _: True, out)
 
     return run(*args)
-
-
-def _with_an_axis(name: str, size: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which may speak of a mesh axis that is mapped over and so not there, to be asked for its types."""
-
-    def run(*args: Any) -> Any:
-        each = jax.vmap(lambda _: function(*args), axis_name=name)(jnp.arange(size))
-        return jax.tree.map(lambda a: a[0], each)
-
-    return run
 
 
 def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
