@@ -71,14 +71,12 @@ def watched(logits: jax.Array, chosen: jax.Array, counted: jax.Array | None, kep
     log_p = logits - log_z
     p = jnp.exp(log_p)
     hit = (chosen[..., None] == jnp.arange(logits.shape[-1])).sum(axis=2).astype(jnp.float32)
-    each = counted[..., None]
+    each, tokens = counted[..., None], counted.sum(axis=1)
     return Routing(
         counts=jax.lax.stop_gradient((hit * each).sum(axis=1)),
         probabilities=(p * each).sum(axis=1),
         z=(log_z[..., 0] ** 2 * counted).sum(axis=1),
         entropy=jax.lax.stop_gradient((-(p * log_p).sum(axis=-1) * counted).sum(axis=1)),
-        tokens=counted.sum(axis=1),
-        dropped=jnp.zeros_like(counted[:, 0])
-        if kept is None
-        else ((~kept).sum(axis=-1, dtype=jnp.float32) * counted).sum(axis=1),
+        tokens=tokens,
+        dropped=jnp.zeros_like(tokens) if kept is None else ((~kept).sum(axis=-1, dtype=jnp.float32) * counted).sum(axis=1),
     )

@@ -5,6 +5,10 @@ import pytest
 import tiny
 from runs import packed, rows, run
 
+from jaxtp.config import Experts
+from jaxtp.train.lora import Lora
+from jaxtp.train.routers import Routers
+
 # mesh, rows, what else
 CASES = {
     "gathered": ({"cp": 2}, packed, {"strategy": "gathered"}),
@@ -63,3 +67,35 @@ def same(case, alone, **changes):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_losses_are_those_of_one_device(case, alone):
     same(CASES[case], alone)
+
+
+MIXTRAL = {"model_type": "mixtral", "experts": Experts(8, 2, 24, renormalize=True, balance=0.05)}
+KINDS = {
+    "windows": ({"windows": (5, None)}, {"cp": 4, "tp": 2}, packed, {"zero": 3}),
+    "experts": (MIXTRAL, {"cp": 2, "ep": 2, "tp": 2}, packed, {"zero": 1}),
+    "adapters": ({}, {"dp": 2, "cp": 2, "tp": 2}, packed, {"lora": Lora(rank=4), "sequence_parallel": True}),
+    "qk norm, a soft cap": ({"qk_norm": True, "attention_softcap": 3.0}, {"cp": 4}, rows, {"strategy": "ring"}),
+    "one kv head": ({"num_kv_heads": 1}, {"cp": 2, "tp": 4}, rows, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_curves_of_other_models(kind):
+    changes, mesh, make, options = KINDS[kind]
+    config = tiny.config(**changes)
+    alone, split = run(config, lora=options.get("lora")), run(config, mesh=mesh, **options)
+    for step in range(3):
+        assert float(split.step(make(step)).nats) == pytest.approx(float(alone.step(make(step)).nats), abs=1e-5)
+
+
+def test_twenty_steps_are_the_same():
+    alone, split = run(), run(mesh={"dp": 2, "cp": 4}, zero=1)
+    losses = [[float(made.step(packed(i)).nats) for i in range(20)] for made in (alone, split)]
+    np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
+
+
+def test_what_needs_whole_rows_is_refused():
+    with pytest.raises(ValueError, match=r"cp with experts and pp: .*use ep or tp in the place of pp"):
+        run(tiny.config(**MIXTRAL), mesh={"pp": 2, "cp": 2}, routers=Routers(over="sequence"))
+    with pytest.raises(ValueError, match=r"cp with experts and routers.capacity=1.5: .*leave the capacity out"):
+        run(tiny.config(**MIXTRAL), mesh={"cp": 2}, routers=Routers(capacity=1.5))

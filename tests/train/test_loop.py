@@ -139,6 +139,19 @@ def test_a_run_goes_on_anywhere(text, tmp_path):
     assert [v for _, v in same] == [v for _, v in whole[8:]]  # to the last bit
 
 
+def test_a_run_of_parts_of_rows_goes_on_without_them(text, tmp_path):
+    """A length that cp does not divide, whose rows are filled up; what is kept knows nothing of it."""
+    settings = {"data": {**BASE["data"], "sequence_length": 31}, "parallel": {"dp": 1}}
+    whole = train(config(text, tmp_path / "whole", **settings))
+    parallel = {"dp": 2, "cp": 4, "zero": 2}
+    first = train(config(text, tmp_path / "run", **{**settings, "parallel": parallel}, steps=12))
+    np.testing.assert_allclose([v for _, v in first.losses], [v for _, v in whole.losses], atol=1e-5, rtol=0)
+    np.testing.assert_allclose([v for _, v in first.validation], [v for _, v in whole.validation], atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    rest = train(config(text, tmp_path / "run", **settings))
+    np.testing.assert_allclose([v for _, v in rest.losses], [v for _, v in whole.losses[8:]], atol=1e-5, rtol=0)
+
+
 PIPELINES = {
     "pp 4": {"dp": 1, "pp": 4, "accumulate": 4},
     "dp 2 × pp 2, uneven, v 2": {"dp": 2, "pp": 2, "accumulate": 2, "schedule": "interleaved_1f1b", "chunks": 2},
@@ -301,6 +314,8 @@ def test_conversations_samples_and_profiles(text, tmp_path):
         ),
         ({"parallel": {"pp": -1, "dp": 1}}, "parallel.pp=-1 must be at least 1"),
         ({"parallel": {"pp": 2, "zero": 2}}, "with pp use zero 0 or 1"),
+        ({"parallel": {"context_strategy": "ring"}}, "context_strategy='ring' is over cp, which is 1 here; set parallel.cp"),
+        ({"parallel": {"cp": 2}, "log": {"sample_every": 2}}, "text is not made over parallel.cp=2 yet; leave samples"),
         (
             {"parallel": {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2}},
             "2 ranks must divide the microbatches; 1 could be 2",
