@@ -81,10 +81,8 @@ def check(plan: Plan, *, virtual: bool = False) -> Check:
     them differs in dtypes and temporary memory. Raises RuntimeError where the compiler for GPUs is not installed.
     """
     split = plan.split
-    if virtual:
-        mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp)
-    else:
-        mesh = gpu_mesh(plan.cluster.gpu, dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp)
+    axes: dict[str, Any] = split.axes
+    mesh = make_mesh(**axes) if virtual else gpu_mesh(plan.cluster.gpu, **axes)
     start, lines = time.perf_counter(), []
     for predicted, compiled in zip(programs(plan.config, split, plan.task), compiled_programs(plan, mesh), strict=True):
         lines += list(_compared(predicted, audit(compiled, mesh)))

@@ -10,7 +10,6 @@ from typing import Any
 from jaxtp import buckets
 from jaxtp.config import ModelConfig
 from jaxtp.ops.experts import FEW_TOKENS
-from jaxtp.parallel.context import choose_strategy
 from jaxtp.planner import experts, memory
 from jaxtp.planner.work import SIZES, Split, Step
 
@@ -95,11 +94,12 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         say("reduce-scatter", "tp", stream, times=turns * ((sums + 2) * layers + 2))
         own = 0 if config.qk_norm_across_heads else config.qk_norm_params
         norms = config.block_norms * D + own
-        say.reduce("tp", rows * norms * each, dtype=kind, times=turns * layers)
+        lines = rows if split.cp == 1 else 1  # a row's sum each, or over cp all rows' at once
+        say.reduce("tp", lines * norms * each, dtype=kind, times=turns * layers)
         if split.pp > 1:  # the last norm's: summed over the turns first
             say.reduce("tp", rows * 2 * D * each, dtype=kind)
         else:
-            say.reduce("tp", rows * D * each, dtype=kind, times=turns)
+            say.reduce("tp", lines * D * each, dtype=kind, times=turns if split.cp == 1 or split.zero > 1 else 1)
         say.reduce("pp", part, times=2 * turns)  # what enters, and the gradient that the head gives
     else:
         say.reduce("tp", stream, times=turns * (sums + 2) * layers)
@@ -139,19 +139,17 @@ def _over_cp(say: _Say, config: ModelConfig, split: Split, tokens: int, *, size:
     """What attention sends along rows, of so many tokens on each rank; layers `times`."""
     if split.context is None:
         return
-    kv = memory.kv_heads(config, split.tp)
-    group = config.num_heads // split.tp // kv
-    strategy = choose_strategy(cp=split.cp, kv_heads=kv, group=group, override=split.context_strategy)
-    key, again = tokens * kv * config.head_dim, int(split.remat == "full")
+    kv, strategy = memory.kv_heads(config, split.tp), split.strategy(config)
+    group, key, again = config.num_heads // split.tp // kv, tokens * kv * config.head_dim, int(split.remat == "full")
     if strategy == "gathered":  # once more to go backward, where gradients are scattered
-        say("all-gather", "cp", 2 * key * split.cp * size, times=times * (2 + again))
+        say("all-gather", "cp", 2 * key * split.cp * size, times=times * 2)
         say("reduce-scatter", "cp", 2 * key * split.cp * size, times=times)
     elif strategy == "ring":
         say("collective-permute", "cp", 2 * key * size, times=times * (2 + again) * (split.cp - 1))
         say("collective-permute", "cp", 2 * key * 4, dtype="f32", times=times * split.cp)
     else:
-        kept = split.remat in ("none", "save-dots")
-        say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 if kept else 3))
+        again = int(split.remat != "none")  # what is kept is kept before it comes back
+        say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 + again))
         say("all-to-all", "cp", group * key * size, times=times * (2 + again))
 
 

@@ -62,7 +62,7 @@ def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     """Forward once, backward twice; what is computed again, the head's logits among it."""
     tp, M = split.tp, split.microbatches
     tokens = task.batch // M // split.groups * split.part(task.seq_len)
-    products, scores = memory.products(config, split, tokens) / tokens, task.seq_len * config.num_heads * config.head_dim // tp
+    products, scores = memory.products(config, split, tokens) / tokens, _seen(config, split, task.seq_len) // tp
     down = 0 if config.norms_behind else memory.mlp_width(config) // tp * config.hidden_size
     again = {"none": 0, "save-dots": 0, "save-attention": 2 * (products - down), "full": 2 * (products - down) + 4 * scores}
     layer = 6 * products + 14 * scores + again[split.remat]
@@ -73,3 +73,13 @@ def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     forward = 2 * products + 8 * scores  # its regions for attention compute their outputs again to go backward
     ticks = M + (split.pp - 1) / split.chunks  # of a whole rank, each way: in vain where it waits
     return tokens * (ticks * (layer + forward) * layers + ticks * split.chunks * head)
+
+
+def _seen(config: ModelConfig, split: Split, length: int) -> int:
+    """Of a layer's attention, what each token is multiplied with: the row, by all heads. Over cp to gather is the row and the
+    token's own chunk, as a compiler counts it, which knows no lengths; a ring leaves out what stands behind.
+    """
+    row, c = length * config.num_heads * config.head_dim, split.cp
+    if c == 1 or split.strategy(config) == "heads":
+        return row
+    return row + row // (2 * c) if split.strategy(config) == "gathered" else row * (c + 1) // (2 * c)

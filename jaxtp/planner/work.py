@@ -16,7 +16,7 @@ from jaxtp.config.quantization import Quantization
 from jaxtp.mesh import AXES, across_nodes, told
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.pages import Read, choose_read
-from jaxtp.parallel.context import Context, Strategy
+from jaxtp.parallel.context import Context, Strategy, choose_strategy
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.sharding import ExpertDispatch, ExpertLayout, Rules, check_layout
@@ -142,6 +142,13 @@ class Split:
     def context(self) -> Context | None:
         """How attention goes over cp."""
         return Context(self.cp, self.context_strategy) if self.cp > 1 else None
+
+    def strategy(self, config: ModelConfig) -> Strategy:
+        """What attention goes over cp by."""
+        held = max(config.num_kv_heads, self.tp)
+        return choose_strategy(
+            cp=self.cp, kv_heads=held // self.tp, group=config.num_heads // held, override=self.context_strategy
+        )
 
     def part(self, tokens: int) -> int:
         """Of a row's tokens, those of each rank of cp: filled up to chunks of one size."""
@@ -273,6 +280,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     if 0 < sum(config.sparse) < config.num_layers:
         raise ValueError(f"{config.model_type}: models of layers with experts and layers without are not planned; they run")
     if isinstance(task, Training):
+        split.strategy(config)
         if split.pp > 1:
             split.pipeline()
             if split.ep > 1:

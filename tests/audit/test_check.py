@@ -37,6 +37,10 @@ PAIRS = [
     ("qwen3-8b", "H200", SHARED, Training(16, 4096)),
     ("llama-3.1-8b", "H100", dataclasses.replace(SHARED, dp=1, tp=8, zero=0), Training(8, 4096)),
     ("qwen2.5-7b", "H100", dataclasses.replace(SHARED, dp=2, tp=4, remat="full"), Training(16, 4096)),
+    ("llama-3.1-8b", "H200", Split(cp=4, zero=1, remat="save-attention"), Training(1, 32768)),
+    ("llama-3.1-8b", "H200", Split(cp=8, zero=1, remat="save-attention"), Training(1, 131072)),
+    ("llama-3.1-8b", "H200", Split(cp=4, zero=1, remat="save-dots", context_strategy="ring"), Training(1, 32768)),
+    ("llama-3.1-8b", "H200", dataclasses.replace(SHARED, dp=2, cp=2, tp=2), Training(4, 32768)),
     ("llama-3.1-70b", "H200", THREE_D, Training(32, 4096)),
     ("llama-3.1-405b", "B200", dataclasses.replace(THREE_D, dp=1, remat="full"), Training(16, 4096)),
 ]
@@ -60,7 +64,8 @@ def name(pair) -> str:
     if layers != preset(model).num_layers:
         model = f"{model} of {layers} layers"
     if isinstance(task, Training):
-        return f"{model} {gpu} {split.told()} zero={split.zero} {split.remat} train"
+        way = f" {split.context_strategy}" if split.context_strategy else ""
+        return f"{model} {gpu} {split.told()} zero={split.zero} {split.remat}{way} train"
     bits = f" {task.quantization}" if task.quantization else ""
     return f"{model} {gpu} {split.told()} generate{bits} {task.batch}x{task.prompt_len}"
 
