@@ -150,7 +150,7 @@ def _matmul(x: jax.Array, weight: jax.Array, out: P, dtype: jnp.dtype) -> jax.Ar
     mesh = jax.typeof(weight).sharding.mesh
     batch, tokens, columns = out.partitions[:3]
     if tokens:  # such rows do not flatten
-        return _product(x, weight, out, dtype)
+        return _product(x, weight, P(batch, tokens, columns, unreduced=out.unreduced), dtype)
     rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
     lone = platform(mesh) == "cpu" and x.dtype != jnp.float32 and len(rows) == 1
     rows = jnp.concatenate([rows, rows]) if lone else rows
