@@ -74,21 +74,30 @@ class Rules:
 
     def sequence_parallel(self) -> Rules:
         """The residual stream sharded over tokens: all-reduces become reduce-scatters and all-gathers."""
-        return self.using(sequence=joined(*names(self.axis("tokens")), "tp"))
+        return self.using(sequence=joined(*names(self.axis("tokens")), *names(self.axis("mlp"))))
 
     def context_parallel(self) -> Rules:
         """Tokens in parts over cp, of the residual stream as well, there before what else cuts it."""
         return self.using(tokens="cp", sequence=joined("cp", *names(self.axis("sequence"))))
 
+    def cache_parallel(self) -> Rules:
+        """The cache's slots over cp, and all weights over tp and cp together, but for those of queries, keys and values: they
+        follow the KV heads, which no device then holds twice.
+        """
+        both = joined("tp", "cp")
+        dims = ("vocab", "logits", "query_heads", "mlp", "hidden", "expert_mlp")
+        return self.using(cached="cp", **dict.fromkeys(dims, both), **({"sequence": both} if self.axis("sequence") else {}))
+
     def pipeline_parallel(self) -> Rules:
-        """Layers in stages over pp, and a vocabulary that pp and tp hold together."""
-        return self.using(layers="pp", vocab=("pp", "tp"), logits=("pp", "tp"))
+        """Layers in stages over pp, and a vocabulary that pp holds together with the others."""
+        over = ("pp", *names(self.axis("vocab")))
+        return self.using(layers="pp", vocab=over, logits=over)
 
     def expert_parallel(
         self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto", dispatch: ExpertDispatch = "gather"
     ) -> Rules:
-        """Experts over ep, which shards the batch as well, and over tp as `layout` says. Raises ValueError where ep is of no
-        use, or they cannot be cut so, or `dispatch` has no ep.
+        """Experts over ep, which shards the batch as well, and over the devices of MLPs, `tp` many, as `layout` says. Raises
+        ValueError where ep is of no use, or they cannot be cut so, or `dispatch` has no ep.
         """
         experts = config.experts
         if dispatch not in get_args(ExpertDispatch):
@@ -118,7 +127,8 @@ class Rules:
             )
         rules = self.using(batch=("dp", "ep")) if ep > 1 else self
         rules = rules.using(routed=("dp", "ep")) if dispatch == "ragged" else rules
-        return rules.using(experts=("ep", "tp"), expert_mlp=None) if chosen == "whole" else rules
+        whole = ("ep", *names(self.axis("expert_mlp")))
+        return rules.using(experts=whole, expert_mlp=None) if chosen == "whole" else rules
 
     def axis(self, dim: str, path: str = "") -> Axis:
         """The mesh axis of `dim` in the module at `path`."""
@@ -357,16 +367,23 @@ def beside(weight: jax.Array, x: jax.Array) -> jax.Array:
     return reshard(spread, PartitionSpec(*axes, *spec[before:]), own.mesh)
 
 
-def check_layout(config: ModelConfig, tp: int, rules: Rules) -> None:
-    """Raises ValueError, with the legal sizes, where this model cannot be laid out so. Touches no device."""
+def check_layout(config: ModelConfig, tp: int, rules: Rules, *, cp: int = 1) -> None:
+    """Raises ValueError, with the legal sizes, where this model cannot be laid out so. cp: over which the cache's slots lie, if
+    the rules say so. Touches no device.
+    """
     layers = [f"layers.{i}." for i in range(config.num_layers)]
 
     def cut(*dims: tuple[str, str]) -> bool:
-        return any(rules.axis(dim, layer + name) == "tp" for layer in layers for name, dim in dims)
+        return any("tp" in names(rules.axis(dim, layer + name)) for layer in layers for name, dim in dims)
 
     heads = cut(("attention.qkv", "kv_heads"), ("attention.o", "query_heads"))
     mlp = cut(("mlp.gate_up", "mlp"), ("mlp.down", "mlp"))
-    problems = [problem for problem in config.tp_problems(tp) if (mlp if "MLP" in problem else heads)]
+    cp = cp if rules.axis("cached") else 1
+    problems = [problem for problem in config.tp_problems(tp, cp) if (mlp if "MLP" in problem else heads)]
+    if problems and cp > 1:
+        legal = ", ".join(str(n) for n in range(1, config.num_heads // tp + 1) if not config.tp_problems(tp, n))
+        way = f"legal cp with tp={tp}: {legal}" if legal else "use tp without cp"
+        raise ValueError(f"weights lie over tp·cp={tp}·{cp}, which does not divide {' and '.join(problems)}; {way}")
     if problems:
         legal = ", ".join(map(str, config.legal_tp()))
         raise ValueError(f"tp={tp} does not divide {' and '.join(problems)}; legal tp for this model: {legal}")

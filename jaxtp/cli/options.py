@@ -51,6 +51,8 @@ class Engine:
     """Groups of devices that share the batch."""
     expert_parallel_size: Annotated[int, Alias(aliases=["-ep"])] = 1
     """Groups of devices that hold different experts, and share the batch."""
+    context_parallel_size: Annotated[int, Alias(aliases=["-cp"])] = 1
+    """Devices over which the KV cache of each row is spread, beside tp."""
     layers_per_stage: tuple[int, ...] | None = None
     """The sizes of the stages; default balanced."""
     plan: Literal["auto"] | None = None

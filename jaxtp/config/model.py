@@ -227,31 +227,34 @@ class ModelConfig:
         limit = limit or self.num_heads
         return tuple(t for t in _divisors(self.num_heads) if t <= limit and not self.tp_problems(t))
 
-    def tp_problems(self, tp: int) -> tuple[str, ...]:
-        """Why this model cannot be split into `tp` parts; empty where it can."""
+    def tp_problems(self, tp: int, cp: int = 1) -> tuple[str, ...]:
+        """Why this model cannot be split into `tp` parts; empty where it can. cp: into so many more, but for the KV heads."""
         if tp < 1:
             raise ValueError(f"tp={tp} must be at least 1")
-        problems = []
-        if self.num_heads % tp:
+        problems, parts = [], tp * cp
+        if self.num_heads % parts:
             problems.append(f"{self.num_heads} query heads")
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
             problems.append(f"{self.num_kv_heads} KV heads (nor is it a multiple of them)")
-        if self.intermediate_size % tp and not all(self.sparse):
+        if self.intermediate_size % parts and not all(self.sparse):
             problems.append(f"the MLP width {self.intermediate_size}")
-        if self.experts and self.experts.shared % tp:
+        if self.experts and self.experts.shared % parts:
             problems.append(f"the shared MLP width {self.experts.shared}")
-        if self.experts and self.experts.count % tp and self.experts.width % tp:
+        if self.experts and self.experts.count % parts and self.experts.width % parts:
             problems.append(f"the {self.experts.count} experts (nor their MLP width {self.experts.width})")
-        return (*problems, *self._cut_groups(tp))
+        return (*problems, *self._cut_groups(tp, parts))
 
-    def _cut_groups(self, tp: int) -> list[str]:
-        """Groups of inputs and blocks of outputs, of quantized kernels, that tp would cut."""
+    def _cut_groups(self, tp: int, parts: int) -> list[str]:
+        """Groups of inputs and blocks of outputs, of quantized kernels, that would be cut: queries, keys and values by tp, all
+        others into so many parts.
+        """
         queries, kv = (heads * self.head_dim for heads in (self.num_heads, max(self.num_kv_heads, tp)))
         mlp = self.intermediate_size if not all(self.sparse) else self.experts.shared if self.experts else 0
-        inputs, outputs = {"o_proj": queries}, {"q_proj": queries, "k_proj and v_proj": kv}
+        inputs, outputs = {"o_proj": queries}, {}
         if mlp:
             inputs["the MLP's down_proj"] = outputs["the MLP's gate_proj and up_proj"] = mlp
-        return self.cut_groups(tp, inputs, outputs)
+        own = self.cut_groups(tp, {}, {"q_proj": queries, "k_proj and v_proj": kv})
+        return [*own, *self.cut_groups(parts, inputs, outputs)]
 
     def cut_groups(self, parts: int, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> list[str]:
         """Of modules whose inputs, or outputs, are cut into so many parts: the groups, or blocks, that this would cut."""

@@ -39,7 +39,7 @@ def choose_read(model: Llama) -> Read:
 
 def layout_of(model: Llama) -> tuple[str, int, int, int]:
     """What cuDNN is asked for: dtype, KV heads of a device, query heads of each, head_dim."""
-    heads = model.empty_cache(model.layout.parts("batch"), 1).layers[0][0]
+    heads = model.empty_cache(model.layout.parts("batch"), model.layout.parts("cached")).layers[0][0]
     held = heads.sharding.shard_shape(heads.shape)[-3]
     return str(model.layout.dtype), held, model.config.num_heads // heads.shape[-3], model.config.head_dim
 

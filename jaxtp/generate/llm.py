@@ -47,10 +47,13 @@ class LLM:
 
     model: a checkpoint folder, a hub id, "demo" (a small model that ships with the package), with load_format="dummy" also the
     name of a preset, or a `Llama` that is loaded (on the mesh, and with the dtype and plan, that it has).
-    tensor_parallel_size × pipeline_parallel_size × data_parallel_size × expert_parallel_size devices are used, or as many as
-    `plan` says: "auto" takes all devices at hand, in the layout that the planner holds best for one request; a `Plan` its own.
+    tensor_parallel_size × pipeline_parallel_size × data_parallel_size × expert_parallel_size × context_parallel_size devices
+    are used, or as many as `plan` says: "auto" takes all devices at hand, in the layout that the planner holds best for one
+    request; a `Plan` its own.
     With stages, groups of rows circulate through them, at best as many as there are stages. layers_per_stage: their sizes
     (default: balanced). expert_parallel_size: groups of devices that hold different experts, and rows of their own.
+    context_parallel_size: devices over which the slots of each row's cache are spread, for long rows and for models with fewer
+    KV heads than devices; the weights lie over them and tp together (`Rules.cache_parallel`).
     dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those
     of quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with a scale for each token
     and head. compress_all_reduce: "int8" sends the sums of tp in 8 bits, for slow links (`parallel.compressed`).
@@ -77,6 +80,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         expert_parallel_size: int = 1,
+        context_parallel_size: int = 1,
         layers_per_stage: Sequence[int] | None = None,
         plan: Choice | None = None,
         dtype: str = "auto",
@@ -119,6 +123,7 @@ class LLM:
                 "pipeline_parallel_size": pipeline_parallel_size,
                 "data_parallel_size": data_parallel_size,
                 "expert_parallel_size": expert_parallel_size,
+                "context_parallel_size": context_parallel_size,
                 "max_num_seqs": max_num_seqs,
                 **{name: value for name, value in optional.items() if value is not None},
             },
@@ -136,7 +141,13 @@ class LLM:
             },
             policy=scheduling_policy,
         )
-        split = Split(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size, ep=expert_parallel_size)
+        split = Split(
+            dp=data_parallel_size,
+            pp=pipeline_parallel_size,
+            cp=context_parallel_size,
+            ep=expert_parallel_size,
+            tp=tensor_parallel_size,
+        )
         if isinstance(model, Llama) and quantization not in (None, model.quantization):
             raise ValueError(f"quantization={quantization!r} is said when a model is loaded, as this one is already")
         if isinstance(model, Llama) and kv_cache_dtype not in ("auto", model.kv_cache_dtype):
@@ -381,7 +392,7 @@ class LLM:
         logger.info("weights: %.2f GiB on each device", budget.weight_bytes / 2**30)
         if self.model.stacks:
             logger.info("%s", stages_of(self.model).told())
-        size = self.cache_tokens // budget.groups * budget.slot_bytes
+        size = self.cache_tokens // (budget.groups * budget.ranks) * budget.slot_bytes
         logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{self.cache_tokens:,}", size / 2**30)
         concurrency = self.cache_tokens / self.max_model_len
         logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtp.ops.coded import CacheDtype, check_cache_dtype
 from jaxtp.ops.experts import Products
 from jaxtp.parallel.circulate import staged
 from jaxtp.parallel.compressed import Compression, check_compression, reducer
+from jaxtp.parallel.context import Context
 from jaxtp.parallel.experts import exchange
 from jaxtp.parallel.stages import Stages
 from jaxtp.planner import Split
@@ -73,11 +75,16 @@ def load_model(
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = config.dtype_of(dtype)
     split = planned(config, dtype)
-    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, layout=expert_layout, dispatch=expert_dispatch)
-    check_layout(config, split.tp, rules)
+    if split.cp > 1:
+        if tp_plan != "auto":
+            raise ValueError(f'context_parallel_size={split.cp} lays out weights over tp and cp; it goes with tp_plan="auto"')
+        split, rules = _once(config, split), rules.cache_parallel()
+    ways = split.tp * split.cp
+    rules = rules.expert_parallel(config, ep=split.ep, tp=ways, layout=expert_layout, dispatch=expert_dispatch)
+    check_layout(config, split.tp, rules, cp=split.cp)
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout: dict[str, Any] = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
-    mesh = make_mesh(dp=split.dp, pp=split.pp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
+    mesh = make_mesh(dp=split.dp, pp=split.pp, cp=split.cp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
     if compress_all_reduce:
         layout["reduce"] = reducer(layout.get("region"))
     layout |= {
@@ -88,6 +95,7 @@ def load_model(
         "expert_kernel": expert_kernel,
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
+        "context": Context(split.cp) if split.cp > 1 else None,
     }
     if load_format == "dummy":
         made = Llama.random(config, **layout)
@@ -95,6 +103,24 @@ def load_model(
         return made
     assert folder is not None
     return Llama(config, **layout).load(folder, lora=lora, progress=progress)
+
+
+def _once(config: ModelConfig, split: Split) -> Split:
+    """With cp in the place of what tp has beyond the KV heads: no device holds one that another has as well."""
+    copies = split.tp // config.num_kv_heads
+    if copies < 2 or split.tp % config.num_kv_heads:
+        return split
+    laid = replace(split, tp=config.num_kv_heads, cp=split.cp * copies)
+    logger.info(
+        "the %d KV heads are not held %d times for tp=%d: laid out as tp=%d × cp=%d, with 1/%d of a cache on each device",
+        config.num_kv_heads,
+        copies,
+        split.tp,
+        laid.tp,
+        laid.cp,
+        laid.tp * laid.cp,
+    )
+    return laid
 
 
 def tokenizer_of(source: str | Path | None, *, asked: bool) -> Tokenizer | None:

@@ -23,7 +23,8 @@ class Budget:
 
     weight_bytes: all weights. read_bytes: those that a decode step reads, in stages each of its ticks (all but the rows of the
     embedding not looked up). cache_bytes: what the KV cache may take. slot_bytes: one token's keys and values on
-    one device. cache_tokens: tokens that the caches of all data-parallel groups hold together.
+    one device that has them. groups: of data parallelism. ranks: devices over which a row's slots are spread (cp).
+    cache_tokens: tokens that the caches of all of these hold together.
     """
 
     weight_bytes: int
@@ -31,11 +32,12 @@ class Budget:
     cache_bytes: int
     slot_bytes: int
     groups: int
+    ranks: int = 1
 
     @property
     def cache_tokens(self) -> int:
         """Tokens that fit in the KV cache."""
-        return self.cache_bytes // self.slot_bytes * self.groups
+        return self.cache_bytes // self.slot_bytes * self.groups * self.ranks
 
 
 POOL = "XLA_CLIENT_MEM_FRACTION"  # of each GPU: what JAX takes at its start and shares out itself
@@ -64,7 +66,8 @@ def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) 
     """
     found = {weight.path: weight.device_bytes for weight in weights(model)}
     total = sum(found.values())
-    cache = model.empty_cache(model.layout.parts("batch"), 1)
+    groups, ranks = model.layout.parts("batch"), model.layout.parts("cached")
+    cache = model.empty_cache(groups, ranks)
     slot = sum(a.dtype.itemsize * _local(a) for a in jax.tree.leaves(cache.layers))
     free = _free(model, total, utilization)
     if jax.process_count() > 1:  # all run the same program: what the tightest holds
@@ -78,7 +81,7 @@ def budget(model: Llama, *, utilization: float, cache_bytes: int | None = None) 
         raise ValueError(f"kv_cache_memory_bytes={cache_bytes} must be in [{slot}, {free}]: one token, and what is free")
     free = free if cache_bytes is None else cache_bytes
     embedding = 0 if model.head is None else found["embed"]
-    return Budget(total, total - embedding, free, slot, model.layout.parts("batch"))
+    return Budget(total, total - embedding, free, slot, groups, ranks)
 
 
 def context(config: ModelConfig, budget: Budget, wanted: int | None) -> int:
@@ -99,8 +102,9 @@ def pool_tokens(model: Llama, budget: Budget, max_model_len: int, *, asked: bool
     """Tokens of the engine's cache: all that fit; on CPUs, unless that was `asked` for, what a few requests need."""
     if asked or platform(model.layout.mesh) != "cpu":
         return budget.cache_tokens
-    few = min(FEW * max_model_len, CPU_CACHE_MOST // budget.slot_bytes)
-    each = max(CPU_CACHE // budget.slot_bytes, few, max_model_len + PAGE)
+    each_slot = budget.slot_bytes / budget.ranks
+    few = min(FEW * max_model_len, int(CPU_CACHE_MOST / each_slot))
+    each = max(int(CPU_CACHE / each_slot), few, max_model_len + PAGE * budget.ranks)
     return min(budget.cache_tokens, each * budget.groups)
 
 

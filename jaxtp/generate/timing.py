@@ -47,7 +47,7 @@ class Timing:
         self.tokens += landing.tokens
         self.steps += landing.steps
         budget = self._budget
-        self.bytes += landing.steps * budget.read_bytes + landing.slots * budget.slot_bytes // budget.groups
+        self.bytes += landing.steps * budget.read_bytes + landing.slots * budget.slot_bytes // (budget.groups * budget.ranks)
 
     def report(self) -> None:
         """Logs the rates."""

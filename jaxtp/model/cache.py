@@ -1,5 +1,5 @@
 """The KV cache: for each layer a pool of pages of keys and one of values, [P, K, S, H], sharded over pages (dp) and heads (tp);
-or in 8 bits, with scales [P, K, S] beside them.
+or in 8 bits, with scales [P, K, S] beside them. A page's slots may be shared out over cp.
 
 Where blocks are stacks, one layer for each rank of pp, its pools are too: [ranks, P, K, S, H], sharded over pp.
 
@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtp.ops.attention import Kernel
 from jaxtp.ops.coded import DTYPES, CacheDtype, Coded, Held
-from jaxtp.ops.pages import Read
+from jaxtp.ops.pages import Read, attend_pages, write_pages
 from jaxtp.sharding import Layout, zeros
 
 LayerCache = tuple[Held, Held]
@@ -98,10 +99,38 @@ class Lanes:
     read: Read
     reach: int
 
-    def parts(self) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-        """For each form of lane, in one group: its tokens, tables [lanes, N] and lengths [lanes]."""
+    def apart(self, q: jax.Array, positions: jax.Array) -> Iterator[tuple[jax.Array, ...]]:
+        """For each form of lane, in one group: its queries of q [1, T, ...] as [lanes, C, ...], and their tables [lanes, N],
+        positions [lanes, C] and lengths [lanes].
+        """
         table, lengths = self.tables[0], self.lengths[0]
-        if self.rows:
-            yield slice(0, self.rows), table[: self.rows], lengths[: self.rows]
-        if len(lengths) > self.rows:
-            yield slice(self.rows, None), table[self.rows :], lengths[self.rows :]
+        for mine in (slice(0, self.rows), slice(self.rows, None)):  # of lanes, and of tokens
+            if count := len(lengths[mine]):
+                asked, places = (a[0, mine].reshape(count, -1, *a.shape[2:]) for a in (q, positions))
+                yield asked, table[mine], places, lengths[mine]
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    lanes: Lanes,
+    cache: LayerCache,
+    *,
+    kernel: Kernel,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[jax.Array, LayerCache]:
+    """One group's attention, in a region: q [1, T, K, G, H], k and v [1, T, K, H] -> [1, T, K·G·H], and the cache with k and v
+    in it. positions [1, T]; the others as of `attend_pages`.
+    """
+    keys, values = (write_pages(pool, new[0], lanes.slots[0]) for pool, new in zip(cache, (k, v), strict=True))
+    how: dict[str, Any] = {"kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
+    how |= {"read": lanes.read, "reach": lanes.reach}
+    out = [
+        attend_pages(asked, keys, values, *where, **how).reshape(1, -1, *q.shape[2:])
+        for asked, *where in lanes.apart(q, positions)
+    ]
+    return jnp.concatenate(out, axis=1).reshape(*q.shape[:2], -1), (keys, values)

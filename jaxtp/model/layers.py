@@ -6,9 +6,10 @@ KV head), H head_dim, C = 2 (gate and up), F mlp.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.config import ModelConfig, RopeName
 from jaxtp.mesh import platform
-from jaxtp.model.cache import Lanes, LayerCache
+from jaxtp.model.cache import Lanes, LayerCache, attend_cached
 from jaxtp.ops.attention import Kernel, attend_fresh, choose_kernel
 from jaxtp.ops.linear import Reduce, linear
 from jaxtp.ops.norm import rms_norm
-from jaxtp.ops.pages import attend_pages, write_pages
 from jaxtp.ops.rope import rotate
 from jaxtp.ops.swiglu import gated
-from jaxtp.sharding import Layout, Region, beside
+from jaxtp.sharding import Layout, Region, beside, joined, names, spec_of
 
 
 class Context(Protocol):
-    """What a model is handed where the tokens of a row lie in parts over a mesh axis: `parallel.context`."""
+    """What a model is handed where rows lie in parts over a mesh axis, their tokens or, of a cache, their slots:
+    `parallel.context`.
+    """
 
     @property
     def size(self) -> int:
@@ -44,6 +46,10 @@ class Context(Protocol):
     @property
     def attend(self) -> Callable[..., jax.Array]:
         """As `ops.attention.attend_fresh`, among all parts of a row; segment_ids are those of the whole row."""
+
+    @property
+    def attend_cached(self) -> Callable[..., tuple[jax.Array, LayerCache]]:
+        """As `cache.attend_cached`, of a cache with each part's slots; returns each part's share of the heads."""
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +139,9 @@ class Attention(nnx.Module):
             self.k_norm = _head_norm(config, config.num_kv_heads, layout=layout.at("k_norm"))
         kind = config.kinds[index]
         self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
-        self.reduce, self.among = reduce, context.attend if context else attend_fresh
+        self.reduce = reduce
+        self.among = context.attend if context and layout.parts("tokens") > 1 else attend_fresh
+        self.cached = context.attend_cached if context and layout.parts("cached") > 1 else attend_cached
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.kernel = choose_kernel(
             platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, softcap=self.softcap, override=kernel
@@ -154,45 +162,30 @@ class Attention(nnx.Module):
         q, k = jax.lax.split(qk, (qk.shape[3] - 1, 1), axis=3)
         out, cache = self._attend(q, k[:, :, :, 0], v[:, :, :, 0], step, cache)
         residual = self.layout.at("o").sharding("batch", residual_dim(out.shape[1], self.layout), None)
-        z = linear(out.reshape(*out.shape[:2], -1), self.o[...], out=residual, reduce=self.reduce)
+        z = linear(out, self.o[...], out=residual, reduce=self.reduce)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Every device attends with its own rows and heads: a region without communication, but over cp."""
+        """Every device attends with its own rows and heads: a region without communication, but over cp. [B, T, N]."""
         # bound here, so that the region closes over plain values only
-        kernel, window, scale, softcap, among = self.kernel, self.window, self.scale, self.softcap, self.among
+        how: Any = {"kernel": self.kernel, "window": self.window, "scale": self.scale, "softcap": self.softcap}
+        among, cached, over = self.among, self.cached, names(self.layout.rules.axis("cached", self.layout.path))
         if cache is None:
 
             def fresh(q, k, v, segment_ids):
-                return among(q, k, v, kernel=kernel, window=window, scale=scale, softcap=softcap, segment_ids=segment_ids)
+                return among(q, k, v, segment_ids=segment_ids, **how)
 
-            return self.region(fresh, (q, k, v, step.segment_ids), lambda q, *_: q), None
+            out = self.region(fresh, (q, k, v, step.segment_ids), lambda q, *_: q)
+            return out.reshape(*out.shape[:2], -1), None
 
-        def local(q, k, v, positions, lanes, cache):
-            cache = write_pages(cache[0], k[0], lanes.slots[0]), write_pages(cache[1], v[0], lanes.slots[0])
-            out = [
-                attend_pages(
-                    q[0, tokens].reshape(len(table), -1, *q.shape[2:]),
-                    cache[0],
-                    cache[1],
-                    table,
-                    positions[0, tokens].reshape(len(table), -1),
-                    lengths,
-                    read=lanes.read,
-                    reach=lanes.reach,
-                    kernel=kernel,
-                    window=window,
-                    scale=scale,
-                    softcap=softcap,
-                ).reshape(1, -1, *q.shape[2:])
-                for tokens, table, lengths in lanes.parts()
-            ]
-            return jnp.concatenate(out, axis=1), cache
+        def lie(q, k, v, positions, lanes, cache):
+            *before, heads, _, _ = spec_of(q).partitions
+            return PartitionSpec(*before, joined(*names(heads), *over)), cache
 
         args = (q, k, v, step.positions, step.lanes, cache)
-        return self.region(local, args, lambda q, k, v, positions, lanes, cache: (q, cache))
+        return self.region(functools.partial(cached, **how), args, lie)
 
 
 class Mlp(nnx.Module):

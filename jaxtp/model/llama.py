@@ -72,12 +72,12 @@ class Llama(nnx.Module):
         default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
         (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in caches, "int8" or
         "fp8" with a scale for each token and head. reduce: in place of the all-reduces after products (`parallel.compressed`).
-        context: how attention goes over the axis of a row's tokens, for rules that have one (`Rules.context_parallel`,
-        `parallel.context.Context`).
+        context: how attention goes over the axis of a row's tokens, or of a cache's slots, for rules that have one
+        (`Rules.context_parallel`, `Rules.cache_parallel`; `parallel.context.Context`).
         Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules.
         """
         config = config.quantized(quantization)
-        check_layout(config, check_mesh(mesh).shape["tp"], rules)
+        check_layout(config, check_mesh(mesh).shape["tp"], rules, cp=mesh.shape["cp"])
         if expert_kernel not in (None, *get_args(Products)):
             raise ValueError(f"expert_kernel={expert_kernel!r} is none of {', '.join(get_args(Products))}")
         if (
@@ -104,12 +104,13 @@ class Llama(nnx.Module):
                 f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, cp by "
                 "Rules.context_parallel, and ep by the rules of a model that has experts (Rules.expert_parallel)"
             )
-        parts = size(mesh, rules.axis("tokens"))
-        if parts > 1 and (context is None or context.size != parts):
-            raise ValueError(
-                f"these rules cut the tokens of a row into {parts} parts, and context={context} is not for as many; give "
-                f"context=parallel.context.Context({parts})"
-            )
+        for dim, what in (("tokens", "the tokens of a row"), ("cached", "the slots of a cache")):
+            parts = size(mesh, rules.axis(dim))
+            if parts > 1 and (context is None or context.size != parts):
+                raise ValueError(
+                    f"these rules cut {what} into {parts} parts, and context={context} is not for as many; give "
+                    f"context=parallel.context.Context({parts})"
+                )
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
@@ -292,7 +293,7 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         if cache is None:
             order = None
-            if self.context:
+            if self.layout.parts("tokens") > 1:
                 tokens, positions, segment_ids, order = self._spread(tokens, positions, segment_ids)
             logits = self.logits(self.hidden(tokens, positions, segment_ids)[0])
             if order is not None:
@@ -430,6 +431,8 @@ class Llama(nnx.Module):
         Its `.zeros()`, inside a program, makes it.
         """
         config, first = self.config, self.layers[0].attention.layout.at("qkv")
+        if slots % (parts := first.parts("cached")):
+            raise ValueError(f"pages of {slots} slots cannot be cut into {parts} parts, over cp; use a multiple of {parts}")
         return Cache.abstract(
             first,
             # XLA:CPU would carry a 16-bit cache through the decode loop in float32 and convert all of it at every step

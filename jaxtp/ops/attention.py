@@ -100,6 +100,23 @@ def attend_seen(
     return out.reshape(q.shape)
 
 
+def attend_part(
+    q: jax.Array, k: Held, v: Held, seen: jax.Array, *, kernel: Kernel, scale: float, softcap: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The same where k and v are a part of all keys, of which a query may see none: also the logarithm of the softmax's
+    denominator, [B, K, G, T, 1] float32, which is then `NOTHING`.
+    """
+    if q.shape[1] == 1 or kernel != "cudnn":
+        return _attend(q, k, v, seen, Scoring(scale, softcap), dims="BTKGH", some=False)
+    from jaxtp.ops import flash
+
+    keys, values = ((a.plain(q.dtype) if isinstance(a, Coded) else a).swapaxes(1, 2) for a in (k, v))
+    out, log_z = flash.attend_part(q, keys, values, scale=scale, seen=seen)
+    some = seen.any(axis=-1)
+    out = jnp.where(some[:, :, None, None, None], out, jnp.zeros((), out.dtype))
+    return out, jnp.where(some[:, None, None, :, None], log_z, NOTHING)
+
+
 def capped(x: jax.Array, softcap: float | None) -> jax.Array:
     """softcap · tanh(x / softcap): x where it is small, and never beyond the cap (Gemma 2, arXiv:2408.00118, §2); None: x."""
     return x if softcap is None else softcap * jnp.tanh(x / softcap)

@@ -93,7 +93,7 @@ def _quantized(
         weight, summed = jax.tree.map(_with_whole_inputs, weight), None
     x = reshard(x, P(batch, None, summed), mesh)
     rows = x.reshape(-1, x.shape[-1], out_sharding=_flat(jax.typeof(x).sharding))
-    shares = {summed} if summed else set()
+    shares = {*names(summed)}
     y = product(rows, weight, P(batch, outer[0], unreduced=shares), fp8=multiplies_fp8(out.mesh)).astype(dtype or x.dtype)
     y = y.reshape(*x.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, P(batch, None, *outer, unreduced=shares)))
     return reduce(y, out) if reduce and shares else reshard(y, out.spec, mesh)
@@ -137,7 +137,7 @@ def _linear(
     met = {*names(tokens)}
     weight = reshard(weight, P(*spec.partitions, reduced=spec.reduced | met), mesh) if spec.reduced else weight
     # each device's share of a sum over a sharded dim; what brings it to `out` is the all-reduce or the reduce-scatter
-    shares = P(batch, tokens, *outer, unreduced={summed} if summed else set())
+    shares = P(batch, tokens, *outer, unreduced={*names(summed)})
     y = _matmul(x, weight, shares, jnp.dtype(dtype or x.dtype))
     y = y.reshape(*y.shape[:2], *weight.shape[:-1], out_sharding=NamedSharding(mesh, shares))
     return reduce(y, out) if reduce and summed else reshard(y, out.spec, mesh)
@@ -238,8 +238,8 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
     if size(mesh, axes) == 1:
         return reshard(table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None))), out.spec, mesh)
 
-    scattered = next((axis for axis in names(out.spec[1]) if axis in axes), None)
-    summed = tuple(axis for axis in axes if axis != scattered)
+    scattered = tuple(axis for axis in names(out.spec[1]) if axis in axes)
+    summed = tuple(axis for axis in axes if axis not in scattered)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         ids = tokens - jax.lax.axis_index(axes) * table.shape[0]

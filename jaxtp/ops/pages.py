@@ -3,18 +3,19 @@
 P pages of the pool, S slots of a page, N pages of a row's table; B rows, T query tokens of each, K KV heads, G query heads per
 KV head, H head_dim. A layer's pool is [P, K, S, H], of keys and of values; queries are [B, T, K, G, H].
 
-No function here communicates: pages split by data-parallel group (dp) and by KV heads (tp).
+No function here communicates: pages split by data-parallel group (dp) and by KV heads (tp), and where a page's slots are shared
+out among devices (cp), each attends to its own: such results are merged by `parallel.cached`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtp.ops.attention import Kernel, attend_seen, capped, cudnn_fits, visible
+from jaxtp.ops.attention import NOTHING, Kernel, attend_part, attend_seen, capped, cudnn_fits, visible
 from jaxtp.ops.coded import CacheDtype, Coded, Held, apart, each, encode
 from jaxtp.sharding import varying_as
 
@@ -46,11 +47,29 @@ def choose_read(
     return "gather" if stages else "slab"
 
 
-def write_pages(pool: Held, new: jax.Array, slots: jax.Array) -> Held:
+class Share(NamedTuple):
+    """Which slots of every row pools hold, where a device has not all of them: rank, rank + ranks, rank + 2 · ranks, … A page
+    of S slots here then stands for S · ranks tokens; slots, positions, lengths and reach that are given count tokens.
+    """
+
+    ranks: int
+    rank: jax.Array
+
+    def slots(self, slots: jax.Array, nowhere: int) -> jax.Array:
+        """Those of tokens, among the slots that are here."""
+        return jnp.where(slots % self.ranks == self.rank, slots // self.ranks, nowhere)
+
+    def lengths(self, tokens: jax.Array) -> jax.Array:
+        """Of the first so many tokens, how many are here."""
+        return (tokens - self.rank + self.ranks - 1) // self.ranks
+
+
+def write_pages(pool: Held, new: jax.Array, slots: jax.Array, share: Share | None = None) -> Held:
     """The pool [P, K, S, H] with new [N, K, H] at slots [N] (page · S + place in it), in place if donated. What goes to a slot
     of P · S or above is written nowhere.
     """
     S = pool.shape[2]
+    slots = slots if share is None else share.slots(slots, pool.shape[0] * S)
     fresh = encode(new, pool.dtype, pool.scale.dtype) if isinstance(pool, Coded) else new.astype(pool.dtype)
     return each(lambda pool, new: pool.at[slots // S, :, slots % S].set(new, mode="drop"), pool, fresh)
 
@@ -76,23 +95,62 @@ def attend_pages(
     slots of the row any of its queries sees; a row of length 0 is idle, and its result means nothing. reach: a bound on all
     lengths; forms that read all slots alike read so many. scale, softcap: as of `attend_fresh`.
     """
-    B, T, _, _, H = q.shape
-    S, scale = keys.shape[2], H**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if read == "rows":
-        return _row_by_row(q, keys, values, table, positions, lengths, window, scale, softcap).astype(q.dtype)
-    if read == "cudnn" and T == 1 and window is None:
+        return _row_by_row(q, keys, values, table, positions, lengths, None, window, scale, softcap)[0].astype(q.dtype)
+    if _by_cudnn(q, read, window):
         assert softcap is None
-        assert not isinstance(keys, Coded)
-        assert not isinstance(values, Coded)
-        return _cudnn(q, keys, values, table, lengths, scale)
-    if read == "slab" and T == 1:
-        k, v = (each(lambda pool: pool[:B, :, :reach], pool) for pool in (keys, values))
-    elif read == "slab":
-        k, v = (each(lambda pool: pool[table[:, 0], :, :reach], pool) for pool in (keys, values))
-    else:
-        k, v = (each(lambda pool: _gathered(pool, table[:, : -(-reach // S)]), pool) for pool in (keys, values))
+        return _cudnn(q, keys, values, table, lengths, scale)[0]
+    k, v = (_copied(pool, q, table, reach, read) for pool in (keys, values))
     seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     return attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
+
+
+def attend_share(
+    q: jax.Array,
+    keys: Held,
+    values: Held,
+    table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    share: Share,
+    *,
+    read: Read,
+    reach: int,
+    kernel: Kernel,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The same to the slots that are here: [B, T, K, G, H] in q's dtype, and the logarithm of the softmax's denominator
+    [B, K, G, T, 1] float32, `NOTHING` where a query sees none of them.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if read == "rows":
+        out, log_z = _row_by_row(q, keys, values, table, positions, lengths, share, window, scale, softcap)
+        return out.astype(q.dtype), log_z
+    here = share.lengths(lengths)
+    if _by_cudnn(q, read, window):
+        assert softcap is None
+        out, log_z = _cudnn(q, keys, values, table, here, scale, stats=True)
+        return out, jnp.where((here > 0)[:, None, None, None, None], log_z, NOTHING)
+    k, v = (_copied(pool, q, table, -(-reach // share.ranks), read) for pool in (keys, values))
+    place = jnp.arange(k.shape[2]) * share.ranks + share.rank
+    seen = visible(positions[:, :, None], place[None, None, :], window)
+    return attend_part(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
+
+
+def _by_cudnn(q: jax.Array, read: Read, window: int | None) -> bool:
+    return read == "cudnn" and q.shape[1] == 1 and window is None
+
+
+def _copied(pool: Held, q: jax.Array, table: jax.Array, reach: int, read: Read) -> Held:
+    """The slots of each row side by side, [B, K, ≥ reach, H]; in place, where rows have a token each and a page for all."""
+    if read != "slab":
+        return each(lambda pool: _gathered(pool, table[:, : -(-reach // pool.shape[2])]), pool)
+    if q.shape[1] == 1:
+        return each(lambda pool: pool[: len(q), :, :reach], pool)
+    return each(lambda pool: pool[table[:, 0], :, :reach], pool)
 
 
 def _gathered(pool: jax.Array, table: jax.Array) -> jax.Array:
@@ -108,31 +166,35 @@ def _row_by_row(
     table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
+    share: Share | None,
     window: int | None,
     scale: float,
     softcap: float | None,
-) -> jax.Array:
-    """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others.
+) -> tuple[jax.Array, ...]:
+    """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others. What
+    it gives, and of a share also the logarithm of its softmax's denominator: [B, T, K, G, H] and [B, K, G, T, 1], in float32.
 
     Several pages at a time make products that are large enough for XLA:CPU, and so do chunks of one prompt that stand side by
     side, which see nearly the same keys.
     """
     (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
-    span = many * S
+    span, (ranks, rank) = many * S, share or (1, 0)
+    lengths = lengths if share is None else share.lengths(lengths)
     q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(jnp.float32 if isinstance(keys, Coded) else keys.dtype)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
-    def rows(i: jax.Array, out: jax.Array, count: int) -> jax.Array:
-        """`count` of them from i on, of one table."""
-        mine = jax.lax.dynamic_slice_in_dim(q, i, count, 2).reshape(K, -1, H)
-        at, pages = jax.lax.dynamic_slice_in_dim(positions, i, count).reshape(-1), table[i]
+    def rows(i: jax.Array, found: tuple[jax.Array, ...], some: int) -> tuple[jax.Array, ...]:
+        """So many of them from i on, of one table."""
+        mine = jax.lax.dynamic_slice_in_dim(q, i, some, 2).reshape(K, -1, H)
+        at, pages = jax.lax.dynamic_slice_in_dim(positions, i, some).reshape(-1), table[i]
 
         def block(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             top, total, acc = carry
             here = [pages[j * many + n] for n in range(many)]
             k, v = (each(lambda a: jnp.concatenate([a[page] for page in here], axis=1), a) for a in (keys, values))
             (k, of_scores), (v, of_weights) = apart(k, mine.dtype), apart(v, mine.dtype)
-            seen = visible(jnp.tile(at, G)[:, None], j * span + jnp.arange(span)[None, :], window)
+            place = (j * span + jnp.arange(span)) * ranks + rank
+            seen = visible(jnp.tile(at, G)[:, None], place[None, :], window)
             scores = _product("KQH,KSH->KQS", mine, k)
             scores = scores if of_scores is None else scores * of_scores[:, None]
             scores = jnp.where(seen, capped(scores, softcap), -jnp.inf)
@@ -142,36 +204,47 @@ def _row_by_row(
             weights = weights if of_weights is None else weights * of_weights[:, None]
             return new, total, acc * kept + _product("KQS,KSH->KQH", weights.astype(v.dtype), v)
 
-        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // span
+        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // (span * ranks)
         none = jnp.zeros((K, mine.shape[1], 1), jnp.float32)
-        start = varying_as((none - 1e30, none, jnp.zeros(mine.shape, jnp.float32)), q)
-        _, total, acc = jax.lax.fori_loop(first, -(-lengths[i + count - 1] // span), block, start)
-        found = (acc / jnp.maximum(total, 1e-30)).reshape(K, G, count, T, H)
-        return jax.lax.dynamic_update_slice_in_dim(out, found, i, 2)
+        start = varying_as((none + NOTHING, none, jnp.zeros(mine.shape, jnp.float32)), q, keys)
+        top, total, acc = jax.lax.fori_loop(first, -(-lengths[i + some - 1] // span), block, start)
+        total = jnp.maximum(total, 1e-30)
+        news = acc / total, jnp.where(top == NOTHING, NOTHING, top + jnp.log(total))
 
-    def some(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        i, out = carry
+        def put(into: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(into, new.reshape(K, G, some, T, -1), i, 2)
+
+        return tuple(put(into, new) for into, new in zip(found, news, strict=False))
+
+    def next_ones(carry: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        i, found = carry
         first = jnp.minimum(i, B - SIDE_BY_SIDE)
         near = jnp.arange(SIDE_BY_SIDE) + first
         follow = (positions[near, 0] - positions[first, 0] == T * jnp.arange(SIDE_BY_SIDE)) & (lengths[near] > 0)
         alike = (first == i) & follow.all() & (table[near] == table[first]).all()
-        count = jnp.where(alike, SIDE_BY_SIDE, 1)
-        return i + count, jax.lax.cond(alike, lambda: rows(i, out, SIDE_BY_SIDE), lambda: rows(i, out, 1))
+        step = jnp.where(alike, SIDE_BY_SIDE, 1)
+        return i + step, jax.lax.cond(alike, lambda: rows(i, found, SIDE_BY_SIDE), lambda: rows(i, found, 1))
 
-    begin = varying_as((jnp.int32(0), jnp.zeros(q.shape, jnp.float32)), q, table)
+    wanted = (H,) if share is None else (H, 1)
+    blank = tuple(jnp.zeros((*q.shape[:-1], n), jnp.float32) for n in wanted)
+    begin = varying_as((jnp.int32(0), blank), q, keys, table)
     if T == 1 or B < SIDE_BY_SIDE:
-        out = jax.lax.fori_loop(0, B, lambda i, out: rows(i, out, 1), begin[1])
+        out, *log_z = jax.lax.fori_loop(0, B, lambda i, found: rows(i, found, 1), begin[1])
     else:
-        _, out = jax.lax.while_loop(lambda carry: carry[0] < B, some, begin)
-    return jnp.einsum("KGBTH->BTKGH", out)
+        _, (out, *log_z) = jax.lax.while_loop(lambda carry: carry[0] < B, next_ones, begin)
+    return (jnp.einsum("KGBTH->BTKGH", out), *(jnp.einsum("KGBTI->BKGTI", a) for a in log_z))
 
 
-def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, lengths: jax.Array, scale: float) -> jax.Array:
-    """One query a row, [B, 1, K, G, H]. jax's own front of it wants as many pages as tables have places, which a pool that rows
-    share has not.
+def _cudnn(
+    q: jax.Array, keys: Held, values: Held, table: jax.Array, lengths: jax.Array, scale: float, *, stats: bool = False
+) -> tuple[jax.Array, ...]:
+    """One query a row, [B, 1, K, G, H]; with `stats` also the logarithm of its softmax's denominator. jax's own front of it
+    wants as many pages as tables have places, which a pool that rows share has not.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    assert not isinstance(keys, Coded)
+    assert not isinstance(values, Coded)
     B, _, K, G, H = q.shape
     none, one, tables = jnp.zeros(0, q.dtype), jnp.ones(B, jnp.int32), table[:, None, :, None]
     out = cudnn._dot_product_attention(
@@ -193,9 +266,10 @@ def _cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, l
         cudnn.AttentionLayout.BNTH.value,
         None,
         cudnn.check_cudnn_version(),
-        False,
+        stats,
     )
-    return (out[0] if isinstance(out, tuple | list) else out).reshape(q.shape)
+    found = out if isinstance(out, tuple | list) else (out,)
+    return (found[0].reshape(q.shape), *(log_z.reshape(B, K, G, 1, 1) for log_z in found[1:]))
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

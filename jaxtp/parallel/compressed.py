@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.ops.coded import Coded, encode
 from jaxtp.parallel.regions import locally
-from jaxtp.sharding import Region, mesh_of, reshard, spec_of
+from jaxtp.sharding import Region, mesh_of, names, reshard, size, spec_of
 
 Compression = Literal["int8"]
 GROUP = 64  # numbers with one scale
@@ -37,16 +37,17 @@ def check_compression(name: str | None, *, sequence_parallel: bool) -> None:
 
 
 def reducer(region: Region | None = None) -> Callable[[jax.Array, NamedSharding], jax.Array]:
-    """In place of the all-reduce of a product: (shares of a sum over tp, the layout of the sum) -> the sum. region: how it runs
-    inside of stages. Other sums stay as they are.
+    """In place of the all-reduce of a product: (shares of a sum over tp, or tp and cp, the layout of the sum) -> the sum.
+    region: how it runs inside of stages. Other sums stay as they are.
     """
 
     def reduce(y: jax.Array, out: NamedSharding) -> jax.Array:
         mesh, given = mesh_of(y, out.mesh), spec_of(y)
-        over = {axis for axis in given.unreduced if mesh.shape[axis] > 1}
-        if over != {"tp"} or any("tp" in (axis if isinstance(axis, tuple) else (axis,)) for axis in out.spec if axis):
+        over = tuple(axis for axis in ("tp", "cp") if axis in given.unreduced and mesh.shape[axis] > 1)
+        others = any(mesh.shape[axis] > 1 for axis in given.unreduced - {*over})
+        if others or not over or any({*names(axis)} & {*over} for axis in out.spec):
             return reshard(y, out.spec, mesh)
-        own = functools.partial(all_reduce, axis="tp", devices=mesh.shape["tp"])
+        own = functools.partial(all_reduce, axis=over, devices=size(mesh, over))
         summed = region(own, (y,), _whole) if region else locally(own, y, out=_whole(y))
         return reshard(summed, out.spec, mesh)
 
@@ -62,8 +63,8 @@ def choose_form(numbers: int, devices: int) -> Form:
     return "one step" if devices == 2 or numbers * (devices - 1) <= ONE_STEP else "two steps"
 
 
-def all_reduce(y: jax.Array, *, axis: str, devices: int, form: Form | None = None) -> jax.Array:
-    """The sum of y [...] over a mesh axis of so many devices, in y's dtype; in a region. form: default by size."""
+def all_reduce(y: jax.Array, *, axis: str | tuple[str, ...], devices: int, form: Form | None = None) -> jax.Array:
+    """The sum of y [...] over mesh axes of so many devices, in y's dtype; in a region. form: default by size."""
     size = y.size
     form = form or choose_form(size, devices)
     each = GROUP * (devices if form == "two steps" else 1)

@@ -1,4 +1,5 @@
-"""Context parallelism: a row of tokens in parts over the mesh axis cp, and attention among all of them, exact.
+"""Context parallelism: rows in parts over the mesh axis cp, and attention among all of them, exact. In training the tokens of
+a row are cut, as follows; in generation the slots of the cache are: see `cached`.
 
 c ranks; a row of T tokens is 2c chunks of C = T/2c, and rank r has the chunks r and 2c-1-r, one behind the other (zigzag): what
 comes late in a row sees much, what comes early little, and each rank has some of both, so that all have the same work.
@@ -24,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxtp.model.cache import LayerCache
 from jaxtp.ops.attention import Kernel, Scoring, attend_fresh
+from jaxtp.parallel.cached import attend_cached
 from jaxtp.parallel.gathered import Prefixes, Steps, Windows, gathered
 from jaxtp.parallel.parts import Flash, Parts, Plain, chunked, in_order, row_of, zigzag
 from jaxtp.parallel.ring import Ring, ring
@@ -83,6 +86,11 @@ class Context:
             return ring(Ring(self.size, self.axis, parts), q, k, v)
         how = Steps if kernel != "cudnn" else Prefixes if window is None else Windows
         return gathered(how(self.size, self.axis, parts), q, k, v, segment_ids)
+
+    @property
+    def attend_cached(self) -> Callable[..., tuple[jax.Array, LayerCache]]:
+        """As `model.cache.attend_cached`, in a region, where each rank has its slots of the cache; see `cached`."""
+        return functools.partial(attend_cached, size=self.size, axis=self.axis)
 
 
 def choose_strategy(
