@@ -393,6 +393,7 @@ class LLM:
         if self.model.stacks:
             logger.info("%s", stages_of(self.model).told())
         size = self.cache_tokens // (budget.groups * budget.ranks) * budget.slot_bytes
-        logger.info("KV cache: %s tokens (%.2f GiB on each device)", f"{self.cache_tokens:,}", size / 2**30)
+        over = f", a row's over cp={budget.ranks}" if budget.ranks > 1 else ""
+        logger.info("KV cache: %s tokens (%.2f GiB on each device%s)", f"{self.cache_tokens:,}", size / 2**30, over)
         concurrency = self.cache_tokens / self.max_model_len
         logger.info("maximum concurrency at %s tokens a request: %.1f×", f"{self.max_model_len:,}", concurrency)

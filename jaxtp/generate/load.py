@@ -72,12 +72,12 @@ def load_model(
     config = config.quantized(quantization)
     check_cache_dtype(kv_cache_dtype)
     check_compression(compress_all_reduce, sequence_parallel=sequence_parallel)
-    rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     dtype = config.dtype_of(dtype)
     split = planned(config, dtype)
+    if split.cp > 1 and tp_plan != "auto":
+        raise ValueError(f'context_parallel_size={split.cp} lays out weights over tp and cp; it goes with tp_plan="auto"')
+    rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     if split.cp > 1:
-        if tp_plan != "auto":
-            raise ValueError(f'context_parallel_size={split.cp} lays out weights over tp and cp; it goes with tp_plan="auto"')
         split, rules = _once(config, split), rules.cache_parallel()
     ways = split.tp * split.cp
     rules = rules.expert_parallel(config, ep=split.ep, tp=ways, layout=expert_layout, dispatch=expert_dispatch)

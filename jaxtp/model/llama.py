@@ -96,13 +96,12 @@ class Llama(nnx.Module):
             raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
-        split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens") for name in names(rules.axis(dim)))}
-        split |= {"cp"} if context else set()
+        split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens", "cached") for name in names(rules.axis(dim)))}
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
             raise ValueError(
                 f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, cp by "
-                "Rules.context_parallel, and ep by the rules of a model that has experts (Rules.expert_parallel)"
+                "Rules.context_parallel or .cache_parallel, and ep by those of a model that has experts (.expert_parallel)"
             )
         for dim, what in (("tokens", "the tokens of a row"), ("cached", "the slots of a cache")):
             parts = size(mesh, rules.axis(dim))
