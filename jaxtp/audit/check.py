@@ -99,10 +99,11 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
     model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization, bits=task.kv_cache_dtype)
-    held = split.groups * split.rows(task.batch) * task.slots
+    slots = split.slots(task)
+    held = split.groups * split.rows(task.batch) * slots
     step = largest(config, split, task)
-    yield compile_prefill(model, tokens=step.prompt_tokens, slots=task.slots, cache_tokens=held, reach=step.reach)
-    yield compile_decode(model, batch=task.batch, slots=task.slots, cache_tokens=held)
+    yield compile_prefill(model, tokens=step.prompt_tokens, slots=slots, cache_tokens=held, reach=step.reach)
+    yield compile_decode(model, batch=task.batch, slots=slots, cache_tokens=held)
 
 
 def sent(collectives: Iterable[tuple[Collective, int]]) -> Sent:

@@ -121,7 +121,8 @@ def _compiled(
     loop: bool,
 ) -> Any:
     layout, read = model.layout, read or choose_read(model)
-    groups, size, chunk = layout.parts("batch"), slots if read == "slab" else PAGE, chunk_tokens(model)
+    groups, chunk, ranks = layout.parts("batch"), chunk_tokens(model), layout.parts("cached")
+    size = -(-slots // ranks) * ranks if read == "slab" else PAGE * ranks
     rows, pages = -(-batch // groups), -(-slots // size)
     held = power(rows + -(-tokens // slots))
     pool = cache_tokens // groups // size if cache_tokens else held * pages
@@ -169,8 +170,9 @@ def abstract_llama(
 ) -> Llama:
     """A model without weights, laid out as `split` says, to generate with."""
     rules = split.rules(config)
-    layout = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
-    model = Llama(config, mesh=mesh, dtype=dtype, quantization=quantization, dispatch=exchange, kv_cache_dtype=bits, **layout)
+    layout: dict[str, Any] = staged(split.stages(config), rules=rules) if split.pp > 1 else {"rules": rules}
+    layout |= {"mesh": mesh, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": bits, "context": split.context}
+    model = Llama(config, dispatch=exchange, **layout)
     for path, weight in variables(model):
         weight.set_value(model.kept(path, weight, weight.get_value()))
     return model

@@ -46,7 +46,12 @@ def machine_of(model: Llama, split: Split | None = None) -> Machine | None:
     gpu = hardware.of_device(mesh.devices.flat[0].device_kind)
     if gpu is None or 0 < sum(model.config.sparse) < model.config.num_layers:
         return None
-    split = split or Split(**mesh.shape, expert_layout="width" if model.layout.rules.axis("expert_mlp") else "whole")
+    rules = model.layout.rules
+    split = split or Split(
+        **mesh.shape,
+        over_cp="slots" if rules.axis("cached") else "tokens",
+        expert_layout="width" if rules.axis("expert_mlp") else "whole",
+    )
     return Machine(model.config, split, _of(mesh.size, gpu), str(model.layout.dtype), model.quantization, model.kv_cache_dtype)
 
 

@@ -47,18 +47,22 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
     size = SIZES[dtype]
     say = _Say(split, NAMES[dtype])
     D, blocks = config.hidden_size, split.stages(config).slots
-    stream, both = step.tokens * D * size, ("pp", "tp")
-    part = split.tp if split.sequence_parallel and step.tokens % split.tp == 0 else 1
+    stream, over = step.tokens * D * size, split.summed
+    both = ("pp", *over)
+    part = split.ways if split.sequence_parallel and step.tokens % split.ways == 0 else 1
     if part > 1:  # and the embedding scattered; without stages, the last hidden states gathered
-        say("all-gather", "tp", stream, times=2 * blocks + (split.pp == 1))
-        say("reduce-scatter", "tp", stream, times=2 * blocks + 1)
+        say("all-gather", over, stream, times=2 * blocks + (split.pp == 1))
+        say("reduce-scatter", over, stream, times=2 * blocks + 1)
         say.reduce("pp", stream // part)
     else:
-        say.reduce("tp", stream, times=2 * blocks)
+        say.reduce(over, stream, times=2 * blocks)
         say.reduce(both, stream)  # the embedding
+    if split.slot_ranks > 1:  # each rank's attention, by heads, with the logarithms of its denominators
+        results = step.tokens * config.num_heads // split.tp * (config.head_dim * size + 4)
+        say("all-to-all", "cp", results, dtype=f"u{8 * size}", times=blocks)
     if config.experts:  # every token to all groups of ep, and the sums back; the MLP beside them has a sum of its own
         say.to_experts(config, split, step.tokens, stream, there=blocks, back=blocks)
-        say.reduce("tp", stream, times=blocks * (config.experts.shared > 0))
+        say.reduce(over, stream, times=blocks * (config.experts.shared > 0))
     if config.qk_norm_across_heads:  # a sum of squares of q and one of k
         say.reduce("tp", 4 * step.tokens * 2, dtype="f32", times=blocks)
     if split.pp > 1:
@@ -66,7 +70,7 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
         # what is asked for of the last stage, for the head that all ranks hold
         say.reduce(both if part > 1 else "pp", step.lanes * D * size)
     # the best token of each device's part of the vocabulary, and its logit
-    say("all-gather", both, 8 * step.lanes * split.pp * split.tp, dtype="f32+s32")
+    say("all-gather", both, 8 * step.lanes * split.pp * split.ways, dtype="f32+s32")
     if not step.chunks and split.pp == 1:
         say.reduce("dp", 1, dtype="pred")  # whether all rows have ended
     return say.program

@@ -14,22 +14,22 @@ SENT = (GROUP + 2) / GROUP  # bytes of a number, with its share of a scale
 
 
 def seconds(machine: Machine, tokens: int) -> tuple[float, float]:
-    """Of one sum over tp of so many tokens on each device: as it is, and in 8 bits."""
-    tp, axes, seconds = machine.split.tp, machine.split.axes, machine.cluster.seconds
+    """Of one sum over tp (and cp) of so many tokens on each device: as it is, and in 8 bits."""
+    n, over, axes, seconds = machine.split.ways, machine.split.summed, machine.split.axes, machine.cluster.seconds
     numbers = tokens * machine.config.hidden_size
-    plain = seconds(Collective("all-reduce", ("tp",), "", machine.size * numbers, tp), axes)
-    size, form = round(numbers * SENT), choose_form(numbers, tp)
+    plain = seconds(Collective("all-reduce", over, "", machine.size * numbers, n), axes)
+    size, form = round(numbers * SENT), choose_form(numbers, n)
     one = form == "one step"
-    kinds = [("all-gather", tp * size)] if one else [("all-to-all", size), ("all-gather", size)]
-    sent = sum(seconds(Collective(kind, ("tp",), "", whole, tp), axes) for kind, whole in kinds)
+    kinds = [("all-gather", n * size)] if one else [("all-to-all", size), ("all-gather", size)]
+    sent = sum(seconds(Collective(kind, over, "", whole, n), axes) for kind, whole in kinds)
     # the shares read, what is sent written, what comes read, the sum written
-    moved = numbers * ((machine.size + 2 + tp) if one else (machine.size + 6)) + numbers * machine.size
+    moved = numbers * ((machine.size + 2 + n) if one else (machine.size + 6)) + numbers * machine.size
     return plain, sent + KERNELS[form] * LAUNCH + moved / machine.bandwidth
 
 
 def advice(plan: Plan) -> str | None:
     """A line that recommends it for a plan's prompts; None where it does not pay."""
-    if plan.split.tp == 1 or not isinstance(plan.task, Generation) or plan.split.sequence_parallel:
+    if plan.split.ways == 1 or not isinstance(plan.task, Generation) or plan.split.sequence_parallel:
         return None
     sums, saved = 2 * plan.split.stages(plan.config).slots, 0.0
     for step, times in prompt_steps(plan.config, plan.split, plan.task).items():

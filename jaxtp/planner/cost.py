@@ -113,14 +113,14 @@ class Machine:
     def products(self, tokens: float, *, down: bool = True) -> float:
         """Of one layer with its weights; down: the last of them, which nothing has to compute again."""
         config, tp = self.config, self.split.tp
-        D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
-        qkv = queries + 2 * memory.kv_heads(config, tp) * config.head_dim
-        attention = self.product(tokens, D, qkv, 0) + self.product(tokens, queries, D, 1)
+        D, queries = config.hidden_size, config.num_heads * config.head_dim
+        qkv = queries // tp + 2 * memory.kv_heads(config, tp) * config.head_dim
+        attention = self.product(tokens, D, qkv, 0) + self.product(tokens, queries // self.split.ways, D, 1)
         return attention + self.feed(tokens, down=down) + (self.experts(tokens) if config.experts else 0.0)
 
     def feed(self, tokens: float, *, down: bool = True) -> float:
         """Of the MLP that every token sees."""
-        D, mlp = self.config.hidden_size, memory.mlp_width(self.config) // self.split.tp
+        D, mlp = self.config.hidden_size, memory.mlp_width(self.config) // self.split.ways
         return self.product(tokens, D, 2 * mlp, 2) + down * self.product(tokens, mlp, D, 3) if mlp else 0.0
 
     def experts(self, tokens: float) -> float:
@@ -140,9 +140,9 @@ class Machine:
 
     def layer(self, rows: int, tokens: int, cached: float) -> Time:
         """One layer of `tokens` tokens of each of `rows` rows, in parts over cp, among each other; of one token, after `cached`
-        in each.
+        in each, of which a device has its share.
         """
-        config, tp = self.config, self.split.tp
+        config, tp, cached = self.config, self.split.tp, cached / self.split.slot_ranks
         queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp)
         count = rows * (1 if tokens == 1 else self.split.part(tokens))
         seen = cached if tokens == 1 else tokens / 2  # a causal mask
@@ -153,26 +153,26 @@ class Machine:
 
     def chunks(self, step: Step) -> Time:
         """One layer of the chunks of a step. What they see is gathered, then read; what the mask hides is not spared."""
-        config, tp, tokens = self.config, self.split.tp, step.prompt_tokens
+        config, tp, tokens, reach = self.config, self.split.tp, step.prompt_tokens, step.reach / self.split.slot_ranks
         queries, kv = config.num_heads * config.head_dim // tp, memory.kv_heads(config, tp) * config.head_dim
-        scores = 4 * tokens * step.reach * queries / (self.flops * ATTENTION / hardware.MATMUL)
-        read = 2 * step.chunks * step.reach * kv * self.size / self.bandwidth
-        bias = tokens * step.reach * self.size / self.bandwidth
+        scores = 4 * tokens * reach * queries / (self.flops * ATTENTION / hardware.MATMUL)
+        read = 2 * step.chunks * reach * kv * self.size / self.bandwidth
+        bias = tokens * reach * self.size / self.bandwidth
         return dataclasses.replace(self._layer(tokens), attention=2 * read + max(scores, read + bias))
 
     def _layer(self, tokens: int) -> Time:
         """All but attention."""
         config, tp = self.config, self.split.tp
         D, queries = config.hidden_size, config.num_heads * config.head_dim // tp
-        kv, mlp = memory.kv_heads(config, tp) * config.head_dim, memory.mlp_width(config) // tp
-        stream = (6 + 2 * config.block_norms) * D / (tp if self.split.sequence_parallel else 1)  # norms, and two sums
+        kv, mlp = memory.kv_heads(config, tp) * config.head_dim, memory.mlp_width(config) // self.split.ways
+        stream = (6 + 2 * config.block_norms) * D / (self.split.ways if self.split.sequence_parallel else 1)  # norms, two sums
         moved = self.size * tokens * (stream + 3 * (queries + 2 * kv) + 3 * mlp) / self.bandwidth
         kernels = KERNELS + EXPERT_KERNELS * bool(config.experts)
         return Time(weights=self.products(tokens), other=moved, launch=kernels * LAUNCH)
 
     def head(self, rows: float) -> float:
         """Of `rows` tokens."""
-        parts = self.split.tp * self.split.pp
+        parts = self.split.ways * self.split.pp
         return self.product(rows, self.config.hidden_size, math.ceil(self.config.vocab_size / parts))
 
 

@@ -30,9 +30,9 @@ def share(config: ModelConfig, split: Split) -> Share:
     """What each device has of them. Raises ValueError where they cannot be cut so."""
     experts = config.experts
     assert experts
-    if split.rules(config).axis("expert_mlp") is None:  # whole ones over ep and tp
-        return Share(experts.count // (split.ep * split.tp), experts.width)
-    return Share(experts.count // split.ep, experts.width // split.tp)
+    if split.rules(config).axis("expert_mlp") is None:  # whole ones over ep and tp, and cp
+        return Share(experts.count // (split.ep * split.ways), experts.width)
+    return Share(experts.count // split.ep, experts.width // split.ways)
 
 
 def hit(config: ModelConfig, tokens: float) -> float:

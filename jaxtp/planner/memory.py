@@ -56,11 +56,11 @@ class Params:
 
 def params(config: ModelConfig, split: Split) -> Params:
     """What each device holds of the weights, whole over dp."""
-    D, H, tp = config.hidden_size, config.head_dim, split.tp
-    kv = kv_heads(config, tp)
-    queries, mlp = config.num_heads * H // tp, mlp_width(config) // tp
-    rows = queries + 2 * kv * H
-    kernels: tuple[int, ...] = (rows * D, D * queries)
+    D, H, ways = config.hidden_size, config.head_dim, split.ways
+    kv = kv_heads(config, split.tp)
+    queries, mlp = config.num_heads * H, mlp_width(config) // ways
+    rows = queries // split.tp + 2 * kv * H
+    kernels: tuple[int, ...] = (rows * D, D * queries // ways)
     if mlp:
         kernels = (*kernels, 2 * mlp * D, mlp * D)
     block, own, router = config.block_norms * D, 0, 0
@@ -73,7 +73,7 @@ def params(config: ModelConfig, split: Split) -> Params:
     unshared = config.qkv_bias * rows + config.mlp_bias * 2 * mlp + config.qk_norm_params
     block += unshared + config.o_bias * D + config.mlp_bias * D
     stages = split.stages(config)
-    table = math.ceil(config.vocab_size / (tp * split.pp)) * D
+    table = math.ceil(config.vocab_size / (ways * split.pp)) * D
     head = 0 if config.tie_word_embeddings else table
     return Params(block, unshared, stages.slots * split.chunks, table, head, D, kernels, own, router)
 
@@ -93,11 +93,11 @@ def weights(config: ModelConfig, split: Split, task: Generation) -> int:
 def kernel_bytes(config: ModelConfig, split: Split, task: Generation) -> list[float]:
     """Of a weight of each of a block's kernels, in the order of `Params.kernels`."""
     config = config.quantized(task.quantization)
-    D, tp, queries = config.hidden_size, split.tp, config.num_heads * config.head_dim
-    sizes = {"qkv": (D, 1), "o": (queries, tp)}
+    D, ways, queries = config.hidden_size, split.ways, config.num_heads * config.head_dim
+    sizes = {"qkv": (D, 1), "o": (queries, ways)}
     if mlp_width(config):
         kind = "shared " if config.experts else ""
-        sizes |= {f"{kind}gate_up": (D, 1), f"{kind}down": (tp * (mlp_width(config) // tp), tp)}
+        sizes |= {f"{kind}gate_up": (D, 1), f"{kind}down": (ways * (mlp_width(config) // ways), ways)}
     if config.experts:
         width = experts.share(config, split).width
         sizes |= {"experts gate_up": (D, 1), "experts down": (config.experts.width, config.experts.width // width)}
@@ -110,7 +110,7 @@ def kv_heads(config: ModelConfig, tp: int) -> int:
 
 
 def slot(config: ModelConfig, split: Split, task: Generation) -> int:
-    """Of one token's keys and values on each device of its row."""
+    """Of one token's keys and values on each device that has them."""
     return 2 * split.stages(config).slots * kv_heads(config, split.tp) * head_bytes(config, task)
 
 
@@ -163,13 +163,13 @@ def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
 
 def cache(config: ModelConfig, split: Split, task: Generation) -> int:
     """Of the pages that the rows have at their end."""
-    return split.rows(task.batch) * task.slots * slot(config, split, task)
+    return split.rows(task.batch) * split.slots(task) // split.slot_ranks * slot(config, split, task)
 
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
     """Tokens that the caches of all groups hold together, on devices of `memory` bytes; below 0 where weights do not fit."""
     free = int(memory * task.utilization) - weights(config, split, task)
-    return free // slot(config, split, task) * split.groups
+    return free // slot(config, split, task) * split.slot_ranks * split.groups
 
 
 def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -> float:
@@ -180,17 +180,18 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     their product; beside either the residual stream and who sees what.
     """
     size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype, task.kv_cache_dtype)
+    slots, reach = split.slots(task) // split.slot_ranks, -(-step.reach // split.slot_ranks)
     heads, row = config.num_heads // tp, kv_heads(config, tp) * config.head_dim * size
     stream = step.tokens * config.hidden_size * size
-    logits = 4 * step.lanes * math.ceil(config.vocab_size / (tp * split.pp))
-    scores = 0 if read == "cudnn" else (4 + size) * step.rows * task.slots * heads
-    copied = 2 * step.rows * task.slots * row if read == "gather" else 0
+    logits = 4 * step.lanes * math.ceil(config.vocab_size / (split.ways * split.pp))
+    scores = 0 if read == "cudnn" else (4 + size) * step.rows * slots * heads
+    copied = 2 * step.rows * slots * row if read == "gather" else 0
     if not step.chunks:
         return max(logits, scores + copied) + stream
-    seen = step.prompt_tokens * step.reach * size
-    gathered = 2 * step.chunks * step.reach * row
+    seen = step.prompt_tokens * reach * size
+    gathered = 2 * step.chunks * reach * row
     mixed = 2 * step.tokens * heads * config.head_dim * size
-    mlp = max(3 * step.tokens * mlp_width(config) // tp * size, mixed_experts(config, split, step.tokens, size))
+    mlp = max(3 * step.tokens * mlp_width(config) // split.ways * size, mixed_experts(config, split, step.tokens, size))
     return stream + seen + max(logits, gathered + mixed + scores + copied, mlp)
 
 

@@ -46,9 +46,9 @@ def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: 
     """Attention of rows as if each saw all slots."""
     heads, D = config.num_heads * config.head_dim // split.tp, config.hidden_size
     products = 2 * memory.products(config, split, step.tokens)
-    scores = 4 * heads * (step.rows * task.slots + step.prompt_tokens * step.reach)
+    scores = 4 * heads * (step.rows * split.slots(task) + step.prompt_tokens * step.reach) // split.slot_ranks
     between = step.tokens * D * SIZES[task.dtype] if split.pp > 1 else 0  # on its way from stage to stage
-    head = 2 * D * math.ceil(config.vocab_size / (split.tp * split.pp)) * step.lanes
+    head = 2 * D * math.ceil(config.vocab_size / (split.ways * split.pp)) * step.lanes
     return Predicted(
         name,
         memory.weights(config, split, task) + memory.cache(config, split, task) + between,

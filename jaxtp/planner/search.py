@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,7 @@ from jaxtp.presets import PRESETS, preset
 
 Objective = Literal["latency", "throughput", "memory"]
 CHUNKS = (2, 4)  # of layers on a pipeline's rank, that are tried
+LEAST_PART = 4096  # tokens of a row on each rank of cp: with fewer it is not tried
 LONG = 5000  # splits from which a bar shows how far a search is
 MOST_GPUS = 4096  # up to which it is tried how many would do
 
@@ -105,11 +107,13 @@ def plan(
 def splits(devices: int, config: ModelConfig, *, task: Task) -> Iterator[Split]:
     """Every way to split work over that many devices, legal or not."""
     whole = _divisors(devices)
-    for dp, pp, ep, tp in itertools.product(whole, whole, whole if config.experts else [1], whole):
-        if dp * pp * ep * tp != devices:
+    for dp, pp, cp, ep, tp in itertools.product(whole, whole, whole, whole if config.experts else [1], whole):
+        if dp * pp * cp * ep * tp != devices or not _worth(config, task, cp, tp):
             continue
         for parallel in (False, True) if tp > 1 else (False,):
-            base = Split(dp=dp, pp=pp, ep=ep, tp=tp, sequence_parallel=parallel)
+            base = Split(dp=dp, pp=pp, cp=cp, ep=ep, tp=tp, sequence_parallel=parallel)
+            if cp > 1 and isinstance(task, Generation):
+                base = dataclasses.replace(base, over_cp="slots")
             if isinstance(task, Generation):
                 if not parallel:  # the same bytes: for generation there is nothing to gain
                     yield base
@@ -118,9 +122,18 @@ def splits(devices: int, config: ModelConfig, *, task: Task) -> Iterator[Split]:
             if pp > 1:
                 shapes = [{"schedule": "1f1b"}, {"schedule": "gpipe"}]
                 shapes += [{"schedule": "interleaved_1f1b", "chunks": v} for v in CHUNKS]
-            zeros = (0, 1, 2, 3) if dp * ep > 1 else (0,)
+            zeros = (0, 1, 2, 3) if dp * cp * ep > 1 else (0,)
             for micro, zero, remat, shape in itertools.product(_divisors(task.batch), zeros, get_args(Remat), shapes):
                 yield dataclasses.replace(base, microbatches=micro, zero=zero, remat=remat, **shape)
+
+
+def _worth(config: ModelConfig, task: Task, cp: int, tp: int) -> bool:
+    """Whether so much cp is tried: for long rows to train on, and to generate where tp has dealt out the KV heads."""
+    if cp == 1:
+        return True
+    if isinstance(task, Training):
+        return task.seq_len // cp >= LEAST_PART
+    return tp == math.gcd(config.num_kv_heads, tp * cp)
 
 
 def _judged(

@@ -59,11 +59,6 @@ class Generation:
         return self.prompt_len + self.output_len
 
     @property
-    def slots(self) -> int:
-        """Of the pages of each row at its end."""
-        return -(-self.total // buckets.PAGE) * buckets.PAGE
-
-    @property
     def request(self) -> int:
         """Tokens that are set aside for a request."""
         return self.max_model_len or self.total
@@ -104,6 +99,7 @@ class Split:
     """How the work is spread: the axes of the mesh, and what else there is to choose. Of training alone: zero, microbatches,
     schedule, chunks, remat, context_strategy.
 
+    over_cp: what lies over cp, in training the tokens of rows, in generation the slots of the cache (and weights, beside tp).
     microbatches: of an update (and, in a pipeline, what goes through its stages). chunks: of layers on a pipeline's rank.
     expert_dispatch: what "ragged" sends hangs on what tokens choose; plans count what that is on average.
     """
@@ -113,6 +109,7 @@ class Split:
     cp: int = 1
     ep: int = 1
     tp: int = 1
+    over_cp: Literal["tokens", "slots"] = "tokens"
     sequence_parallel: bool = False
     zero: int = 0
     microbatches: int = 1
@@ -139,6 +136,26 @@ class Split:
         return self.dp * self.ep
 
     @property
+    def slot_ranks(self) -> int:
+        """Devices over which the slots of a row's cache lie."""
+        return self.cp if self.over_cp == "slots" else 1
+
+    @property
+    def ways(self) -> int:
+        """Into how many parts MLPs and tables are cut, and what follows attention."""
+        return self.tp * self.slot_ranks
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The axes that these parts lie on."""
+        return ("cp", "tp") if self.slot_ranks > 1 else ("tp",)
+
+    def slots(self, task: Generation) -> int:
+        """Of the pages of each row at its end, on all devices that share them."""
+        size = buckets.PAGE * self.slot_ranks
+        return -(-task.total // size) * size
+
+    @property
     def context(self) -> Context | None:
         """How attention goes over cp."""
         return Context(self.cp, self.context_strategy) if self.cp > 1 else None
@@ -152,14 +169,16 @@ class Split:
 
     def part(self, tokens: int) -> int:
         """Of a row's tokens, those of each rank of cp: filled up to chunks of one size."""
-        return self.context.padded(tokens) // self.cp if self.context else tokens
+        return self.context.padded(tokens) // self.cp if self.context and self.over_cp == "tokens" else tokens
 
     def rules(self, config: ModelConfig) -> Rules:
         """The layout of weights and activations. Raises ValueError where experts cannot be cut so."""
         rules = Rules().sequence_parallel() if self.sequence_parallel else Rules()
-        rules = rules.context_parallel() if self.cp > 1 else rules
+        if self.cp > 1:
+            rules = rules.cache_parallel() if self.over_cp == "slots" else rules.context_parallel()
         rules = rules.pipeline_parallel() if self.pp > 1 else rules
-        return rules.expert_parallel(config, ep=self.ep, tp=self.tp, layout=self.expert_layout, dispatch=self.expert_dispatch)
+        layout, dispatch = self.expert_layout, self.expert_dispatch
+        return rules.expert_parallel(config, ep=self.ep, tp=self.ways, layout=layout, dispatch=dispatch)
 
     def stages(self, config: ModelConfig) -> Stages:
         """Where layers stand."""
@@ -244,7 +263,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
     as it may have; and how often.
     """
     size, each = buckets.chunk_tokens("gpu"), config.hidden_size * SIZES[task.dtype]
-    tokens = buckets.step_tokens("gpu", token_bytes=each, shared=split.tp > 1)
+    tokens = buckets.step_tokens("gpu", token_bytes=each, shared=split.ways > 1)
     most, of_each = buckets.chunk_lanes(tokens, rows=0, chunk=size), -(-task.prompt_len // size)
     steps, rest = divmod(of_each * split.rows(task.batch), most)
     period, found = of_each // math.gcd(of_each, most), Counter[Step]()  # of the place in a prompt that a step ends at
@@ -252,7 +271,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
     def note(number: int, chunks: int, times: int) -> None:
         last = (number * most + chunks - 1) % of_each + 1
         end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
-        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, task.slots))] += times
+        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, split.slots(task)))] += times
 
     for number in range(min(period, steps)):
         note(number, most, -(-(steps - number) // period))
@@ -275,8 +294,9 @@ def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | No
 
 def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> None:
     """The same as an error."""
-    if split.cp > 1 and isinstance(task, Generation):
-        raise ValueError(f"{split.told()}: generation over cp is not built yet; use dp, pp, ep and tp")
+    over = "slots" if isinstance(task, Generation) else "tokens"
+    if split.cp > 1 and split.over_cp != over:
+        raise ValueError(f"{split.told()}: over cp lie {over}, and not {split.over_cp}; use Split(over_cp={over!r})")
     if 0 < sum(config.sparse) < config.num_layers:
         raise ValueError(f"{config.model_type}: models of layers with experts and layers without are not planned; they run")
     if isinstance(task, Training):
@@ -288,7 +308,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
     if per_node and per_node % split.tp and split.size > per_node:
         raise ValueError(across_nodes(split.tp, per_node))
-    check_layout(config, split.tp, split.rules(config))
+    check_layout(config, split.tp, split.rules(config), cp=split.cp)
     stages = split.stages(config)
     check_length(config, task)
     if isinstance(task, Training):
