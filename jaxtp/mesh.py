@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("dp", "pp", "cp", "ep", "tp")
@@ -39,18 +40,26 @@ def make_mesh(
         shown = told(dict(zip(AXES, sizes, strict=True)))
         raise ValueError(f"{shown} uses {len(used)} of {len(devices)} devices; over several processes use all")
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=used)
-    shared = [group for group in mesh.devices.reshape(-1, sizes[-1]) if len({device.process_index for device in group}) > 1]
-    if shared and not tp_across_nodes:
-        raise ValueError(across_nodes(sizes[-1], jax.local_device_count()))
+    return mesh if tp_across_nodes else check_within_nodes(mesh, "tp")
+
+
+def check_within_nodes(mesh: Mesh, *axes: str) -> Mesh:
+    """Itself. Raises ValueError where these axes join devices of several processes."""
+    last = [mesh.axis_names.index(axis) for axis in axes]
+    devices = np.moveaxis(mesh.devices, last, range(-len(last), 0))
+    groups = devices.reshape(-1, math.prod(mesh.shape[axis] for axis in axes))
+    if any(len({device.process_index for device in group}) > 1 for group in groups):
+        raise ValueError(across_nodes({axis: mesh.shape[axis] for axis in axes}, jax.local_device_count()))
     return mesh
 
 
-def across_nodes(tp: int, local: int) -> str:
-    """What is said of tp that nodes of so many devices cannot hold."""
+def across_nodes(sizes: Mapping[str, int], local: int) -> str:
+    """What is said of axes that nodes of so many devices cannot hold."""
+    asked, name = told(sizes), "·".join(sizes)
     legal = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
     return (
-        f"tp={tp} would join devices of several nodes, each of which has {local}, over the network; legal tp within a node: "
-        f"{legal}. Let pp or dp cross nodes, or allow it (tp_across_nodes)"
+        f"{asked} would join devices of several nodes, each of which has {local}, over the network; legal {name} within a "
+        f"node: {legal}. Let pp or dp cross nodes, or allow it (tp_across_nodes)"
     )
 
 

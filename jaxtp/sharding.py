@@ -90,7 +90,7 @@ class Rules:
 
     def pipeline_parallel(self) -> Rules:
         """Layers in stages over pp, and a vocabulary that pp holds together with the others."""
-        over = ("pp", *names(self.axis("vocab")))
+        over = ("pp", *(axis for axis in names(self.axis("vocab")) if axis != "pp"))
         return self.using(layers="pp", vocab=over, logits=over)
 
     def expert_parallel(

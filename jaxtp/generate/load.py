@@ -13,7 +13,7 @@ from jaxtp.config.quantization import Quantization
 from jaxtp.config.reader import token_ids
 from jaxtp.files import read_object
 from jaxtp.log import logger
-from jaxtp.mesh import make_mesh
+from jaxtp.mesh import check_within_nodes, make_mesh
 from jaxtp.model import Llama
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.coded import CacheDtype, check_cache_dtype
@@ -85,6 +85,8 @@ def load_model(
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout: dict[str, Any] = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}
     mesh = make_mesh(dp=split.dp, pp=split.pp, cp=split.cp, ep=split.ep, tp=split.tp, tp_across_nodes=across)
+    if split.cp > 1 and not across:
+        check_within_nodes(mesh, "cp", "tp")
     if compress_all_reduce:
         layout["reduce"] = reducer(layout.get("region"))
     layout |= {

@@ -283,7 +283,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
 def problem(config: ModelConfig, split: Split, task: Task, *, per_node: int | None = None) -> str | None:
     """Why this model cannot be run so, in the words of what would refuse it; None where it can.
 
-    per_node: devices of a node, within which tp stays.
+    per_node: devices of a node, within which tp stays, and cp where weights lie over it.
     """
     try:
         check(config, split, task, per_node=per_node)
@@ -306,8 +306,8 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
             if split.ep > 1:
                 raise ValueError(f"{split.told()}: a pipeline trains with ep=1, its stages hold the experts over tp")
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
-    if per_node and per_node % split.tp and split.size > per_node:
-        raise ValueError(across_nodes(split.tp, per_node))
+    if per_node and per_node % split.ways and split.size > per_node:
+        raise ValueError(across_nodes({axis: split.axes[axis] for axis in split.summed}, per_node))
     check_layout(config, split.tp, split.rules(config), cp=split.cp)
     stages = split.stages(config)
     check_length(config, task)

@@ -15,6 +15,7 @@ from jaxtp.planner.programs import programs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collectives.json"  # how often, and MB in all
 FEW, MANY, LONG = Generation(8, 1024, 256), Generation(64, 512, 512), Generation(2, 8192, 512)
+WHOLE_CONTEXT = Generation(2, 130944, 128)
 EIGHT_BITS = dataclasses.replace(FEW, quantization="int8")
 SHARED = Split(dp=4, tp=2, sequence_parallel=True, zero=1, microbatches=2, remat="save-dots")
 THREE_D = Split(dp=2, pp=4, tp=8, sequence_parallel=True, zero=1, microbatches=16, remat="save-dots")
@@ -30,6 +31,10 @@ PAIRS = [
     ("olmo-2-7b", "H100", Split(tp=4), FEW),
     ("llama-3.1-8b", "H100", Split(), EIGHT_BITS),
     ("llama-3.1-70b", "H100", Split(pp=2, tp=2), EIGHT_BITS),
+    ("llama-3.1-8b", "H200", Split(cp=8, over_cp="slots"), WHOLE_CONTEXT),
+    ("llama-3.1-8b", "H200", Split(cp=4, tp=2, over_cp="slots"), WHOLE_CONTEXT),
+    ("llama-3.1-70b", "H200", Split(pp=2, cp=2, tp=2, over_cp="slots"), LONG),
+    ("qwen3-30b-a3b", "H200", Split(cp=2, tp=4, over_cp="slots"), FEW),
     ("llama-3.1-8b", "H100", Split(dp=8, zero=3, remat="save-dots"), Training(16, 4096)),
     ("llama-3.1-8b", "H100", SHARED, Training(16, 4096)),
     ("llama-3.1-8b", "H200", Split(dp=4, tp=2, zero=2, remat="save-attention", microbatches=2), Training(16, 4096)),

@@ -115,7 +115,7 @@ def test_zero_and_remat_save_what_they_are_for():
 
 def test_every_split_of_eight_devices_is_tried():
     found = list(splits(8, CONFIGS["plain"], task=Generation()))
-    assert len(found) == len({dataclasses.astuple(s) for s in found}) == 10
+    assert len(found) == len({dataclasses.astuple(s) for s in found}) == 11  # with cp where tp has dealt out the KV heads
     assert all(s.size == 8 for s in found)
 
 

@@ -101,13 +101,14 @@ def test_an_even_pipeline_wastes_only_its_bubble():
 
 ALL = [*splits(8, CONFIG, task=Generation()), *splits(6, CONFIG, task=Generation())]
 # these also generate: each axis, each pair and all three; the tokens of any mesh are compared in tests/generate
-GENERATES = ("tp=8", "pp=6", "dp=8", "dp=2 × tp=4", "pp=4 × tp=2", "dp=2 × pp=3", "dp=2 × pp=2 × tp=2")
+GENERATES = ("tp=8", "pp=6", "dp=8", "dp=2 × tp=4", "pp=4 × tp=2", "dp=2 × pp=3", "dp=2 × pp=2 × tp=2", "cp=2 × tp=4")
 
 
 @pytest.mark.parametrize("split", ALL, ids=Split.told)
 def test_generation_agrees_with_llm(split, tmp_path_factory):
     task = Generation(batch=3, prompt_len=8, output_len=4, dtype="float32")
     sizes = {"tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "data_parallel_size": split.dp}
+    sizes |= {"context_parallel_size": split.cp}
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
 
