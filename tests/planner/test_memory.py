@@ -31,24 +31,25 @@ EXPERTS = {
     "qwen2_moe": tiny.config(model_type="qwen2_moe", qkv_bias=True, experts=Experts(16, 3, 8, shared=32)),
 }
 MESHES = [{"tp": 1}, {"tp": 2}, {"tp": 8}, {"dp": 2, "tp": 4}, {"pp": 2, "tp": 2}, {"pp": 2}, {"dp": 2, "pp": 2, "tp": 2}]
+MESHES += [{"cp": 4, "tp": 2, "over_cp": "slots"}, {"pp": 2, "cp": 2, "over_cp": "slots"}]
 
 
 @pytest.mark.parametrize(("name", "axes"), list(itertools.product(CONFIGS, MESHES)))
 def test_weights_and_cache(name, axes):
     config, split = CONFIGS[name], Split(**axes)
-    model = abstract_llama(config, make_mesh(**axes), split, dtype="float32")
+    model = abstract_llama(config, make_mesh(**split.axes), split, dtype="float32")
     assert 4 * memory.params(config, split).total == describe(model).device_bytes
     rows, slots = split.rows(8), 256
     arrays = [a for pair in model.empty_cache(split.groups * rows * slots // PAGE, PAGE).layers for a in pair]
     held = sum(a.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(a.sharding.shard_shape(a.shape)))) for a in arrays)
-    assert rows * slots * memory.slot(config, split, Generation(dtype="float32")) == held
+    assert rows * slots // split.slot_ranks * memory.slot(config, split, Generation(dtype="float32")) == held
 
 
 @pytest.mark.parametrize("layout", ["auto", "width"])
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 8}, {"ep": 4}, {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2}, {"pp": 2, "ep": 2}])
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 8}, {"ep": 4}, {"ep": 2, "tp": 2}, {"pp": 2, "ep": 2}, {"cp": 2, "tp": 4}])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_weights_of_experts(name, axes, layout):
-    config, split = EXPERTS[name], Split(**axes, expert_layout=layout)
+    config, split = EXPERTS[name], Split(**axes, over_cp="slots", expert_layout=layout)
     model = abstract_llama(config, make_mesh(**axes), split, dtype="float32")
     assert 4 * memory.params(config, split).total == describe(model).device_bytes
 

@@ -66,6 +66,25 @@ def test_copies_of_kv_heads_are_told():
     assert "each KV head stands 2 times" in why(eight, eight)
 
 
+def test_slots_over_cp_stand_where_tp_would_copy_kv_heads():
+    """Of four KV heads on eight GPUs: twice the tokens in the same memory, and so the most of long requests at once."""
+    by_layout = {p.split.told(): p for p in plan("qwen3-235b-a22b", "8xH200", prompt_len=30000, output_len=1000).legal}
+    copied, shared = by_layout["tp=8"], by_layout["cp=2 × tp=4"]
+    assert shared.kv_tokens > 1.97 * copied.kv_tokens
+    assert shared.most_rows > 1.9 * copied.most_rows
+    assert "each KV head stands" not in why(shared, shared)
+    many = plan("qwen3-235b-a22b", "8xH200", prompt_len=30000, output_len=1000, objective="throughput")
+    order = [p.split.told() for p in many.legal]
+    assert order.index("cp=2 × tp=4") < order.index("tp=8")
+
+
+def test_long_rows_are_trained_over_cp():
+    found = plan("llama-3.1-8b", "8xH200", task="train", seq_len=131072, batch=8)
+    assert found.best.split.cp > 1
+    assert {p.split.cp for p in found} == {1, 2, 4, 8}
+    assert {p.split.cp for p in plan("llama-3.1-8b", "8xH200", task="train", seq_len=4096, batch=8)} == {1}
+
+
 def test_training_fits_or_says_by_how_much_it_does_not():
     plans = plan("llama-3.1-8b", "8xH100", task="train", batch=32)
     assert plans.best.split.dp * plans.best.split.tp * plans.best.split.pp == 8
