@@ -6,7 +6,17 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from jaxtp import Circulation, Llama, Schedule, draw_schedule, draw_shardings, make_mesh, preset, use_virtual_devices
+from jaxtp import (
+    Circulation,
+    Llama,
+    Schedule,
+    draw_context,
+    draw_schedule,
+    draw_shardings,
+    make_mesh,
+    preset,
+    use_virtual_devices,
+)
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from imports import ROOMS, graph, room
@@ -24,6 +34,7 @@ def main() -> None:
         "gpipe": draw_schedule(Schedule("gpipe", 4, 8)),
         "1f1b": draw_schedule(Schedule("1f1b", 4, 8)),
         "interleaved": draw_schedule(Schedule("interleaved_1f1b", 4, 8, 2)),
+        "context": draw_context(4),
         "circulation": draw_schedule(Circulation(4, 4)),
         "imports": draw_imports(),
     }

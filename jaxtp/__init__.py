@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtp.config import ModelConfig
-    from jaxtp.draw import draw_schedule, draw_shardings
+    from jaxtp.draw import draw_context, draw_schedule, draw_shardings
     from jaxtp.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxtp.engine.params import SamplingParams
     from jaxtp.generate import LLM
@@ -43,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "Schedule",
     "describe",
+    "draw_context",
     "draw_schedule",
     "draw_shardings",
     "make_mesh",
@@ -53,7 +54,7 @@ __all__ = [
 
 _ROOMS = {  # where each name lives; a room is entered when one of its names is asked for, so that importing jaxtp is free
     "config": ("ModelConfig",),
-    "draw": ("draw_schedule", "draw_shardings"),
+    "draw": ("draw_context", "draw_schedule", "draw_shardings"),
     "engine.outputs": ("CompletionOutput", "Logprob", "RequestOutput"),
     "engine.params": ("SamplingParams",),
     "generate": ("LLM",),

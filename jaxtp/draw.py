@@ -1,4 +1,6 @@
-"""Pictures: which device holds which block of a weight, and which rank does what when. Needs matplotlib (extra `notebook`)."""
+"""Pictures: which device holds which block of a weight, which rank does what when, how rows lie over ranks. They need
+matplotlib (extra `notebook`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import fnmatch
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
+from jaxtp.parallel.context import Context
 from jaxtp.parallel.schedules import Circulation, Schedule
 from jaxtp.weights import variables
 
@@ -25,6 +28,7 @@ MARKERS = "os^DvP*X<>hpd"
 COLUMNS, PICTURES = 4, 48  # of weights: side by side, and at most in a figure
 PIECES = 10_000  # of a schedule, at most
 LEGEND = 30  # entries of a legend's column
+CONTEXT_RANKS = 16  # of which rows can be drawn
 NUMBERED = 80  # ticks up to which microbatches are numbered
 
 
@@ -106,6 +110,71 @@ def draw_schedule(schedule: Schedule | Circulation) -> Figure:
     held = "" if schedule.name == "forward" else f", {schedule.in_flight(0)} inputs held on rank 0"
     title = f"{schedule.name}, {schedule.microbatches} microbatches{chunks}: bubble {schedule.bubble:.0%}{held}"
     return _timeline(bars, schedule.ranks, schedule.time(), title, "time (F of a microbatch = 1)")
+
+
+def draw_context(ranks: int) -> Figure:
+    """How rows lie over so many ranks of cp, which are numbers and colours: the chunks of a row in training, which of them
+    attends to which, what keys a ring has brought where, and a cache's slots in generation.
+
+    Raises ValueError for fewer than 2 or more than 16.
+    """
+    import matplotlib.pyplot as plt
+
+    if not 2 <= ranks <= CONTEXT_RANKS:
+        raise ValueError(f"ranks={ranks} must be in [2, {CONTEXT_RANKS}]: rows over so many can be drawn")
+    chunks = Context(ranks).order(2 * ranks).reshape(ranks, 2).tolist()
+    of = {chunk: rank for rank, mine in enumerate(chunks) for chunk in mine}
+    side = 1.6 + 0.3 * ranks
+    figure, axes = plt.subplots(1, 4, figsize=(4 * side, side + 0.5), layout="constrained")
+    row, pairs, ring, cache = axes
+    plain, zigzag = (_busiest(part) for part in ([[2 * r, 2 * r + 1] for r in range(ranks)], chunks))
+    row.set_title(f"training: the chunks of each rank\nbusiest / mean {zigzag:.2f}; in a row's order {plain:.2f}", fontsize=9)
+    _cells(row, {(chunk, rank): rank for chunk, rank in of.items()}, ranks, "chunk of the row", "rank")
+    pairs.set_title("which chunks see which keys\n(the diagonal in part)", fontsize=9)
+    seen = {(key, query): of[query] for query in of for key in range(query + 1)}
+    _cells(pairs, seen, ranks, "chunk of keys", "chunk of queries", faint=lambda key, query: key == query)
+    ring.set_title("a ring: whose keys each rank has\nwhile the next ones come", fontsize=9)
+    hops = {(hop, rank): (rank - hop) % ranks for hop in range(ranks) for rank in range(ranks)}
+    _cells(ring, hops, ranks, "hop", "rank")
+    cache.set_title("generation: slots of a row's cache\n(numbers: its tokens)", fontsize=9)
+    slots = range(min(4, 2 * ranks))
+    tokens = {(slot, rank): slot * ranks + rank for slot in slots for rank in range(ranks)}
+    _cells(cache, tokens, ranks, "slot of each rank", "rank")
+    plt.close(figure)
+    return figure
+
+
+def _busiest(parts: Sequence[Sequence[int]]) -> float:
+    """The work of the busiest rank over the mean, where ranks have these chunks: what a chunk sees, half of itself."""
+    work = [sum(chunk + 0.5 for chunk in mine) for mine in parts]
+    return max(work) * len(work) / sum(work)
+
+
+def _cells(
+    axes: Axes,
+    cells: dict[tuple[int, int], int],
+    ranks: int,
+    across: str,
+    down: str,
+    *,
+    faint: Callable[[int, int], bool] = lambda x, y: False,
+) -> None:
+    """A square at each (column, row), with its number, in the colour of that rank."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    shades, columns, rows = colormaps["tab20"], max(x for x, _ in cells), max(y for _, y in cells)
+    for (x, y), number in cells.items():
+        shade = shades((2 * (number % ranks) + 1) % 20 if ranks <= 10 else number % 20)
+        square = Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=shade, edgecolor="white", linewidth=0.6)
+        square.set_alpha(0.45 if faint(x, y) else 1.0)
+        axes.add_patch(square)
+        axes.text(x, y, str(number), ha="center", va="center", fontsize=7)
+    axes.set(xlim=(-0.6, columns + 0.6), ylim=(rows + 0.6, -0.6), xlabel=across, ylabel=down, aspect="equal", anchor="N")
+    step = 1 if max(columns, rows) < 16 else 4
+    axes.set(xticks=range(0, columns + 1, step), yticks=range(0, rows + 1, step))
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def log_log(axes: Axes) -> None:

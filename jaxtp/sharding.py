@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.config import ModelConfig
@@ -234,6 +236,11 @@ def reshard(x: jax.Array, spec: PartitionSpec, mesh: Mesh | jax.sharding.Abstrac
     """`x` laid out as `spec` over its own mesh, or `mesh`; nothing is emitted where it lies so already."""
     target = NamedSharding(mesh_of(x, mesh), spec)
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x` as arguments of programs lie in memory; in a region."""
+    return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
 
 def zeros(tree: Any) -> Any:

@@ -97,6 +97,7 @@ class Llama(nnx.Module):
         if kernel == "cudnn" and platform(mesh) != "gpu":
             raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
         split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens", "cached") for name in names(rules.axis(dim)))}
+        split |= {"cp"} if context else set()  # (in stages it is mapped over, and no rule speaks of it)
         unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
         if unused:
             raise ValueError(

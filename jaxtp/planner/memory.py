@@ -263,6 +263,10 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     if split.zero == 0:  # the backward pass is over, and all gradients become float32, those of the MLPs last
         last = sum(held.kernels[2:]) * held.blocks
         gradients = max(gradients, 4 * everything + size * last - weights - activations - logits)
+    # a layer on the way back: its MLP's arrays, made again where they were not kept, with their gradients, and the stream's
+    stream = config.hidden_size / (tp if split.sequence_parallel else 1)
+    widths = {"none": 3, "save-dots": 4, "save-attention": 6, "full": 6}[split.remat]
+    later = max(later, size * tokens * (widths * mlp_width(config) / tp + 4 * stream) - logits)
     # at the head the blocks have no gradients yet, but its own are float32, and a third array of logits is there
     later = max(later, logits / 2 + 4 * held.tables - gradients)
     if (

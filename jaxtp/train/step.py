@@ -31,10 +31,10 @@ from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops.router import Routing
 from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
-from jaxtp.parallel.regions import mapped
+from jaxtp.parallel.regions import locally, mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import Layout, joined, names, reshard, size
+from jaxtp.sharding import Layout, joined, names, reshard, row_major, size, spec_of
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -285,8 +285,11 @@ class Trainer:
                 return loss / counted + told.cost(self.routers), (nats / counted, told)
 
             (loss, (nats, told)), grads = jax.value_and_grad(mean, has_aux=True)(weights)
-            grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
-            return (self._settle(grads) if self.zero >= 2 else grads), (loss, nats, told)
+            if self.zero >= 2:
+                grads = self._settle(grads)
+            elif micros > 1:
+                grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
+            return grads, (loss, nats, told)
 
         if micros == 1:
             grads, sums = one(jax.tree.map(lambda a: a[0], batch))
@@ -376,8 +379,21 @@ class Trainer:
         return reshard(weight.astype(layout.dtype), PartitionSpec(*spec, reduced=over), layout.mesh)
 
     def _settle(self, grads: Params) -> Params:
-        """Gradients summed over dp, in the layout at rest; a second time nothing happens."""
-        return {path: reshard(g, self.rest[path], self.stacked.layout.mesh) for path, g in grads.items()}
+        """Gradients summed over dp in float32, in the layout at rest; a second time nothing happens.
+
+        Kernels become shares one after another, of which XLA would else have many whole in float32, and lie in memory as the
+        state does: a reduce-scatter brings its dim to the front, and an optimiser that turns all of that around cannot work in
+        place.
+        """
+        mesh, before, found = self.stacked.layout.mesh, None, {}
+        for path, g in grads.items():
+            kernel = self.rest[path] != self.specs[path].spec and g.ndim > 1 + path.startswith(BLOCK)
+            if kernel and before is not None and spec_of(g).unreduced:
+                g, _ = jax.lax.optimization_barrier((g, before))
+            g = reshard(g.astype(jnp.float32), self.rest[path], mesh)
+            found[path] = locally(row_major, g, out=spec_of(g)) if kernel else g
+            before = found[path] if kernel else before
+        return found
 
     def _update(self, grads: Params, state: State) -> tuple[Params, Any]:
         """The optimiser's step. Its own products and means are left to the partitioner."""
