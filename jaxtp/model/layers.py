@@ -140,8 +140,9 @@ class Attention(nnx.Module):
         kind = config.kinds[index]
         self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
         self.reduce = reduce
-        self.among = context.attend if context and layout.parts("tokens") > 1 else attend_fresh
-        self.cached = context.attend_cached if context and layout.parts("cached") > 1 else attend_cached
+        slots = layout.parts("cached") > 1  # else tokens lie in parts, which in stages no rule says
+        self.among = context.attend if context and not slots else attend_fresh
+        self.cached = context.attend_cached if context and slots else attend_cached
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.kernel = choose_kernel(
             platform=platform(layout.mesh), dtype=layout.dtype, head_dim=H, softcap=self.softcap, override=kernel
