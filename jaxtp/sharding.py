@@ -84,11 +84,14 @@ class Rules:
 
     def cache_parallel(self) -> Rules:
         """The cache's slots over cp, and all weights over tp and cp together, but for those of queries, keys and values: they
-        follow the KV heads, which no device then holds twice.
+        follow the KV heads, which no device then holds twice. Rows are whole, also where these rules had their tokens over cp.
         """
         both = joined("tp", "cp")
-        dims = ("vocab", "logits", "query_heads", "mlp", "hidden", "expert_mlp")
-        return self.using(cached="cp", **dict.fromkeys(dims, both), **({"sequence": both} if self.axis("sequence") else {}))
+        axes: dict[str, Axis] = dict.fromkeys(("vocab", "logits", "query_heads", "mlp", "hidden"), both)
+        axes["sequence"] = both if {*names(self.axis("sequence"))} - {"cp"} else None
+        whole = self.axis("expert_mlp") is None
+        axes |= {"experts": (*names(self.axis("experts")), "cp")} if whole else {"expert_mlp": both}
+        return self.using(cached="cp", tokens=None, **axes)
 
     def pipeline_parallel(self) -> Rules:
         """Layers in stages over pp, and a vocabulary that pp holds together with the others."""

@@ -75,13 +75,14 @@ def warm(side: Ours | Theirs, steps: int) -> float:
 
 
 class Ours:
-    """jaxtp on the first device."""
+    """jaxtp on the first device, or on so many of an axis."""
 
-    def __init__(self, args: Args, dtype: str) -> None:
+    def __init__(self, args: Args, dtype: str, **axes: int) -> None:
         import jax
 
-        from jaxtp import Llama, ModelConfig, make_mesh
+        from jaxtp import Llama, ModelConfig, Rules, make_mesh
         from jaxtp.model.stacked import Stacked
+        from jaxtp.parallel.context import Context
         from jaxtp.train.loss import Batch
         from jaxtp.train.optim import Optimizer, transformation
         from jaxtp.train.step import Trainer
@@ -91,17 +92,24 @@ class Ours:
             num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, head_dim=args.hidden // args.heads,
             max_position_embeddings=args.length,
         )  # fmt: skip
-        mesh = make_mesh(devices=jax.devices()[:1])
-        stacked = Stacked(Llama(self.config, mesh=mesh, dtype=dtype))
+        mesh, cp = make_mesh(**{"dp": 1, **axes}), axes.get("cp", 1)
+        rules, context = (Rules().context_parallel(), Context(cp)) if cp > 1 else (Rules(), None)
+        stacked = Stacked(Llama(self.config, mesh=mesh, dtype=dtype, rules=rules, context=context))
         optimizer = transformation(Optimizer(schedule="constant", warmup_steps=0), 100, stacked.specs())
         trainer = Trainer(stacked, optimizer, remat=args.remat)
         rows = np.random.default_rng(0).integers(0, args.vocab, (1, args.batch, args.length + 1)).astype(np.int32)
         place = stacked.layout.sharding(None, "batch", "tokens")
         positions = np.broadcast_to(np.arange(args.length, dtype=np.int32), rows[..., 1:].shape)
-        arrays = (rows[..., :-1], rows[..., 1:], np.ones(positions.shape, np.float32), positions)
+        order = context.order(args.length) if context else slice(None)
+        arrays = (
+            rows[..., :-1][..., order],
+            rows[..., 1:][..., order],
+            np.ones(positions.shape, np.float32),
+            positions[..., order],
+        )
         self.batch = Batch(*(jax.device_put(a, place) for a in arrays))
         with jax.set_mesh(mesh):
-            self.state = trainer.begin(stacked.stack(Llama.random(self.config, mesh=mesh)))
+            self.state = trainer.begin(stacked.stack(Llama.random(self.config, mesh=mesh, rules=rules, context=context)))
             start = time.perf_counter()
             self.step = trainer.jitted().lower(self.state, self.batch).compile()
             self.compiling = time.perf_counter() - start

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PARTS = (
-    *("attention", "mlp", "router", "dispatch", "experts", "collectives"),
+    *("attention", "context", "mlp", "router", "dispatch", "experts", "collectives"),
     *("embedding", "head", "sampling", "optimizer", "other", "host"),
 )
-# as the model and the trainer name them; what is sent for experts is their dispatch
+# as the model and the trainer name them; what is sent for experts is their dispatch, and context what attention sends over cp
 SCOPES = ("attention", "mlp", "router", "experts", "embedding", "head", "sampling", "optimizer")
-SENDS = ("dispatch", "collectives")
+SENDS = ("context", "dispatch", "collectives")
 CONTROL = ("while", "call", "conditional", "ThunkExecutor")
 BINS = 200  # of the picture of utilisation
 
@@ -211,7 +211,10 @@ def parts_of(text: str) -> dict[str, str]:
             names = [name.rstrip(")").rpartition("(")[2] for name in scopes.get(i.name, "").split("/")]
             inner = [name for name in names if name in SCOPES]
             part = inner[-1] if inner else "experts" if "moe" in names else "other"
-            found[i.name] = part if not sends else "dispatch" if "moe" in names and part != "mlp" else "collectives"
+            if sends:
+                routed = "moe" in names and part != "mlp"
+                part = "context" if "context" in names else "dispatch" if routed else "collectives"
+            found[i.name] = part
     return found
 
 

@@ -52,6 +52,8 @@ class Eval:
     """Stages that the layers are split into, one behind another."""
     data_parallel_size: Annotated[int, Alias(aliases=["-dp"])] = 1
     """Groups of devices that share the rows."""
+    context_parallel_size: Annotated[int, Alias(aliases=["-cp"])] = 1
+    """Devices over which the tokens of each row are spread."""
     sequence_parallel: Flag = False
     """Shard the residual stream over tokens."""
     revision: str | None = None

@@ -20,6 +20,7 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.pages import Share, attend_share, write_pages
 
 
+@jax.named_scope("context")
 def attend_cached(
     q: jax.Array,
     k: jax.Array,

@@ -59,6 +59,7 @@ class Context:
         chunks = np.arange(tokens).reshape(2 * self.size, -1)
         return np.stack([chunks[: self.size], chunks[: self.size - 1 : -1]], axis=1).reshape(-1)
 
+    @jax.named_scope("context")
     def attend(
         self,
         q: jax.Array,

@@ -57,9 +57,6 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
     else:
         say.reduce(over, stream, times=2 * blocks)
         say.reduce(both, stream)  # the embedding
-    if split.slot_ranks > 1:  # each rank's attention, by heads, with the logarithms of its denominators
-        results = step.tokens * config.num_heads // split.tp * (config.head_dim * size + 4)
-        say("all-to-all", "cp", results, dtype=f"u{8 * size}", times=blocks)
     if config.experts:  # every token to all groups of ep, and the sums back; the MLP beside them has a sum of its own
         say.to_experts(config, split, step.tokens, stream, there=blocks, back=blocks)
         say.reduce(over, stream, times=blocks * (config.experts.shared > 0))
@@ -73,6 +70,15 @@ def step(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Progra
     say("all-gather", both, 8 * step.lanes * split.pp * split.ways, dtype="f32+s32")
     if not step.chunks and split.pp == 1:
         say.reduce("dp", 1, dtype="pred")  # whether all rows have ended
+    return say.program + of_slots(config, split, step, dtype=dtype)
+
+
+def of_slots(config: ModelConfig, split: Split, step: Step, *, dtype: str) -> Program:
+    """What attention sends where slots lie over cp: each rank's results, by heads, with the logs of their denominators."""
+    say, size = _Say(split, f"u{8 * SIZES[dtype]}"), SIZES[dtype]
+    if split.slot_ranks > 1:
+        results = step.tokens * config.num_heads // split.tp * (config.head_dim * size + 4)
+        say("all-to-all", "cp", results, times=split.stages(config).slots)
     return say.program
 
 
@@ -135,14 +141,15 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     numbers, chunks = 4 * rows * chunk, length // chunk
     say.reduce(both, numbers, dtype="f32", times=3 * (turns - spare) * chunks)
     say.reduce(both, 2 * numbers, dtype="f32", times=turns * chunks)
-    _over_cp(say, config, split, rows * length, size=size, times=turns * layers)
-    return say.program + over_data(config, split, dtype=dtype)
+    sent = of_tokens(config, split, rows * length, dtype=dtype, times=turns * layers)
+    return say.program + sent + over_data(config, split, dtype=dtype)
 
 
-def _over_cp(say: _Say, config: ModelConfig, split: Split, tokens: int, *, size: int, times: int) -> None:
-    """What attention sends along rows, of so many tokens on each rank; layers `times`."""
+def of_tokens(config: ModelConfig, split: Split, tokens: int, *, dtype: str, times: int) -> Program:
+    """What attention sends along rows in training, of so many tokens on each rank of cp; layers `times`."""
+    say, size = _Say(split, NAMES[dtype]), SIZES[dtype]
     if split.context is None:
-        return
+        return say.program
     kv, strategy = memory.kv_heads(config, split.tp), split.strategy(config)
     group, key, again = config.num_heads // split.tp // kv, tokens * kv * config.head_dim, int(split.remat == "full")
     if strategy == "gathered":  # once more to go backward, where gradients are scattered
@@ -155,6 +162,7 @@ def _over_cp(say: _Say, config: ModelConfig, split: Split, tokens: int, *, size:
         again = int(split.remat != "none")  # what is kept is kept before it comes back
         say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 + again))
         say("all-to-all", "cp", group * key * size, times=times * (2 + again))
+    return say.program
 
 
 def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:

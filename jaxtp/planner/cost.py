@@ -206,8 +206,8 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
     """Seconds by the model's parts, as `audit.profile` measures them: of a prefill and of a decode step, or of an update."""
     config, split = machine.config, machine.split
 
-    def parts(time: Time, head: float, tokens: float) -> dict[str, float]:
-        """The time of a phase whose products go through `tokens` tokens at once."""
+    def parts(time: Time, head: float, tokens: float, sent: float) -> dict[str, float]:
+        """The time of a phase whose products go through `tokens` tokens at once. sent: of what attention sends over cp."""
         scale = (time.weights - head) / machine.products(tokens)
         feed = machine.feed(tokens) * scale
         routed = {"experts": machine.experts(tokens) * scale} if config.experts else {}
@@ -215,7 +215,8 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
             "attention": time.weights - feed - sum(routed.values()) - head + time.attention + time.other / 2,
             "mlp": feed + time.other / 2,
             **routed,
-            "collectives": time.communication,
+            **({"context": sent} if split.cp > 1 else {}),
+            "collectives": time.communication - sent,
             "head": head,
             "optimizer": time.optimizer,
             "host": time.bubble + time.launch,
@@ -223,16 +224,28 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
 
     if isinstance(task, Training):
         rows, sustained = task.batch // split.microbatches // split.groups, dataclasses.replace(machine, pace=SUSTAINED)
-        head = 4 * sustained.head(rows * task.seq_len) * split.microbatches
-        return {"step": parts(train(machine, task), head, rows * task.seq_len)}
+        tokens = rows * split.part(task.seq_len)
+        head = 4 * sustained.head(tokens) * split.microbatches
+        turns = split.microbatches if split.pp == 1 else split.microbatches * split.chunks + split.pp - 1
+        layers = turns * split.stages(config).slots
+        context = machine.sent(collectives.of_tokens(config, split, tokens, dtype=task.dtype, times=layers))
+        return {"step": parts(train(machine, task), head, tokens, context)}
     step, prompts = decode_step(split, task), prompt_steps(config, split, task)
-    tokens = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
+    together = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
+
+    def sent(step: Step) -> float:
+        return machine.sent(collectives.of_slots(config, split, step, dtype=task.dtype))
+
+    merged = {
+        "prefill": sum(times * sent(each) for each, times in prompts.items()),
+        "decode": split.turns(task.batch) * sent(step),
+    }
     heads = {
         "prefill": sum(times * machine.head(each.lanes) for each, times in prompts.items()),
         "decode": split.turns(task.batch) * machine.head(step.lanes),
     }
     times = {"prefill": prefill(machine, task), "decode": decode(machine, task)}
-    return {phase: parts(time, heads[phase], tokens[phase]) for phase, time in times.items()}
+    return {phase: parts(time, heads[phase], together[phase], merged[phase]) for phase, time in times.items()}
 
 
 def train(machine: Machine, task: Training) -> Time:

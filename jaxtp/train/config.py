@@ -229,11 +229,6 @@ class TrainConfig:
             Schedule(split.schedule, split.pp, split.accumulate, split.chunks)  # raises where they do not fit
         if split.cp < 1:
             raise ValueError(f"parallel.cp={split.cp} must be at least 1")
-        if split.cp > 1 and self.log.sample_every:
-            raise ValueError(
-                f"log.sample_every={self.log.sample_every}: text is not made over parallel.cp={split.cp} yet; leave samples "
-                "out, and make text from the run's export"
-            )
         if self.data.sequence_length < 2:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} must be at least 2")
         if not 0 <= self.data.validation_share < 1:

@@ -24,7 +24,7 @@ from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.planner.work import check_rows
 from jaxtp.text import Tokenizer
-from jaxtp.train.build import rules_of, trainer_of, weights_of
+from jaxtp.train.build import context_of, rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints, chosen
 from jaxtp.train.config import Model, Parallel, TrainConfig, parse
 from jaxtp.train.corpus import Format
@@ -90,6 +90,7 @@ def evaluate(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     data_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     sequence_parallel: bool = False,
     revision: str | None = None,
     progress: bool = True,
@@ -111,7 +112,7 @@ def evaluate(
         raise ValueError(f"kind={kind!r} is none of {', '.join(get_args(Format))}")
     source = _source(Path(model), step, best, lora, revision)
     split = Parallel(
-        dp=data_parallel_size, pp=pipeline_parallel_size, tp=tensor_parallel_size, zero=0,
+        dp=data_parallel_size, pp=pipeline_parallel_size, cp=context_parallel_size, tp=tensor_parallel_size, zero=0,
         accumulate=pipeline_parallel_size, sequence_parallel=sequence_parallel,
     )  # fmt: skip
     rows = batch_size or ROWS * split.dp * split.accumulate
@@ -130,12 +131,13 @@ def evaluate(
     check_vocabulary(corpus, config.vocab_size)
     spans = Spans(corpus, length, stride=stride)
 
-    mesh = make_mesh(dp=split.dp, pp=split.pp, tp=split.tp)
+    mesh, context = make_mesh(dp=split.dp, pp=split.pp, cp=split.cp, tp=split.tp), context_of(split)
     dtype = (None if dtype in (None, "auto") else dtype) or source.dtype
-    stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kept.model.kernel))
+    stacked = Stacked(Llama(config, mesh=mesh, rules=rules, dtype=dtype, kernel=kept.model.kernel, context=context))
     trainer = trainer_of(kept, stacked)
     params, frozen, number = source.weights(trainer, dtype, progress)
-    batches = Batches(spans, rows, split.accumulate, 0, stacked.layout.sharding(None, "batch", "tokens"), segments=spans.shared)
+    place = stacked.layout.sharding(None, "batch", "tokens")
+    batches = Batches(spans, rows, split.accumulate, 0, place, segments=spans.shared, context=context)
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (
         jax.set_mesh(mesh),

@@ -25,7 +25,7 @@ from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.experts import exchange
 from jaxtp.planner.work import Split, check_rows
-from jaxtp.sharding import Rules
+from jaxtp.sharding import Rules, check_layout
 from jaxtp.text import Tokenizer
 from jaxtp.train.build import context_of, rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
@@ -101,7 +101,13 @@ class Run:
         self._check_lengths()
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
-        self.stacked = Stacked(self._model(rules_of(parallel, self.model_config), config.model.dtype))
+        rules = rules_of(parallel, self.model_config)
+        if config.log.sample_every and parallel.cp > 1:
+            try:
+                check_layout(self.model_config, parallel.tp, rules.cache_parallel(), cp=parallel.cp)
+            except ValueError as error:
+                raise ValueError(f"log.sample_every={config.log.sample_every}: to make text {error}; leave samples out") from None
+        self.stacked = Stacked(self._model(rules, config.model.dtype))
         self._adapter = self._read_adapter()
         self.trainer = trainer_of(self.config, self.stacked)
         self.batches = {name: self._batches(part, name) for name, part in self.corpora.items()}

@@ -230,14 +230,16 @@ class Trainer:
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, staged: bool = False) -> Llama:
         """The model as trained so far (a copy), adapters merged.
 
-        staged: in the stages of its pipeline, for `LLM` alone to run. Where a rank has several chunks, and without it, all
-        layers stand on every rank.
+        staged: in the stages of its pipeline, and over cp with the slots of caches in the place of tokens: for `LLM` alone.
+        Where a rank has several chunks, and without it, all layers stand on every rank.
         """
         params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
+        rules = self.stacked.layout.rules
+        if staged and self.stacked.model.context:  # tables stay as they are padded
+            rules = rules.cache_parallel().using(vocab=rules.axis("vocab"), logits=rules.axis("logits"))
         if staged and self.pipeline and self.pipeline.stages.chunks == 1:
-            layout = in_stages(self.pipeline.stages, rules=self.stacked.layout.rules)
-            return self.stacked.unstack(params, dtype=dtype, **layout)
-        return self.stacked.unstack(self.in_order(params), dtype=dtype)
+            return self.stacked.unstack(params, dtype=dtype, **in_stages(self.pipeline.stages, rules=rules))
+        return self.stacked.unstack(self.in_order(params), dtype=dtype, rules=rules)
 
     def in_order(self, params: Params) -> Params:
         """Stacks in the model's order of layers, all of them on every rank, whatever the pipeline."""

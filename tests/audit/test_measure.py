@@ -260,13 +260,15 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %s = f32[4] fusion(%r), kind=kLoop, calls=%g, metadata={op_name="jit(decode)/head/sampling/max"}
   %b = f32[4] fusion(%s), kind=kLoop, calls=%g, metadata={op_name="jit(step)/while/body/transpose(jvp(mlp))/dot"}
   %k = (f32[4], f32[4]) fusion-start(%b), kind=kCustom, calls=%sum, metadata={op_name="jit(decode)/while/body/mlp/dot"}
+  %c = f32[4] all-to-all(%a), metadata={op_name="jit(decode)/while/body/attention/context/all_to_all"}
   %w = f32[4] while(%s), condition=%c, body=%b
   ROOT %o = f32[4] copy(%w)
 }
 """
     found = parts_of(text)
-    assert {k: found[k] for k in "arsobk"} == {
-        "a": "attention", "r": "collectives", "s": "sampling", "o": "other", "b": "mlp", "k": "collectives"
+    assert {k: found[k] for k in "arsobkc"} == {
+        "a": "attention", "r": "collectives", "s": "sampling", "o": "other", "b": "mlp", "k": "collectives",
+        "c": "context",
     }  # fmt: skip
     assert "w" not in found
 
@@ -291,13 +293,24 @@ def test_time_that_overlaps_counts_once():
     assert _busy(events, 10.0).mean() == pytest.approx(0.5)
 
 
-def test_the_planners_parts_add_up():
-    machine = Machine(tiny.config(), Split(tp=2), cluster("2xH100"), "bfloat16")
+@pytest.mark.parametrize("split", [Split(tp=2), Split(cp=2, tp=2, over_cp="slots")], ids=Split.told)
+def test_the_planners_parts_add_up(split):
+    machine = Machine(tiny.config(), split, cluster("4xH100"), "bfloat16")
     task = Generation(4, 64, 16)
     found = cost.by_part(machine, task)
+    assert ("context" in found["decode"]) == (split.cp > 1)
     assert sum(found["decode"].values()) == pytest.approx(cost.decode(machine, task).total)
     assert sum(found["prefill"].values()) == pytest.approx(cost.prefill(machine, task).total)
     assert all(value >= 0 for parts in found.values() for value in parts.values())
+
+
+def test_the_planners_parts_of_training_over_cp_add_up():
+    machine = Machine(tiny.config(), Split(cp=4, zero=1), cluster("4xH100"), "bfloat16")
+    task = Training(4, 256)
+    found = cost.by_part(machine, task)["step"]
+    assert sum(found.values()) == pytest.approx(cost.train(machine, task).total)
+    assert min(found.values()) >= 0
+    assert found["context"] > 0
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------

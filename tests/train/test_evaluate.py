@@ -80,6 +80,7 @@ def test_it_is_the_loss_of_transformers_over_the_same_windows(base, files, by_ha
 MESHES = {
     "tp 2": {"tensor_parallel_size": 2},
     "dp 2, sequence parallel tp 2": {"data_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True},
+    "cp 2 × tp 2": {"context_parallel_size": 2, "tensor_parallel_size": 2},
     "pp 2": {"pipeline_parallel_size": 2, "batch_size": 4},
 }
 
