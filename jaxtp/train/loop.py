@@ -106,7 +106,9 @@ class Run:
             try:
                 check_layout(self.model_config, parallel.tp, rules.cache_parallel(), cp=parallel.cp)
             except ValueError as error:
-                raise ValueError(f"log.sample_every={config.log.sample_every}: to make text {error}; leave samples out") from None
+                raise ValueError(
+                    f"log.sample_every={config.log.sample_every}: to make text {error}; leave samples out"
+                ) from None
         self.stacked = Stacked(self._model(rules, config.model.dtype))
         self._adapter = self._read_adapter()
         self.trainer = trainer_of(self.config, self.stacked)
