@@ -23,6 +23,8 @@ ATTENTION = 0.42  # of the data sheet's operations, in cuDNN's kernels with a ca
 TF32 = 2  # times slower than bfloat16: what XLA takes for float32 products, by the data sheets
 SUSTAINED = 0.86  # of the rate of single products: what a training step's reach, hour after hour at full power (one H200)
 BESIDE = 0.5  # of what ZeRO 3 sends over dp: the share that XLA lays beside products (`Report.overlapped`: 0.49 to 0.61)
+# the same of what attention sends over cp, in updates of Llama-3.1-8B at 128k tokens on cp 8 (a ring at 32k on cp 4: 0.71)
+CONTEXT_BESIDE = {"gathered": 0.67, "ring": 0.6, "heads": 0.53}
 KERNELS, LAUNCH = 15, 0.8e-6  # kernels of a layer (compiled decode steps have 12 to 16), seconds from one to the next
 EXPERT_KERNELS = 8  # beside them, of a router and of experts
 
@@ -226,10 +228,7 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         rows, sustained = task.batch // split.microbatches // split.groups, dataclasses.replace(machine, pace=SUSTAINED)
         tokens = rows * split.part(task.seq_len)
         head = 4 * sustained.head(tokens) * split.microbatches
-        turns = split.microbatches if split.pp == 1 else split.microbatches * split.chunks + split.pp - 1
-        layers = turns * split.stages(config).slots
-        context = machine.sent(collectives.of_tokens(config, split, tokens, dtype=task.dtype, times=layers))
-        return {"step": parts(train(machine, task), head, tokens, context)}
+        return {"step": parts(train(machine, task), head, tokens, over_cp(sustained, task)[0])}
     step, prompts = decode_step(split, task), prompt_steps(config, split, task)
     together = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
 
@@ -246,6 +245,19 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
     }
     times = {"prefill": prefill(machine, task), "decode": decode(machine, task)}
     return {phase: parts(time, heads[phase], together[phase], merged[phase]) for phase, time in times.items()}
+
+
+def over_cp(machine: Machine, task: Training) -> tuple[float, float]:
+    """Seconds of an update in which attention sends over cp: alone, and beside products."""
+    config, split = machine.config, machine.split
+    if split.cp == 1:
+        return 0.0, 0.0
+    tokens = task.batch // split.microbatches // split.groups * split.part(task.seq_len)
+    turns = split.microbatches if split.pp == 1 else split.microbatches * split.chunks + split.pp - 1
+    layers = turns * split.stages(config).slots
+    sent = machine.sent(collectives.of_tokens(config, split, tokens, dtype=task.dtype, times=layers))
+    share = CONTEXT_BESIDE[split.strategy(config)]
+    return (1 - share) * sent, share * sent
 
 
 def train(machine: Machine, task: Training) -> Time:
@@ -273,6 +285,7 @@ def train(machine: Machine, task: Training) -> Time:
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * memory.kept(held, split) / machine.bandwidth
     hidden = machine.sent(collectives.over_data(config, split, dtype=machine.dtype)) * BESIDE if split.zero == 3 else 0.0
+    hidden += over_cp(machine, task)[1]
     return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 
 

@@ -73,13 +73,13 @@ def test_plans_of_experts_try_ep():
     assert all(p.split.ep == 1 for p in plan("llama-3.1-8b", "8xH200"))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_the_cache_holds_as_many_tokens_as_llm_allocates(tp, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2)])
+def test_the_cache_holds_as_many_tokens_as_llm_allocates(tp, cp, tmp_path, monkeypatch):
     """With the memory of a GPU in place of this machine's."""
     folder, gpu = tiny.checkpoint(tmp_path / "model", num_layers=8), 1_500_000  # weights take most of it
     monkeypatch.setattr(at_hand, "_free", lambda model, used, utilization: int(gpu * utilization) - used)
-    llm = LLM(folder, tensor_parallel_size=tp, progress=False)
-    expected = memory.capacity(llm.config, Split(tp=tp), Generation(dtype="float32"), gpu)
+    llm = LLM(folder, tensor_parallel_size=tp, context_parallel_size=cp, progress=False)
+    expected = memory.capacity(llm.config, Split(tp=tp, cp=cp, over_cp="slots"), Generation(dtype="float32"), gpu)
     assert llm.budget.cache_tokens == expected > 0
 
 
