@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxtp.log import logger
 from jaxtp.mesh import platform
 from jaxtp.model import Llama
 from jaxtp.ops import pages as paged
-from jaxtp.ops.pages import Read, attend_pages
+from jaxtp.ops.attention import NOTHING
+from jaxtp.ops.pages import Read, Share, attend_pages, attend_share
 
 
 def choose_read(model: Llama) -> Read:
@@ -32,7 +34,7 @@ def choose_read(model: Llama) -> Read:
     if config.attention_softcap and where == "gpu":
         logger.info("attention scores have a soft cap, which cuDNN's kernels have not: XLA computes attention, in blocks")
     here = [device for device in layout.mesh.devices.flat if device in jax.local_devices()]
-    if read == "cudnn" and here and not cudnn_reads(here[0], layout_of(model)):
+    if read == "cudnn" and here and not cudnn_reads(here[0], layout_of(model), ranks=layout.parts("cached")):
         return "gather" if stages else "slab"
     return read
 
@@ -45,19 +47,26 @@ def layout_of(model: Llama) -> tuple[str, int, int, int]:
 
 
 @functools.cache
-def cudnn_reads(device: jax.Device, layout: tuple[str, int, int, int]) -> bool:
-    """Whether cuDNN's attention over pages runs on this device and gives what the reference does: it is run once."""
+def cudnn_reads(device: jax.Device, layout: tuple[str, int, int, int], *, ranks: int = 1) -> bool:
+    """Whether cuDNN's attention over pages runs on this device and gives what the reference does: it is run once. ranks: of
+    devices that have a share of the slots each; then the last one's share, and what it tells of the softmax.
+    """
     dtype, K, G, H = layout
     rng, (B, N) = np.random.default_rng(0), (3, 4)
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
     q, keys, values = (draw(shape) for shape in ((B, 1, K, G, H), (B * N, K, PAGE, H), (B * N, K, PAGE, H)))
     table = rng.permutation(B * N).astype(np.int32).reshape(B, N)
-    lengths = np.array([1, PAGE + 7, N * PAGE], np.int32)
+    lengths = np.array([1, PAGE + 7, N * PAGE * ranks], np.int32)
 
     def run(q: jax.Array, keys: jax.Array, values: jax.Array, read: Read) -> jax.Array:
         q, keys, values = (a.astype(dtype) for a in (q, keys, values))
         places = jnp.asarray(table), jnp.asarray(lengths[:, None] - 1), jnp.asarray(lengths)
-        return attend_pages(q, keys, values, *places, read=read, reach=N * PAGE, kernel="xla").astype(jnp.float32)
+        how: Any = {"read": read, "reach": N * PAGE * ranks, "kernel": "xla"}
+        if ranks == 1:
+            return attend_pages(q, keys, values, *places, **how).astype(jnp.float32)
+        out, log_z = attend_share(q, keys, values, *places, Share(ranks, jnp.int32(ranks - 1)), **how)
+        both = jnp.concatenate([out.astype(jnp.float32), jnp.einsum("BKGTI->BTKGI", log_z)], axis=-1)
+        return jnp.where(both[..., -1:] == NOTHING, 0.0, both)  # of a row that has nothing here
 
     found: dict[Read, np.ndarray] = {}
     reads: tuple[Read, ...] = "gather", "cudnn"

@@ -108,7 +108,7 @@ def attend_part(
     """
     if q.shape[1] == 1 or kernel != "cudnn":
         return _attend(q, k, v, seen, Scoring(scale, softcap), dims="BTKGH", some=False)
-    from jaxtp.ops import flash
+    from jaxtp.ops import flash  # JAX's own insides: where they are asked for
 
     keys, values = ((a.plain(q.dtype) if isinstance(a, Coded) else a).swapaxes(1, 2) for a in (k, v))
     out, log_z = flash.attend_part(q, keys, values, scale=scale, seen=seen)

@@ -48,6 +48,7 @@ def reading(llm: LLM, read: str) -> LLM:
 @pytest.mark.parametrize("layout", [("bfloat16", 8, 4, 128), ("float16", 2, 1, 64), ("bfloat16", 1, 8, 128)], ids=str)
 def test_cudnn_reads_pages(layout):
     assert cudnn_reads(jax.devices()[0], layout)
+    assert cudnn_reads(jax.devices()[0], layout, ranks=2)  # and tells the softmax's denominator of a share of the slots
 
 
 def test_float32_is_not_rounded():
