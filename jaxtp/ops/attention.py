@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtp.ops import flash
 from jaxtp.ops.coded import Coded, Held, apart
 
 # reference: the formula, all at once. xla: the same in blocks of queries, which leaves out what stands after a block (on a
@@ -108,8 +109,6 @@ def attend_part(
     """
     if q.shape[1] == 1 or kernel != "cudnn":
         return _attend(q, k, v, seen, Scoring(scale, softcap), dims="BTKGH", some=False)
-    from jaxtp.ops import flash  # JAX's own insides: where they are asked for
-
     keys, values = ((a.plain(q.dtype) if isinstance(a, Coded) else a).swapaxes(1, 2) for a in (k, v))
     out, log_z = flash.attend_part(q, keys, values, scale=scale, seen=seen)
     some = seen.any(axis=-1)

@@ -1,6 +1,8 @@
-"""cuDNN's flash attention to a part of the keys, and that part's gradients: what `attention.attend_blocks` is on CPUs.
+"""cuDNN's flash attention to a part of the keys, and that part's gradients: what `attention.attend_blocks` is on CPUs; and to
+keys in pages.
 
-JAX's public call neither differentiates log_z nor takes one, so this goes to the primitives below it.
+JAX's public call neither differentiates log_z nor takes one, and wants as many pages as tables have places, which a pool that
+rows share has not. So this goes to the primitives below it, which are imported when they are asked for.
 
 B batch, T query tokens, S keys, K KV heads, G query heads per KV head, H head_dim.
 """
@@ -12,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 
 def attend_part(
@@ -35,7 +36,7 @@ def attend_part(
     B, T, K, G, H = q.shape
     arrays, static = _settings(q, k, scale, causal, window, queries, keys, seen)
     heads = q.reshape(B, T, K * G, H)
-    out, log_z = cudnn._dot_product_attention_fwd_p.bind(heads, k, v, *arrays, **static, is_training=True)
+    out, log_z = _cudnn()._dot_product_attention_fwd_p.bind(heads, k, v, *arrays, **static, is_training=True)
     return out.reshape(q.shape), log_z.reshape(B, K, G, T, 1)
 
 
@@ -48,8 +49,37 @@ def gradients_of_part(
     arrays, static = _settings(q, k, **settings)
     q, out, grad = (a.reshape(B, T, K * G, H) for a in (q, out, grad))
     log_z = log_z.reshape(B, K * G, T)
-    to_q, to_k, to_v, *_ = cudnn._dot_product_attention_bwd_p.bind(q, k, v, *arrays, log_z, out, grad, **static)
+    to_q, to_k, to_v, *_ = _cudnn()._dot_product_attention_bwd_p.bind(q, k, v, *arrays, log_z, out, grad, **static)
     return to_q.reshape(B, T, K, G, H), to_k, to_v
+
+
+def attend_paged(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    stats: bool = False,
+) -> tuple[jax.Array, ...]:
+    """One query a row, [B, 1, K, G, H], of pools [P, K, S, H] whose table [B, N] says where a row's pages are, to the first
+    `lengths` [B] of them (a length of 0 gives something that means nothing). stats: and log_z [B, K, G, 1, 1].
+    """
+    B, _, K, G, H = q.shape
+    layout = _cudnn().AttentionLayout.BNTH.value
+    (*arrays, _, _), static = _settings(q, q, scale, False, None, None, jnp.maximum(lengths, 1), None)
+    tables = table[:, None, :, None]
+    found = _cudnn()._dot_product_attention_fwd_p.bind(
+        q.reshape(B, K * G, 1, H), keys, values, *arrays, tables, tables, **{**static, "layout": layout}, is_training=stats
+    )
+    return (found[0].reshape(q.shape), *(log_z.reshape(B, K, G, 1, 1) for log_z in found[1:]))
+
+
+def _cudnn() -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
 
 
 def _settings(
@@ -63,7 +93,7 @@ def _settings(
     seen: jax.Array | None,
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """What both primitives take beside q, k and v: arrays, and static settings."""
-    none = jnp.zeros(0, q.dtype)
+    cudnn, none = _cudnn(), jnp.zeros(0, q.dtype)
     padded, lengths = keys is not None, (none, none)
     if keys is not None:
         lengths = (jnp.full_like(keys, q.shape[1]) if queries is None else queries, keys)

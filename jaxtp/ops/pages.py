@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtp.ops import flash
 from jaxtp.ops.attention import NOTHING, Kernel, attend_part, attend_seen, capped, cudnn_fits, visible
 from jaxtp.ops.coded import CacheDtype, Coded, Held, apart, each, encode
 from jaxtp.sharding import varying_as
@@ -99,8 +100,7 @@ def attend_pages(
     if read == "rows":
         return _row_by_row(q, keys, values, table, positions, lengths, None, window, scale, softcap)[0].astype(q.dtype)
     if _by_cudnn(q, read, window):
-        assert softcap is None
-        return _cudnn(q, keys, values, table, lengths, scale)[0]
+        return flash.attend_paged(q, *_plain(keys, values, softcap), table, lengths, scale=scale)[0]
     k, v = (_copied(pool, q, table, reach, read) for pool in (keys, values))
     seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
     return attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
@@ -131,8 +131,7 @@ def attend_share(
         return out.astype(q.dtype), log_z
     here = share.lengths(lengths)
     if _by_cudnn(q, read, window):
-        assert softcap is None
-        out, log_z = _cudnn(q, keys, values, table, here, scale, stats=True)
+        out, log_z = flash.attend_paged(q, *_plain(keys, values, softcap), table, here, scale=scale, stats=True)
         return out, jnp.where((here > 0)[:, None, None, None, None], log_z, NOTHING)
     k, v = (_copied(pool, q, table, -(-reach // share.ranks), read) for pool in (keys, values))
     place = jnp.arange(k.shape[2]) * share.ranks + share.rank
@@ -142,6 +141,14 @@ def attend_share(
 
 def _by_cudnn(q: jax.Array, read: Read, window: int | None) -> bool:
     return read == "cudnn" and q.shape[1] == 1 and window is None
+
+
+def _plain(keys: Held, values: Held, softcap: float | None) -> tuple[jax.Array, jax.Array]:
+    """Pools that cuDNN reads."""
+    assert softcap is None
+    assert not isinstance(keys, Coded)
+    assert not isinstance(values, Coded)
+    return keys, values
 
 
 def _copied(pool: Held, q: jax.Array, table: jax.Array, reach: int, read: Read) -> Held:
@@ -233,43 +240,6 @@ def _row_by_row(
     else:
         _, (out, *log_z) = jax.lax.while_loop(lambda carry: carry[0] < B, next_ones, begin)
     return (jnp.einsum("KGBTH->BTKGH", out), *(jnp.einsum("KGBTI->BKGTI", a) for a in log_z))
-
-
-def _cudnn(
-    q: jax.Array, keys: Held, values: Held, table: jax.Array, lengths: jax.Array, scale: float, *, stats: bool = False
-) -> tuple[jax.Array, ...]:
-    """One query a row, [B, 1, K, G, H]; with `stats` also the logarithm of its softmax's denominator. jax's own front of it
-    wants as many pages as tables have places, which a pool that rows share has not.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    assert not isinstance(keys, Coded)
-    assert not isinstance(values, Coded)
-    B, _, K, G, H = q.shape
-    none, one, tables = jnp.zeros(0, q.dtype), jnp.ones(B, jnp.int32), table[:, None, :, None]
-    out = cudnn._dot_product_attention(
-        q.reshape(B, K * G, 1, H),
-        keys,
-        values,
-        none,
-        one,
-        jnp.maximum(lengths, 1),
-        none,
-        none,
-        tables,
-        tables,
-        scale,
-        42,
-        0.0,
-        (False, False),
-        cudnn.MaskType.PADDING,
-        cudnn.AttentionLayout.BNTH.value,
-        None,
-        cudnn.check_cudnn_version(),
-        stats,
-    )
-    found = out if isinstance(out, tuple | list) else (out,)
-    return (found[0].reshape(q.shape), *(log_z.reshape(B, K, G, 1, 1) for log_z in found[1:]))
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
