@@ -15,6 +15,7 @@ KINDS = (
     "collective-broadcast",
 )  # fmt: skip
 FUSIONS = ("fusion", "fusion-start")
+_PARTS = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
 
 # bits of an element
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
@@ -42,6 +43,11 @@ class Instruction:
         """The name of the first of its operands."""
         match = re.match(r"%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of all of them."""
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
 
     @property
     def called(self) -> list[str]:
@@ -145,6 +151,45 @@ def overlapped(found: dict[str, list[Instruction]]) -> set[str]:
             else:
                 done += _flops(i, shaped, found)
     return names
+
+
+def reads(found: dict[str, list[Instruction]]) -> dict[int, int]:
+    """Bytes that a program without loops reads of each of its arguments, by number: all of it for each kernel that takes it,
+    but the parts alone where slices or gathers of it are taken.
+    """
+    of: dict[str, int] = {}  # an argument, or another name of it
+    total: dict[int, int] = {}
+    sizes = {i.name: i.bytes for i in found["ENTRY"]}
+    for i in found["ENTRY"]:
+        if i.opcode == "parameter":
+            of[i.name] = int(i.rest.partition(")")[0])
+        elif i.opcode == "bitcast" and i.operand in of:
+            of[i.name] = of[i.operand]
+        elif i.opcode not in ("tuple", "get-tuple-element"):
+            for place, operand in enumerate(i.operands):
+                if operand in of:
+                    total[of[operand]] = total.get(of[operand], 0) + _taken(i, place, sizes[operand], found)
+    return total
+
+
+def _taken(i: Instruction, place: int, size: int, found: dict[str, list[Instruction]]) -> int:
+    """Bytes that an instruction reads of an operand of that size."""
+    if i.opcode in _PARTS:
+        return i.bytes if place == 0 and "update" not in i.opcode else 0 if place == 0 else size
+    if i.opcode not in FUSIONS:
+        return size
+    inner = [each for name in i.called for each in found.get(name, ())]
+    names = {each.name for each in inner if each.opcode == "parameter" and each.rest.startswith(f"{place})")}
+    taken = 0
+    for each in inner:
+        if names & {*each.operands}:
+            if each.opcode == "bitcast":
+                names.add(each.name)
+            elif each.opcode in _PARTS and each.operand in names:
+                taken += each.bytes if "update" not in each.opcode else 0
+            else:
+                return size
+    return min(taken, size)
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:

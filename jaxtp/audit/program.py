@@ -54,7 +54,7 @@ class Write:
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth; flops: see `hlo.flops`."""
+    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth; flops, reads: see `hlo`."""
 
     name: str
     collectives: tuple[Collective, ...]
@@ -66,6 +66,7 @@ class Report(Shown):
     aliased_bytes: int
     flops: int
     writes: tuple[Write, ...]
+    reads: dict[int, int]
 
     def count(self, kind: str, *, axis: str | None = None, dtype: str | None = None, loops: int | None = None) -> int:
         """How many collectives are of this kind (over this axis among others, of this dtype, in that many loops)."""
@@ -146,6 +147,7 @@ def audit(compiled: Any, mesh: Mesh, *, name: str | None = None) -> Report:
         temp_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         flops=hlo.flops(found),
+        reads=hlo.reads(found),
         writes=tuple(sorted(writes, key=lambda write: -write.bytes)),
     )
 

@@ -6,7 +6,9 @@ Needs XLA's plugin for GPUs (`pip install -e ".[gpu-compiler]"` and cuDNN).
 import dataclasses
 import functools
 
+import jax
 import pytest
+from flax import nnx
 from steps import shallow
 
 from jaxtp import preset
@@ -54,12 +56,15 @@ def test_steps(name, tp, kind):
     (model, reports), (_, plain) = steps(name, tp, kind), steps(name, tp, "16 bits")
     config = model.config
     task = Generation(dtype="bfloat16")
-    saved = memory.weights(dataclasses.replace(config, schemes=None), Split(tp=tp), task) - memory.weights(
-        config, Split(tp=tp), task
-    )
+    held = memory.weights(config, Split(tp=tp), task)
+    saved = memory.weights(dataclasses.replace(config, schemes=None), Split(tp=tp), task) - held
+    table, arrays = memory.params(config, Split(tp=tp)).embed, len(jax.tree.leaves(nnx.split(model)[1]))
     for step, report in reports.items():
-        # arguments by formula; what a step reads of weights is each of them once
+        # arguments by formula; what a step reads of weights is each of them once, of the embedding a row for each token
         assert report.argument_bytes == pytest.approx(plain[step].argument_bytes - saved, rel=0.01)
+        if step != "prompts":
+            read = sum(report.reads.get(i, 0) for i in range(arrays))  # weights are a program's first arguments
+            assert read == pytest.approx(held - 2 * table, rel=0.001)
         alike = sorted(c.bytes for c in plain[step].copies(MIB))
         mine = sorted(c.bytes for c in report.copies(MIB))
         if step == "prompts" and kind == "awq":  # zero points are taken away outside of products: a kernel at a time
