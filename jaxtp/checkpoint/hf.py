@@ -39,7 +39,8 @@ TOKENIZER_FILES = (
     *("chat_template*", "additional_chat_templates/*.jinja"),
 )
 DEMO = Path(__file__).parents[1] / "demo"  # made by configs/train/demo.yaml
-_OF_CACHES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
+CacheScales = tuple[tuple[float, float], ...]  # of keys and of values in 8 bits, by layer; none: there are none
+_SCALES = (".k_scale", ".k_proj.output_scale"), (".v_scale", ".v_proj.output_scale")  # as checkpoints name them
 _ROWS = 8192  # of a table, compared at a time
 _DOWNLOAD = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -136,11 +137,12 @@ def load(
     keep: Callable[[str, nnx.Variable, jax.Array], Any],
     merges: Mapping[str, Callable[[Index, np.ndarray], np.ndarray]] | None = None,
     progress: bool = True,
-) -> None:
+) -> CacheScales:
     """Fills an abstract model's weights from a checkpoint folder, in place. schemes: how it is quantized; kernels
     that the model has in few bits are kept so, others become what the bits stand for. keep(path, weight, array): what of one is
     kept.
-    merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant.
+    merges: makes of a block of the tensor of that name, as it is in the file, the block that is meant. Returns the scales that
+    it brings for keys and values in 8 bits.
 
     Raises ValueError listing all missing, unexpected and mis-shaped tensors at once, before any is read.
     """
@@ -165,6 +167,22 @@ def load(
             else:
                 weight.set_value(keep(path, weight, _read(read, abstract, *found[path])))
             bar.advance(task, _bytes(abstract))
+        return _cache_scales(tensors, config.num_layers)
+
+
+def _cache_scales(tensors: Tensors, layers: int) -> CacheScales:
+    """Of keys and of values, for each layer; none where not every layer has one number for each."""
+    found = []
+    for i in range(layers):
+        names = [
+            [f"model.layers.{i}.self_attn{end}" for end in ends if f"model.layers.{i}.self_attn{end}" in tensors]
+            for ends in _SCALES
+        ]
+        each = [tensors.read(name[0], ...) for name in names if name]
+        if len(each) < 2 or any(a.size != 1 for a in each):
+            return ()
+        found.append((float(each[0].reshape(())), float(each[1].reshape(()))))
+    return tuple(found)
 
 
 def _linears(
@@ -308,10 +326,7 @@ def _check(
         known |= {f"{linear.module}.{end}" for end in linear.optional}
         bias = f"{linear.module}.bias"  # GPTQ's old files have one of zeros
         known |= {bias} if bias not in wanted and bias in tensors and not tensors.read(bias, (slice(None),)).any() else set()
-    of_caches = [name for name in tensors if name.endswith(_OF_CACHES)] if linears else []
-    if of_caches:
-        logger.info("%s and others like it are not used: a cache in 8 bits has scales of its own", of_caches[0])
-    known |= set(of_caches)
+    known |= {name for name in tensors if linears and name.endswith(sum(_SCALES, ()))}
     extra = [name for name in tensors if name not in wanted and name not in known and not name.endswith("rotary_emb.inv_freq")]
     problems = misfits(tensors, wanted, extra)
     if problems:

@@ -117,6 +117,7 @@ def attend_cached(
     positions: jax.Array,
     lanes: Lanes,
     cache: LayerCache,
+    scales: jax.Array | None,
     *,
     kernel: Kernel,
     window: int | None,
@@ -124,9 +125,13 @@ def attend_cached(
     softcap: float | None,
 ) -> tuple[jax.Array, LayerCache]:
     """One group's attention, in a region: q [1, T, K, G, H], k and v [1, T, K, H] -> [1, T, K·G·H], and the cache with k and v
-    in it. positions [1, T]; the others as of `attend_pages`.
+    in it. positions [1, T]; scales [2]: of keys and of values in 8 bits, where these are not each head's own; the others as of
+    `attend_pages`.
     """
-    keys, values = (write_pages(pool, new[0], lanes.slots[0]) for pool, new in zip(cache, (k, v), strict=True))
+    keys, values = (
+        write_pages(pool, new[0], lanes.slots[0], scale=None if scales is None else scales[i])
+        for i, (pool, new) in enumerate(zip(cache, (k, v), strict=True))
+    )
     how: dict[str, Any] = {"kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
     how |= {"read": lanes.read, "reach": lanes.reach}
     out = [

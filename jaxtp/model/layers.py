@@ -7,7 +7,7 @@ KV head), H head_dim, C = 2 (gate and up), F mlp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from jaxtp.ops.linear import Reduce, linear
 from jaxtp.ops.norm import rms_norm
 from jaxtp.ops.rope import rotate
 from jaxtp.ops.swiglu import gated
-from jaxtp.sharding import Layout, Region, beside, joined, names, spec_of
+from jaxtp.sharding import Layout, Region, beside, joined, names, put, spec_of
 
 
 class Context(Protocol):
@@ -137,9 +137,10 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = _head_norm(config, config.num_heads, layout=layout.at("q_norm"))
             self.k_norm = _head_norm(config, config.num_kv_heads, layout=layout.at("k_norm"))
-        kind = config.kinds[index]
+        self.index, kind = index, config.kinds[index]
         self.qk_norm, self.window, self.rope, self.layout, self.region = config.qk_norm, kind.window, kind.rope, layout, region
         self.reduce = reduce
+        self.kv_scales: nnx.Variable | None = None  # [2] float32, of keys and values in 8 bits, where a checkpoint brings them
         slots = layout.parts("cached") > 1  # else tokens lie in parts, which in stages no rule says
         self.among = context.attend if context and not slots else attend_fresh
         self.cached = context.attend_cached if context and slots else attend_cached
@@ -166,6 +167,13 @@ class Attention(nnx.Module):
         z = linear(out, self.o[...], out=residual, reduce=self.reduce)
         return z if self.o_bias is None else z + beside(self.o_bias[...], z), cache
 
+    def scale_cache(self, scales: Sequence[tuple[float, float]]) -> None:
+        """Keys and values in 8 bits are kept with these scales, given for each layer of the model."""
+        stack = self.layout.stack
+        own = np.array([(1.0, 1.0) if layer is None else scales[layer] for layer in stack or (self.index,)], np.float32)
+        place = self.layout.sharding("layers", None) if stack else self.layout.sharding(None)
+        self.kv_scales = nnx.data(nnx.Variable(put(own if stack else own[0], place)))
+
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -181,11 +189,11 @@ class Attention(nnx.Module):
             out = self.region(fresh, (q, k, v, step.segment_ids), lambda q, *_: q)
             return out.reshape(*out.shape[:2], -1), None
 
-        def lie(q, k, v, positions, lanes, cache):
+        def lie(q, k, v, positions, lanes, cache, scales):
             *before, heads, _, _ = spec_of(q).partitions
             return PartitionSpec(*before, joined(*names(heads), *over)), cache
 
-        args = (q, k, v, step.positions, step.lanes, cache)
+        args = (q, k, v, step.positions, step.lanes, cache, None if self.kv_scales is None else self.kv_scales[...])
         return self.region(functools.partial(cached, **how), args, lie)
 
 

@@ -23,6 +23,7 @@ from jaxtp.checks import whole
 from jaxtp.config import DTYPES, ModelConfig
 from jaxtp.config.quantization import Quantization, Schemes
 from jaxtp.files import local
+from jaxtp.log import logger
 from jaxtp.mesh import check_mesh, make_mesh, platform
 from jaxtp.model.block import Block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
@@ -190,7 +191,13 @@ class Llama(nnx.Module):
             )
         adapter = None if lora is None else adapters.Adapter(hf.resolve(lora), hf.shapes(self, self.config))
         merges = adapter.merges() if adapter else None
-        hf.load(self, self.config, folder, schemes=schemes or own, keep=self.kept, merges=merges, progress=progress)
+        scales = hf.load(self, self.config, folder, schemes=schemes or own, keep=self.kept, merges=merges, progress=progress)
+        if scales and self.kv_cache_dtype == "fp8":
+            logger.info("keys and values are kept in fp8 with the checkpoint's own scales")
+            for block in self.layers:
+                block.attention.scale_cache(scales)
+        elif scales:
+            logger.info("the checkpoint brings scales of keys and values: kv_cache_dtype='fp8' keeps a cache with them")
         self.source = str(folder)
         return self
 

@@ -68,11 +68,16 @@ def apart(held: Held, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     return (held.values.astype(dtype), held.scale.astype(jnp.float32)) if isinstance(held, Coded) else (held, None)
 
 
-def encode(x: jax.Array, dtype: Any, scale_dtype: Any) -> Coded:
-    """x [..., H] as int8 or fp8: the largest of each row of H becomes the largest value there is."""
+def encode(x: jax.Array, dtype: Any, scale_dtype: Any, scale: jax.Array | None = None) -> Coded:
+    """x [..., H] as int8 or fp8: the largest of each row of H becomes the largest value there is. scale: [] of all rows
+    instead, beyond whose reach numbers are cut.
+    """
     x, dtype = x.astype(jnp.float32), jnp.dtype(dtype)
     largest, most = jnp.abs(x).max(axis=-1), LARGEST[dtype.name]
-    scale = jnp.where(largest > 0, largest / most, 1.0).astype(scale_dtype)
+    if scale is None:
+        scale = jnp.where(largest > 0, largest / most, 1.0).astype(scale_dtype)
+    else:
+        scale = jnp.broadcast_to(scale.astype(scale_dtype), largest.shape)
     values = jnp.clip(x / scale.astype(jnp.float32)[..., None], -most, most)
     return Coded((jnp.round(values) if dtype == jnp.int8 else values).astype(dtype), scale)
 

@@ -65,13 +65,15 @@ class Share(NamedTuple):
         return (tokens - self.rank + self.ranks - 1) // self.ranks
 
 
-def write_pages(pool: Held, new: jax.Array, slots: jax.Array, share: Share | None = None) -> Held:
+def write_pages(
+    pool: Held, new: jax.Array, slots: jax.Array, *, share: Share | None = None, scale: jax.Array | None = None
+) -> Held:
     """The pool [P, K, S, H] with new [N, K, H] at slots [N] (page · S + place in it), in place if donated. What goes to a slot
-    of P · S or above is written nowhere.
+    of P · S or above is written nowhere. scale: of a pool in 8 bits, [] of all that is written (default: of each head's own).
     """
     S = pool.shape[2]
     slots = slots if share is None else share.slots(slots, pool.shape[0] * S)
-    fresh = encode(new, pool.dtype, pool.scale.dtype) if isinstance(pool, Coded) else new.astype(pool.dtype)
+    fresh = encode(new, pool.dtype, pool.scale.dtype, scale) if isinstance(pool, Coded) else new.astype(pool.dtype)
     return each(lambda pool, new: pool.at[slots // S, :, slots % S].set(new, mode="drop"), pool, fresh)
 
 

@@ -28,6 +28,7 @@ def attend_cached(
     positions: jax.Array,
     lanes: Lanes,
     cache: LayerCache,
+    scales: jax.Array | None,
     *,
     size: int,
     axis: str,
@@ -40,7 +41,10 @@ def attend_cached(
     is its own of k and v.
     """
     share, (T, K, G, H) = Share(size, lax.axis_index(axis)), q.shape[1:]
-    keys, values = (write_pages(pool, new[0], lanes.slots[0], share) for pool, new in zip(cache, (k, v), strict=True))
+    keys, values = (
+        write_pages(pool, new[0], lanes.slots[0], share=share, scale=None if scales is None else scales[i])
+        for i, (pool, new) in enumerate(zip(cache, (k, v), strict=True))
+    )
     how: Any = {"kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
     how |= {"read": lanes.read, "reach": lanes.reach}
     parts = []

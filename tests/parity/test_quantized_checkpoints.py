@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -236,15 +237,43 @@ def test_modules_of_one_weight_are_quantized_alike(tmp_path):
         Llama.from_pretrained(made, progress=False)
 
 
-def test_scales_of_caches_are_said_to_be_of_no_use(tmp_path, caplog):
-    def other(tensors):
-        tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
-        tensors["model.layers.0.self_attn.v_scale"] = torch.ones(1)
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "context_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_a_cache_in_fp8_has_the_checkpoints_own_scales(tmp_path, caplog, sizes):
+    """Each layer's own, of keys and of values: what is kept is what they make of these, cut at 448 times them."""
+    given = [(0.004, 0.03), (0.02, 0.01)]
 
-    made = changed(tmp_path, "fp8-static-autofp8", tensors=other)
-    with caplog.at_level("INFO", logger="jaxtp"):
-        Llama.from_pretrained(made, progress=False)
-    assert "self_attn.k_scale and others like it are not used: a cache in 8 bits has scales of its own" in caplog.text
+    def other(tensors):
+        for i, (keys, values) in enumerate(given):
+            tensors[f"model.layers.{i}.self_attn.k_scale"] = torch.tensor([keys])
+            tensors[f"model.layers.{i}.self_attn.v_scale"] = torch.tensor(values)
+
+    folder = changed(tmp_path, "fp8-static-autofp8", tensors=other)
+    held = {}
+    prompts, params = [list(range(3, 40))], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    for bits in ("auto", "fp8"):
+        with caplog.at_level("INFO", logger="jaxtp"):
+            llm = LLM(folder, dtype="float32", kv_cache_dtype=bits, progress=False, **(sizes if bits == "fp8" else {}))
+        llm.generate(prompts, params)
+        held[bits] = llm.engine.runner.state.cache.layers
+    assert "the checkpoint brings scales of keys and values: kv_cache_dtype='fp8' keeps a cache with them" in caplog.text
+    assert "keys and values are kept in fp8 with the checkpoint's own scales" in caplog.text
+    for layer, scales in enumerate(given):
+        for kind, scale in enumerate(scales):
+            plain = np.asarray(held["auto"][layer][kind])[0]  # [K, S, H] of the first page
+            block = held["fp8"][0 if "pipeline_parallel_size" in sizes else layer][kind]
+            values, found = (np.asarray(a, np.float32) for a in (block.values, block.scale))
+            if "pipeline_parallel_size" in sizes:
+                values, found = values[layer], found[layer]
+            values, found = values[0], found[0]
+            if "context_parallel_size" in sizes:  # of each rank its slots, one rank behind another
+                values, found = (
+                    np.moveaxis(a.reshape(len(a), 2, -1, *a.shape[2:]), 1, 2).reshape(a.shape) for a in (values, found)
+                )
+            tokens = len(prompts[0])
+            np.testing.assert_array_equal(found[:, :tokens], np.float32(scale))
+            if layer == 0:  # of the first layer nothing before was rounded
+                expected = np.clip(plain[:, :tokens] / np.float32(scale), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+                np.testing.assert_array_equal(values[:, :tokens], expected.astype(np.float32))
 
 
 def test_layers_of_one_place_of_their_stages_are_quantized_alike(tmp_path):
