@@ -165,7 +165,7 @@ def _cells(
 
     shades, columns, rows = colormaps["tab20"], max(x for x, _ in cells), max(y for _, y in cells)
     for (x, y), number in cells.items():
-        shade = shades((2 * (number % ranks) + 1) % 20 if ranks <= 10 else number % 20)
+        shade = shades(2 * (number % ranks) + 1 if ranks <= 10 else number % ranks)
         square = Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=shade, edgecolor="white", linewidth=0.6)
         square.set_alpha(0.45 if faint(x, y) else 1.0)
         axes.add_patch(square)

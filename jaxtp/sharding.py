@@ -84,14 +84,12 @@ class Rules:
 
     def cache_parallel(self) -> Rules:
         """The cache's slots over cp, and all weights over tp and cp together, but for those of queries, keys and values: they
-        follow the KV heads, which no device then holds twice. Rows are whole, also where these rules had their tokens over cp.
+        follow the KV heads, over tp alone. (Where tp does not exceed these, no device holds what another holds.)
         """
         both = joined("tp", "cp")
         axes: dict[str, Axis] = dict.fromkeys(("vocab", "logits", "query_heads", "mlp", "hidden"), both)
-        axes["sequence"] = both if {*names(self.axis("sequence"))} - {"cp"} else None
-        whole = self.axis("expert_mlp") is None
-        axes |= {"experts": (*names(self.axis("experts")), "cp")} if whole else {"expert_mlp": both}
-        return self.using(cached="cp", tokens=None, **axes)
+        axes["sequence"] = both if self.axis("sequence") else None
+        return self.using(cached="cp", expert_mlp=both, **axes)
 
     def pipeline_parallel(self) -> Rules:
         """Layers in stages over pp, and a vocabulary that pp holds together with the others."""
@@ -99,9 +97,16 @@ class Rules:
         return self.using(layers="pp", vocab=over, logits=over)
 
     def expert_parallel(
-        self, config: ModelConfig, *, ep: int, tp: int, layout: ExpertLayout = "auto", dispatch: ExpertDispatch = "gather"
+        self,
+        config: ModelConfig,
+        *,
+        ep: int,
+        tp: int,
+        cp: int = 1,
+        layout: ExpertLayout = "auto",
+        dispatch: ExpertDispatch = "gather",
     ) -> Rules:
-        """Experts over ep, which shards the batch as well, and over the devices of MLPs, `tp` many, as `layout` says. Raises
+        """Experts over ep, which shards the batch as well, and over tp (and cp, where MLPs lie on it) as `layout` says. Raises
         ValueError where ep is of no use, or they cannot be cut so, or `dispatch` has no ep.
         """
         experts = config.experts
@@ -116,16 +121,17 @@ class Rules:
         if experts.count % ep:
             legal = ", ".join(str(n) for n in range(1, experts.count + 1) if experts.count % n == 0)
             raise ValueError(f"ep={ep} does not divide the {experts.count} experts; legal ep for this model: {legal}")
-        groups = config.cut_groups(tp, {"experts' down_proj": experts.width}, {"experts' gate_proj": experts.width})
-        fits = {"whole": experts.count % (ep * tp) == 0, "width": experts.width % tp == 0 and not groups}
+        ways, name, each = tp * cp, "tp" if cp == 1 else "tp·cp", str(tp) if cp == 1 else f"{tp}·{cp}"
+        groups = config.cut_groups(ways, {"experts' down_proj": experts.width}, {"experts' gate_proj": experts.width})
+        fits = {"whole": experts.count % (ep * ways) == 0, "width": experts.width % ways == 0 and not groups}
         chosen = layout if layout != "auto" else "whole" if fits["whole"] else "width"
         if chosen not in fits:
             raise ValueError(f"expert_layout={layout!r} is none of {', '.join(get_args(ExpertLayout))}")
         if not fits[chosen]:
             what = (
-                f"the {experts.count} experts by ep·tp={ep * tp}"
+                f"the {experts.count} experts by ep·{name}={ep * ways}"
                 if chosen == "whole"
-                else f"their width {experts.width} by tp={tp}" + "".join(f", and {problem}" for problem in groups)
+                else f"their width {experts.width} by {name}={each}" + "".join(f", and {problem}" for problem in groups)
             )
             raise ValueError(
                 f"expert_layout={layout!r} would cut {what}, which does not divide; use another one, or other sizes"
@@ -388,12 +394,15 @@ def check_layout(config: ModelConfig, tp: int, rules: Rules, *, cp: int = 1) -> 
 
     heads = cut(("attention.qkv", "kv_heads"), ("attention.o", "query_heads"))
     mlp = cut(("mlp.gate_up", "mlp"), ("mlp.down", "mlp"))
-    cp = cp if rules.axis("cached") else 1
-    problems = [problem for problem in config.tp_problems(tp, cp) if (mlp if "MLP" in problem else heads)]
-    if problems and cp > 1:
-        legal = ", ".join(str(n) for n in range(1, config.num_heads // tp + 1) if not config.tp_problems(tp, n))
-        way = f"legal cp with tp={tp}: {legal}" if legal else "use tp without cp"
-        raise ValueError(f"weights lie over tp·cp={tp}·{cp}, which does not divide {' and '.join(problems)}; {way}")
+
+    def found(cp: int) -> list[str]:
+        return [problem for problem in config.tp_problems(tp, cp) if (mlp if "MLP" in problem else heads)]
+
+    if not (problems := found(1)) and rules.axis("cached") and (more := found(cp)):
+        legal = ", ".join(str(n) for n in range(1, config.num_heads // tp + 1) if not found(n))
+        raise ValueError(
+            f"weights lie over tp·cp={tp}·{cp}, which does not divide {' and '.join(more)}; legal cp with tp={tp}: {legal}"
+        )
     if problems:
         legal = ", ".join(map(str, config.legal_tp()))
         raise ValueError(f"tp={tp} does not divide {' and '.join(problems)}; legal tp for this model: {legal}")

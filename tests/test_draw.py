@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from jaxtp import Circulation, Llama, Schedule, draw_schedule, draw_shardings, make_mesh, plan
+from jaxtp import Circulation, Llama, Schedule, draw_context, draw_schedule, draw_shardings, make_mesh, plan
 from jaxtp.draw import LEGEND, aside, plain_ticks
 from jaxtp.planner.picture import curves
 
@@ -138,3 +138,22 @@ def test_groups_of_rows_circulate(ranks, groups):
 def test_at_most_as_many_groups_as_ranks(groups):
     with pytest.raises(ValueError, match=f"{groups} groups of rows on 4 ranks: at least one, and at most as many as ranks"):
         Circulation(4, groups)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 12])
+def test_rows_over_ranks(ranks):
+    """Every rank has two chunks, each chunk sees those before it, and a cache's tokens have their ranks' colours."""
+    row, pairs, ring, cache = draw_context(ranks).axes
+    assert len(row.patches) == 2 * ranks
+    assert len(pairs.patches) == ranks * (2 * ranks + 1)
+    assert len(ring.patches) == ranks * ranks
+    assert "busiest / mean 1.00" in row.get_title()
+    colours = [{p.get_facecolor() for p in cache.patches if round(p.get_y() + 0.47) == rank} for rank in range(ranks)]
+    assert all(len(each) == 1 for each in colours)
+    assert len(set.union(*colours)) == ranks
+
+
+def test_rows_over_too_few_or_too_many_are_refused():
+    for ranks in (1, 17):
+        with pytest.raises(ValueError, match=rf"ranks={ranks} must be in \[2, 16\]"):
+            draw_context(ranks)

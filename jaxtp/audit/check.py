@@ -99,7 +99,7 @@ def compiled_programs(plan: Plan, mesh: Mesh) -> Iterator[Any]:
         yield compile_step(trainer, rows=rows, tokens=task.seq_len, accumulate=split.microbatches)
         return
     model = abstract_llama(config, mesh, split, dtype=task.dtype, quantization=task.quantization, bits=task.kv_cache_dtype)
-    slots = split.slots(task)
+    slots = split.page_tokens(task)
     held = split.groups * split.rows(task.batch) * slots
     step = largest(config, split, task)
     yield compile_prefill(model, tokens=step.prompt_tokens, slots=slots, cache_tokens=held, reach=step.reach)

@@ -154,9 +154,12 @@ def overlapped(found: dict[str, list[Instruction]]) -> set[str]:
 
 
 def reads(found: dict[str, list[Instruction]]) -> dict[int, int]:
-    """Bytes that a program without loops reads of each of its arguments, by number: all of it for each kernel that takes it,
-    but the parts alone where slices or gathers of it are taken.
+    """Bytes that a program reads of each of its arguments, by number: all of it for each kernel that takes it, but the parts
+    alone where slices or gathers of it are taken. Of programs with loops, calls or branches, whose insides go by other names,
+    nothing is told.
     """
+    if any(i.opcode in ("while", "call", "conditional") for i in found["ENTRY"]):
+        return {}
     of: dict[str, int] = {}  # an argument, or another name of it
     total: dict[int, int] = {}
     sizes = {i.name: i.bytes for i in found["ENTRY"]}

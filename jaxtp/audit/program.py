@@ -54,7 +54,9 @@ class Write:
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth; flops, reads: see `hlo`."""
+    """What a compiled program does on each device. Bytes; `kernels` counts launches by loop depth; flops, reads (of
+    arguments, by number): see `hlo`.
+    """
 
     name: str
     collectives: tuple[Collective, ...]

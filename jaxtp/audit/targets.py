@@ -122,7 +122,8 @@ def _compiled(
 ) -> Any:
     layout, read = model.layout, read or choose_read(model)
     groups, chunk, ranks = layout.parts("batch"), chunk_tokens(model), layout.parts("cached")
-    size = -(-slots // ranks) * ranks if read == "slab" else PAGE * ranks
+    row = slots if ranks == 1 else -(-slots // (2 * ranks)) * 2 * ranks
+    size = row if read == "slab" else PAGE * ranks
     rows, pages = -(-batch // groups), -(-slots // size)
     held = power(rows + -(-tokens // slots))
     pool = cache_tokens // groups // size if cache_tokens else held * pages

@@ -98,7 +98,7 @@ class Engine:
     expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "grouped"] | None = None
     """How experts multiply; default chosen by device and shapes."""
     tp_across_nodes: Flag = False
-    """Let tensor parallelism go over the network."""
+    """Let tensor and context parallelism go over the network."""
     hf_overrides: str | None = None
     """JSON object laid over config.json; null removes a key."""
     revision: str | None = None

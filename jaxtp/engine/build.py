@@ -42,8 +42,9 @@ def build(
     groups, rope = model.layout.parts("batch"), model.config.rope
     read = read or choose_read(model)
     rows = -(-max_num_seqs // groups)
-    ranks = model.layout.parts("cached")  # each has as many slots of a page as one would have
-    size = -(-max_model_len // ranks) * ranks if read == "slab" else page_size * ranks
+    ranks = model.layout.parts("cached")  # each has as many slots of a page as one would have; of a row an even number
+    row = max_model_len if ranks == 1 else -(-max_model_len // (2 * ranks)) * 2 * ranks
+    size = row if read == "slab" else page_size * ranks
     width = -(-max_model_len // size)
     pages = min(cache_tokens // groups // size, rows * width)
     if read == "slab":

@@ -56,7 +56,7 @@ class LLM:
     KV heads than devices; the weights lie over them and tp together (`Rules.cache_parallel`).
     dtype: "auto" is the checkpoint's. quantization: "int8", "fp8" or "int4" rounds layers' kernels as they are loaded; those
     of quantized checkpoints stay. kv_cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits, with a scale for each token
-    and head. compress_all_reduce: "int8" sends the sums of tp in 8 bits, for slow links (`parallel.compressed`).
+    and head. compress_all_reduce: "int8" sends the sums of tp (and cp) in 8 bits, for slow links (`parallel.compressed`).
     lora: an adapter in PEFT's format, a folder or a hub id, merged into the weights as they are loaded.
     max_model_len: tokens of prompt and completion together (default: the model's own, which is its RoPE scaling's).
     gpu_memory_utilization: the share of each device's memory that weights and KV cache may take. kv_cache_memory_bytes: what
@@ -67,8 +67,8 @@ class LLM:
     "priority". max_num_queued: requests that may wait (default: any number). tp_plan, sequence_parallel, expert_layout, kernel,
     expert_kernel: see `Llama.from_pretrained`. expert_dispatch: how tokens come to experts on ep, "gather" (all to all of its
     devices) or "ragged" (each to those that it chose: fewer bytes, the same tokens). seed: of requests that have none. Over
-    several processes (`distributed.processes`) each of them makes the same calls; tp stays within a process unless
-    tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
+    several processes (`distributed.processes`) each of them makes the same calls; tp, and cp with it, stays within a process
+    unless tp_across_nodes. Raises FileNotFoundError or ValueError, before any device work where it can be known then.
     """
 
     def __init__(

@@ -75,12 +75,14 @@ def load_model(
     dtype = config.dtype_of(dtype)
     split = planned(config, dtype)
     if split.cp > 1 and tp_plan != "auto":
-        raise ValueError(f'context_parallel_size={split.cp} lays out weights over tp and cp; it goes with tp_plan="auto"')
+        raise ValueError(
+            f'cp={split.cp} (context_parallel_size, or a plan\'s) lays out weights over tp and cp; it goes with tp_plan="auto"'
+        )
     rules = rules_from_plan(tp_plan, config, sequence_parallel=sequence_parallel)
     if split.cp > 1:
         split, rules = _once(config, split), rules.cache_parallel()
-    ways = split.tp * split.cp
-    rules = rules.expert_parallel(config, ep=split.ep, tp=ways, layout=expert_layout, dispatch=expert_dispatch)
+    experts: dict[str, Any] = {"layout": expert_layout, "dispatch": expert_dispatch}
+    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, cp=split.cp, **experts)
     check_layout(config, split.tp, rules, cp=split.cp)
     stages = Stages.split(config.num_layers, ranks=split.pp, sizes=sizes)
     layout: dict[str, Any] = staged(stages, rules=rules) if split.pp > 1 else {"rules": rules}

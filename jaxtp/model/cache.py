@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxtp.ops.attention import Kernel
 from jaxtp.ops.coded import DTYPES, CacheDtype, Coded, Held
-from jaxtp.ops.pages import Read, attend_pages, write_pages
+from jaxtp.ops.pages import Read, Share, attend_pages, write_pages
 from jaxtp.sharding import Layout, zeros
 
 LayerCache = tuple[Held, Held]
@@ -110,6 +110,15 @@ class Lanes:
                 yield asked, table[mine], places, lengths[mine]
 
 
+def written(
+    cache: LayerCache, k: jax.Array, v: jax.Array, lanes: Lanes, scales: jax.Array | None, share: Share | None = None
+) -> LayerCache:
+    """The cache of one group with keys and values [1, T, K, H] of its tokens in it. scales: see `attend_cached`."""
+    of_keys, of_values = (None, None) if scales is None else (scales[0], scales[1])
+    keys = write_pages(cache[0], k[0], lanes.slots[0], share=share, scale=of_keys)
+    return keys, write_pages(cache[1], v[0], lanes.slots[0], share=share, scale=of_values)
+
+
 def attend_cached(
     q: jax.Array,
     k: jax.Array,
@@ -128,10 +137,7 @@ def attend_cached(
     in it. positions [1, T]; scales [2]: of keys and of values in 8 bits, where these are not each head's own; the others as of
     `attend_pages`.
     """
-    keys, values = (
-        write_pages(pool, new[0], lanes.slots[0], scale=None if scales is None else scales[i])
-        for i, (pool, new) in enumerate(zip(cache, (k, v), strict=True))
-    )
+    keys, values = written(cache, k, v, lanes, scales)
     how: dict[str, Any] = {"kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
     how |= {"read": lanes.read, "reach": lanes.reach}
     out = [

@@ -101,7 +101,7 @@ def attend_seen(
     return out.reshape(q.shape)
 
 
-def attend_part(
+def attend_seen_part(
     q: jax.Array, k: Held, v: Held, seen: jax.Array, *, kernel: Kernel, scale: float, softcap: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The same where k and v are a part of all keys, of which a query may see none: also the logarithm of the softmax's

@@ -87,7 +87,8 @@ def _quantized(
         y = _linear(x, levels(weight, x.dtype), out, dtype, reduce)
         return (y.astype(jnp.float32) * beside(weight.scale[..., 0], y)).astype(y.dtype)
     batch, tokens, _ = spec_of(x).partitions
-    if tokens and tokens not in (outer[0], summed):  # such rows do not flatten
+    elsewhere = {*names(tokens)} - {*names(outer[0])} - {*names(summed)}
+    if elsewhere and (elsewhere == {*names(tokens)} or elsewhere & {*names(out.spec[1])}):  # such rows do not flatten
         return _linear(x, weight.plain(x.dtype), out, dtype, reduce)
     if summed and size(mesh, summed) == 1:
         weight, summed = jax.tree.map(_with_whole_inputs, weight), None
@@ -248,4 +249,5 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
         x = jax.lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True) if scattered else x
         return jax.lax.psum(x, summed) if summed else x
 
-    return jax.shard_map(local, mesh=mesh, out_specs=out.spec)(table, tokens)
+    here = P(out.spec[0], joined(*scattered), *out.spec[2:])  # a dim of tokens may be cut further, which costs nothing
+    return reshard(jax.shard_map(local, mesh=mesh, out_specs=here)(table, tokens), out.spec, mesh)

@@ -10,13 +10,13 @@ out among devices (cp), each attends to its own: such results are merged by `par
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxtp.ops import flash
-from jaxtp.ops.attention import NOTHING, Kernel, attend_part, attend_seen, capped, cudnn_fits, visible
+from jaxtp.ops.attention import NOTHING, Kernel, attend_seen, attend_seen_part, capped, cudnn_fits, visible
 from jaxtp.ops.coded import CacheDtype, Coded, Held, apart, each, encode
 from jaxtp.sharding import varying_as
 
@@ -98,14 +98,8 @@ def attend_pages(
     slots of the row any of its queries sees; a row of length 0 is idle, and its result means nothing. reach: a bound on all
     lengths; forms that read all slots alike read so many. scale, softcap: as of `attend_fresh`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if read == "rows":
-        return _row_by_row(q, keys, values, table, positions, lengths, None, window, scale, softcap)[0].astype(q.dtype)
-    if _by_cudnn(q, read, window):
-        return flash.attend_paged(q, *_plain(keys, values, softcap), table, lengths, scale=scale)[0]
-    k, v = (_copied(pool, q, table, reach, read) for pool in (keys, values))
-    seen = visible(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :], window)
-    return attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
+    how: Any = {"read": read, "reach": reach, "kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
+    return _attend(q, keys, values, table, positions, lengths, None, **how)[0]
 
 
 def attend_share(
@@ -127,30 +121,46 @@ def attend_share(
     """The same to the slots that are here: [B, T, K, G, H] in q's dtype, and the logarithm of the softmax's denominator
     [B, K, G, T, 1] float32, `NOTHING` where a query sees none of them.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    how: Any = {"read": read, "reach": reach, "kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
+    out, log_z = _attend(q, keys, values, table, positions, lengths, share, **how)
+    return out, log_z
+
+
+def _attend(
+    q: jax.Array,
+    keys: Held,
+    values: Held,
+    table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    share: Share | None,
+    *,
+    read: Read,
+    reach: int,
+    kernel: Kernel,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[jax.Array, ...]:
+    """What `attend_pages` gives, and of a share what `attend_share` does."""
+    scale, ranks = q.shape[-1] ** -0.5 if scale is None else scale, 1 if share is None else share.ranks
+    lengths = lengths if share is None else share.lengths(lengths)
     if read == "rows":
-        out, log_z = _row_by_row(q, keys, values, table, positions, lengths, share, window, scale, softcap)
-        return out.astype(q.dtype), log_z
-    here = share.lengths(lengths)
-    if _by_cudnn(q, read, window):
-        out, log_z = flash.attend_paged(q, *_plain(keys, values, softcap), table, here, scale=scale, stats=True)
-        return out, jnp.where((here > 0)[:, None, None, None, None], log_z, NOTHING)
-    k, v = (_copied(pool, q, table, -(-reach // share.ranks), read) for pool in (keys, values))
-    place = jnp.arange(k.shape[2]) * share.ranks + share.rank
+        out, *log_z = _row_by_row(q, keys, values, table, positions, lengths, share, window, scale, softcap)
+        return out.astype(q.dtype), *log_z
+    if read == "cudnn" and q.shape[1] == 1 and window is None:
+        assert softcap is None
+        assert not isinstance(keys, Coded)
+        assert not isinstance(values, Coded)
+        out, *log_z = flash.attend_paged(q, keys, values, table, lengths, scale=scale, stats=share is not None)
+        return out, *(jnp.where((lengths > 0)[:, None, None, None, None], a, NOTHING) for a in log_z)
+    reach = reach if share is None else -(-reach // (2 * ranks)) * 2  # (cuDNN takes masks of an even width)
+    k, v = (_copied(pool, q, table, reach, read) for pool in (keys, values))
+    place = jnp.arange(k.shape[2]) if share is None else jnp.arange(k.shape[2]) * ranks + share.rank
     seen = visible(positions[:, :, None], place[None, None, :], window)
-    return attend_part(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
-
-
-def _by_cudnn(q: jax.Array, read: Read, window: int | None) -> bool:
-    return read == "cudnn" and q.shape[1] == 1 and window is None
-
-
-def _plain(keys: Held, values: Held, softcap: float | None) -> tuple[jax.Array, jax.Array]:
-    """Pools that cuDNN reads."""
-    assert softcap is None
-    assert not isinstance(keys, Coded)
-    assert not isinstance(values, Coded)
-    return keys, values
+    if share is None:
+        return (attend_seen(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap),)
+    return attend_seen_part(q, k, v, seen, kernel=kernel, scale=scale, softcap=softcap)
 
 
 def _copied(pool: Held, q: jax.Array, table: jax.Array, reach: int, read: Read) -> Held:
@@ -188,7 +198,6 @@ def _row_by_row(
     """
     (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
     span, (ranks, rank) = many * S, share or (1, 0)
-    lengths = lengths if share is None else share.lengths(lengths)
     q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(jnp.float32 if isinstance(keys, Coded) else keys.dtype)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtp.model.cache import Lanes, LayerCache
+from jaxtp.model.cache import Lanes, LayerCache, written
 from jaxtp.ops.attention import Kernel
-from jaxtp.ops.pages import Share, attend_share, write_pages
+from jaxtp.ops.pages import Share, attend_share
 
 
 @jax.named_scope("context")
@@ -41,10 +41,7 @@ def attend_cached(
     is its own of k and v.
     """
     share, (T, K, G, H) = Share(size, lax.axis_index(axis)), q.shape[1:]
-    keys, values = (
-        write_pages(pool, new[0], lanes.slots[0], share=share, scale=None if scales is None else scales[i])
-        for i, (pool, new) in enumerate(zip(cache, (k, v), strict=True))
-    )
+    keys, values = written(cache, k, v, lanes, scales, share)
     how: Any = {"kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
     how |= {"read": lanes.read, "reach": lanes.reach}
     parts = []

@@ -228,7 +228,7 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
         rows, sustained = task.batch // split.microbatches // split.groups, dataclasses.replace(machine, pace=SUSTAINED)
         tokens = rows * split.part(task.seq_len)
         head = 4 * sustained.head(tokens) * split.microbatches
-        return {"step": parts(train(machine, task), head, tokens, over_cp(sustained, task)[0])}
+        return {"step": parts(train(machine, task), head, tokens, context_seconds(sustained, task)[0])}
     step, prompts = decode_step(split, task), prompt_steps(config, split, task)
     together = {"prefill": max(each.tokens for each in prompts), "decode": step.tokens}
 
@@ -247,7 +247,7 @@ def by_part(machine: Machine, task: Generation | Training) -> dict[str, dict[str
     return {phase: parts(time, heads[phase], together[phase], merged[phase]) for phase, time in times.items()}
 
 
-def over_cp(machine: Machine, task: Training) -> tuple[float, float]:
+def context_seconds(machine: Machine, task: Training) -> tuple[float, float]:
     """Seconds of an update in which attention sends over cp: alone, and beside products."""
     config, split = machine.config, machine.split
     if split.cp == 1:
@@ -285,7 +285,7 @@ def train(machine: Machine, task: Training) -> Time:
     bubble = split.pipeline().bubble * busy.total if pp > 1 else 0.0  # what is sent in vain is among what is sent
     update = 28.0 * memory.kept(held, split) / machine.bandwidth
     hidden = machine.sent(collectives.over_data(config, split, dtype=machine.dtype)) * BESIDE if split.zero == 3 else 0.0
-    hidden += over_cp(machine, task)[1]
+    hidden += context_seconds(machine, task)[1]
     return busy + Time(communication=machine.sent(sent) - hidden, bubble=bubble, optimizer=update)
 
 

@@ -163,7 +163,7 @@ def generation(config: ModelConfig, split: Split, task: Generation) -> Memory:
 
 def cache(config: ModelConfig, split: Split, task: Generation) -> int:
     """Of the pages that the rows have at their end."""
-    return split.rows(task.batch) * split.slots(task) // split.slot_ranks * slot(config, split, task)
+    return split.rows(task.batch) * split.page_tokens(task) // split.slot_ranks * slot(config, split, task)
 
 
 def capacity(config: ModelConfig, split: Split, task: Generation, memory: float) -> int:
@@ -180,7 +180,7 @@ def workspace(config: ModelConfig, split: Split, task: Generation, step: Step) -
     their product; beside either the residual stream and who sees what.
     """
     size, tp, read = SIZES[task.dtype], split.tp, read_of(config, split, task.dtype, task.kv_cache_dtype)
-    slots, reach = split.slots(task) // split.slot_ranks, -(-step.reach // split.slot_ranks)
+    slots, reach = split.page_tokens(task) // split.slot_ranks, -(-step.reach // split.slot_ranks)
     heads, row = config.num_heads // tp, kv_heads(config, tp) * config.head_dim * size
     stream = step.tokens * config.hidden_size * size
     logits = 4 * step.lanes * math.ceil(config.vocab_size / (split.ways * split.pp))

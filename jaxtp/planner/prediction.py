@@ -76,7 +76,7 @@ class Plan:
         assert isinstance(self.task, Generation)
         whole = dataclasses.replace(self.task, output_len=self.task.request - self.task.prompt_len)
         longest, groups = dataclasses.replace(self, task=whole), self.split.groups
-        most = max(0, self.kv_tokens) // groups // self.split.slots(whole)  # of each group
+        most = max(0, self.kv_tokens) // groups // self.split.page_tokens(whole)  # of each group
         return groups * bisect.bisect(range(1, most + 1), False, key=lambda rows: not longest.of_rows(groups * rows).holds)
 
     @property

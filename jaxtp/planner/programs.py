@@ -46,7 +46,7 @@ def _step(name: str, config: ModelConfig, split: Split, task: Generation, step: 
     """Attention of rows as if each saw all slots."""
     heads, D = config.num_heads * config.head_dim // split.tp, config.hidden_size
     products = 2 * memory.products(config, split, step.tokens)
-    scores = 4 * heads * (step.rows * split.slots(task) + step.prompt_tokens * step.reach) // split.slot_ranks
+    scores = 4 * heads * (step.rows * split.page_tokens(task) + step.prompt_tokens * step.reach) // split.slot_ranks
     between = step.tokens * D * SIZES[task.dtype] if split.pp > 1 else 0  # on its way from stage to stage
     head = 2 * D * math.ceil(config.vocab_size / (split.ways * split.pp)) * step.lanes
     return Predicted(

@@ -150,8 +150,8 @@ class Split:
         """The axes that these parts lie on."""
         return ("cp", "tp") if self.slot_ranks > 1 else ("tp",)
 
-    def slots(self, task: Generation) -> int:
-        """Of the pages of each row at its end, on all devices that share them."""
+    def page_tokens(self, task: Generation) -> int:
+        """Tokens that the pages of each row hold at its end, on all devices that share them."""
         size = buckets.PAGE * self.slot_ranks
         return -(-task.total // size) * size
 
@@ -178,7 +178,7 @@ class Split:
             rules = rules.cache_parallel() if self.over_cp == "slots" else rules.context_parallel()
         rules = rules.pipeline_parallel() if self.pp > 1 else rules
         layout, dispatch = self.expert_layout, self.expert_dispatch
-        return rules.expert_parallel(config, ep=self.ep, tp=self.ways, layout=layout, dispatch=dispatch)
+        return rules.expert_parallel(config, ep=self.ep, tp=self.tp, cp=self.slot_ranks, layout=layout, dispatch=dispatch)
 
     def stages(self, config: ModelConfig) -> Stages:
         """Where layers stand."""
@@ -271,7 +271,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
     def note(number: int, chunks: int, times: int) -> None:
         last = (number * most + chunks - 1) % of_each + 1
         end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
-        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, split.slots(task)))] += times
+        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, split.page_tokens(task)))] += times
 
     for number in range(min(period, steps)):
         note(number, most, -(-(steps - number) // period))
@@ -306,7 +306,8 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
             if split.ep > 1:
                 raise ValueError(f"{split.told()}: a pipeline trains with ep=1, its stages hold the experts over tp")
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
-    if per_node and per_node % split.ways and split.size > per_node:
+    together = split.ways * (split.ep if split.slot_ranks > 1 else 1)  # ep lies between cp and tp
+    if per_node and per_node % together and split.size > per_node:
         raise ValueError(across_nodes({axis: split.axes[axis] for axis in split.summed}, per_node))
     check_layout(config, split.tp, split.rules(config), cp=split.cp)
     stages = split.stages(config)

@@ -32,6 +32,22 @@ def rules_of(split: Parallel, config: ModelConfig) -> Rules:
     return rules
 
 
+def generating_rules(split: Parallel, config: ModelConfig, trained: Rules) -> Rules:
+    """The layout of a run's weights to generate with: over cp lie caches, not tokens. Tables stay as they are padded. Raises
+    ValueError where this model cannot be laid out so.
+    """
+    if split.cp == 1:
+        return trained
+    rules = Rules().sequence_parallel() if split.sequence_parallel else Rules()
+    rules = rules.cache_parallel().using(
+        vocab=trained.axis("vocab"), logits=trained.axis("logits"), layers=trained.axis("layers")
+    )
+    experts: dict[str, Any] = {"layout": split.expert_layout, "dispatch": split.expert_dispatch}
+    rules = rules.expert_parallel(config, ep=split.ep, tp=split.tp, cp=split.cp, **experts)
+    check_layout(config, split.tp, rules, cp=split.cp)
+    return rules
+
+
 def context_of(split: Parallel) -> Context | None:
     """How attention goes over cp. Raises ValueError for a strategy without it."""
     if split.cp == 1 and split.context_strategy != "auto":

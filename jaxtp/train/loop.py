@@ -25,9 +25,9 @@ from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
 from jaxtp.parallel.experts import exchange
 from jaxtp.planner.work import Split, check_rows
-from jaxtp.sharding import Rules, check_layout
+from jaxtp.sharding import Rules
 from jaxtp.text import Tokenizer
-from jaxtp.train.build import context_of, rules_of, trainer_of, weights_of
+from jaxtp.train.build import context_of, generating_rules, rules_of, trainer_of, weights_of
 from jaxtp.train.checkpoints import Checkpoints
 from jaxtp.train.config import TrainConfig, check_places, model_config, plain
 from jaxtp.train.data import Batches, Corpus, Windows, check_vocabulary, read
@@ -102,9 +102,9 @@ class Run:
         for part in self.corpora.values():
             check_vocabulary(part, self.model_config.vocab_size)
         rules = rules_of(parallel, self.model_config)
-        if config.log.sample_every and parallel.cp > 1:
+        if config.log.sample_every:
             try:
-                check_layout(self.model_config, parallel.tp, rules.cache_parallel(), cp=parallel.cp)
+                self._generating = generating_rules(parallel, self.model_config, rules)
             except ValueError as error:
                 raise ValueError(
                     f"log.sample_every={config.log.sample_every}: to make text {error}; leave samples out"
@@ -362,7 +362,7 @@ class Run:
 
     def _sample(self, state: State, frozen: Params | None, number: int, report: Report) -> None:
         log = self.config.log
-        model = self.trainer.model(state, frozen, dtype=self.stacked.layout.dtype, staged=True)
+        model = self.trainer.model(state, frozen, dtype=self.stacked.layout.dtype, generating=self._generating)
         llm = LLM(model, tokenizer=self.tokenizer, progress=False)
         prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
         made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]

@@ -34,7 +34,7 @@ from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import locally, mapped
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import Layout, joined, names, reshard, row_major, size, spec_of
+from jaxtp.sharding import Layout, Rules, joined, names, reshard, row_major, size, spec_of
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
@@ -227,17 +227,15 @@ class Trainer:
             nats = jax.lax.map(lambda micro: self._loss(ready, micro).nats, batch)
             return nats.sum(), batch.weights.sum()
 
-    def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, staged: bool = False) -> Llama:
+    def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, generating: Rules | None = None) -> Llama:
         """The model as trained so far (a copy), adapters merged.
 
-        staged: in the stages of its pipeline, and over cp with the slots of caches in the place of tokens: for `LLM` alone.
-        Where a rank has several chunks, and without it, all layers stand on every rank.
+        generating: by these rules, and in the stages of its pipeline, for `LLM` alone to run. Where a rank has several chunks,
+        and without it, all layers stand on every rank.
         """
         params = self.adapters.merged(frozen or {}, state.params) if self.adapters else state.params
-        rules = self.stacked.layout.rules
-        if staged and self.stacked.model.context:  # tables stay as they are padded
-            rules = rules.cache_parallel().using(vocab=rules.axis("vocab"), logits=rules.axis("logits"))
-        if staged and self.pipeline and self.pipeline.stages.chunks == 1:
+        rules = generating or self.stacked.layout.rules
+        if generating and self.pipeline and self.pipeline.stages.chunks == 1:
             return self.stacked.unstack(params, dtype=dtype, **in_stages(self.pipeline.stages, rules=rules))
         return self.stacked.unstack(self.in_order(params), dtype=dtype, rules=rules)
 

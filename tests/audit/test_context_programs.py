@@ -62,7 +62,7 @@ def test_no_scores_of_whole_rows(strategy):
 
 @pytest.mark.parametrize(("cp", "hops", "beside"), [(4, 10, 8), (8, 22, 16)])
 def test_a_ring_sends_beside_its_products(cp, hops, beside):
-    """Of a layer: c - 1 permutes forward, c - 1 and c backward; those of gradients, in float32, half of them alone."""
+    """Of a layer: c - 1 permutes forward, c - 1 and c backward; what goes alone are gradients, in float32."""
     report, _ = trained(1 << (15 if cp == 4 else 17), update(cp=cp, context_strategy="ring"))
     sent = [c for c in report.collectives if c.kind == "collective-permute"]
     assert sum(c.times for c in sent) == hops * CONFIG.num_layers

@@ -12,6 +12,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from jaxtp import LLM, Llama, Rules, SamplingParams, make_mesh
+from jaxtp.config import Experts
 from jaxtp.ops.coded import encode
 from jaxtp.ops.pages import Share, attend_pages, attend_share, write_pages
 from jaxtp.parallel.context import Context
@@ -149,6 +150,54 @@ def test_what_else_a_model_may_have(tmp_path, changes, more):
     assert tokens(llm.generate(*batch((5, 70)))) == tokens(one.generate(*batch((5, 70))))
 
 
+MIXTRAL = {"model_type": "mixtral", "experts": Experts(8, 2, 24, renormalize=True)}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("experts"), **MIXTRAL)
+    return folder, tokens(tiny.coarse(LLM(folder, progress=False)).generate(*batch((5, 70))))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tensor_parallel_size": 2, "expert_layout": "whole"},
+        {"tensor_parallel_size": 2, "expert_layout": "width"},
+        {"expert_parallel_size": 2, "expert_dispatch": "ragged"},
+    ],
+    ids=str,
+)
+def test_experts(experts, more):
+    folder, expected = experts
+    llm = tiny.coarse(LLM(folder, progress=False, context_parallel_size=2, **more))
+    assert tokens(llm.generate(*batch((5, 70)))) == expected
+
+
+@pytest.mark.parametrize(("read", "most"), [("slab", 101), ("gather", None)])
+def test_as_gpus_read_it(folder, plain, read, most):
+    """A slab of an odd length, cut between ranks; pages side by side."""
+    llm = LLM(folder, progress=False, context_parallel_size=4, max_num_seqs=4, max_model_len=most)
+    llm._engine = functools.partial(llm._engine, read=read)
+    asked = batch((1, 2, 40, 80), seed=3)
+    assert tokens(tiny.coarse(llm).generate(*asked)) == tokens(plain.generate(*asked))
+
+
+def test_a_cache_of_ones_own():
+    """Logits of a chunk and of single tokens after it are those of all tokens at once."""
+    mesh = make_mesh(cp=2, tp=2)
+    model = Llama.random(tiny.config(), mesh=mesh, rules=Rules().cache_parallel(), context=Context(2))
+    ids = np.random.default_rng(0).integers(3, 98, (2, 9)).astype(np.int32)
+    expected = np.asarray(model(ids))
+    with jax.set_mesh(mesh):
+        cache = jax.jit(lambda: model.empty_cache(2, 16).zeros())()
+    found, cache = model(ids[:, :7], cache=cache)
+    np.testing.assert_allclose(found, expected[:, :7], atol=1e-5)
+    for t in (7, 8):
+        found, cache = model(ids[:, t : t + 1], positions=np.full((2, 1), t, np.int32), cache=cache)
+        np.testing.assert_allclose(found, expected[:, t : t + 1], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -156,6 +205,10 @@ def test_what_else_a_model_may_have(tmp_path, changes, more):
         (
             {"context_parallel_size": 4, "tensor_parallel_size": 4},
             r"tp·cp=2·8, which does not divide 8 query heads; .*: 1, 2, 4",
+        ),
+        (
+            {"context_parallel_size": 2, "tensor_parallel_size": 3},
+            r"tp=3 does not divide 8 query heads .*legal tp for this model",
         ),
         ({"context_parallel_size": 0}, "context_parallel_size=0 must be"),
         ({"context_parallel_size": 2, "tp_plan": {"layers.*.mlp.*": "replicate"}}, 'it goes with tp_plan="auto"'),

@@ -20,6 +20,7 @@ from jaxtp.config import Experts
 from jaxtp.config.quantization import Scheme
 from jaxtp.engine.read import cudnn_reads
 from jaxtp.ops import experts, grouped
+from jaxtp.ops.attention import attend_seen_part
 from jaxtp.ops.quantized import multiplies_fp8, product, quantize
 from jaxtp.xla_flags import QUANTIZED, options
 
@@ -49,6 +50,18 @@ def reading(llm: LLM, read: str) -> LLM:
 def test_cudnn_reads_pages(layout):
     assert cudnn_reads(jax.devices()[0], layout)
     assert cudnn_reads(jax.devices()[0], layout, ranks=2)  # and tells the softmax's denominator of a share of the slots
+
+
+def test_a_mask_of_a_share_of_the_slots():
+    """Chunks over cp: queries that see some of the keys, or none, and the logarithms of their denominators."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 128, 2, 4, 64), *[(2, 2, 192, 64)] * 2))
+    seen = jnp.asarray(np.arange(192)[None, None] * 4 + 1 <= np.array([[0], [300]])[:, :, None] + np.arange(128)[None, :, None])
+    found, expected = (
+        jax.jit(functools.partial(attend_seen_part, kernel=kernel, scale=0.125))(q, k, v, seen) for kernel in ("cudnn", "xla")
+    )
+    for mine, its in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(its, np.float32), atol=0.02, rtol=0.01)
 
 
 def test_float32_is_not_rounded():

@@ -78,6 +78,16 @@ def test_slots_over_cp_stand_where_tp_would_copy_kv_heads():
     assert order.index("cp=2 × tp=4") < order.index("tp=8")
 
 
+def test_slots_over_cp_stay_within_a_node():
+    """With ep between cp and tp in the order of devices, the three of them."""
+    found = plan("qwen3-30b-a3b", "2x8xH200")
+    legal = [p.split for p in found.legal if p.split.cp > 1]
+    assert legal
+    assert all(8 % (split.cp * split.ep * split.tp) == 0 for split in legal)
+    refused = next(p for p in found.refused if p.split.told() == "cp=2 × ep=2 × tp=4")
+    assert "cp=2 × tp=4 would join devices of several nodes" in refused.refused
+
+
 def test_long_rows_are_trained_over_cp():
     found = plan("llama-3.1-8b", "8xH200", task="train", seq_len=131072, batch=8)
     assert found.best.split.cp > 1
