@@ -249,5 +249,6 @@ def embed(table: jax.Array, tokens: jax.Array, *, out: NamedSharding) -> jax.Arr
         x = jax.lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True) if scattered else x
         return jax.lax.psum(x, summed) if summed else x
 
-    here = P(out.spec[0], joined(*scattered), *out.spec[2:])  # a dim of tokens may be cut further, which costs nothing
+    own = tuple(axis for axis in names(spec.partitions[1]) if axis not in scattered)
+    here = P(out.spec[0], joined(*own, *scattered), *out.spec[2:])  # tokens may be cut further, which costs nothing
     return reshard(jax.shard_map(local, mesh=mesh, out_specs=here)(table, tokens), out.spec, mesh)
