@@ -114,7 +114,7 @@ def test_a_diagnosis_has_a_colour_for_each_kind_and_a_marker_for_each_axis():
 def test_meshes_that_lack_the_same_thing_share_a_line():
     plans = plan("llama-3.1-405b", "16x8xH100", batch=8)
     _, *reasons = plans.table().caption.split("\n")
-    assert len(reasons) == 3
+    assert len(reasons) == 4  # of those that would join nodes one for tp, and one for cp with it
     assert any(line.startswith("dp=16 × tp=8, and 9 more: needs 94.6 GiB") for line in reasons)
     assert "legal pp with them: 1 to 126" in " ".join(reasons)
     assert len(plans.table(every=True).caption.split("\n")) == 1 + len(plans.refused)

@@ -247,7 +247,7 @@ def pools(ranks, pages, bits):
     def filled(share, size):
         empty = jnp.zeros((ROWS * pages, 2, size, 8), jnp.float32)
         empty = encode(empty, jnp.int8, jnp.float32) if bits else empty
-        return [write_pages(empty, a, jnp.asarray(slots), share) for a in new]
+        return [write_pages(empty, a, jnp.asarray(slots), share=share) for a in new]
 
     shares = [Share(ranks, jnp.int32(rank)) for rank in range(ranks)]
     return filled(None, SIZE * ranks), [(share, *filled(share, SIZE)) for share in shares], jnp.asarray(table)

@@ -184,8 +184,8 @@ def test_a_run_leaves_a_pipeline_and_comes_to_one(text, tmp_path):
 def test_text_is_sampled_on_any_mesh(text, tmp_path):
     model = {"dtype": "float32", "shape": {**BASE["model"]["shape"], "num_layers": 5}}
     found = []
-    sequences = {"cp": 2, "tp": 2, "sequence_parallel": True}
-    meshes = {"dp": 1}, {"cp": 2, "pp": 2, "accumulate": 2}, sequences, PIPELINES["dp 2 × pp 2, uneven, v 2"]
+    everything = {"dp": 1, "cp": 2, "pp": 2, "tp": 2, "accumulate": 2, "sequence_parallel": True}
+    meshes = {"dp": 1}, everything, PIPELINES["dp 2 × pp 2, uneven, v 2"]
     for i, parallel in enumerate(meshes):
         log = {"sample_every": 4, "sample_prompt": "a", "tensorboard": False}
         train(config(text, tmp_path / str(i), parallel=parallel, model=model, steps=4, log=log))
