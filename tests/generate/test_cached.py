@@ -21,7 +21,7 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=0.9, seed=1, max_tokens=9),
 ]
-LENGTHS = (1, 2, 3, 63, 64, 65, 129, 257, 499)  # of prompts in one batch: around pages, and many chunks
+LENGTHS = (1, 2, 3, 63, 64, 65, 129, 257, 500)  # of prompts in one batch: around pages, and many chunks
 
 
 def tokens(requests):
