@@ -66,3 +66,18 @@ def prompts(count: int, *, longest: int, seed: int = 0) -> list[list[int]]:
     """Token ids of ragged prompts."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, 98, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def same_answers(ours, theirs) -> None:
+    """Texts, why they end, and logprobs of two runs of the same requests."""
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a.outputs, b.outputs, strict=True):
+            assert (x.token_ids, x.text, x.finish_reason, x.stop_reason) == (
+                y.token_ids,
+                y.text,
+                y.finish_reason,
+                y.stop_reason,
+            )
+            for mine, other in zip(x.logprobs or [], y.logprobs or [], strict=True):
+                assert mine.keys() == other.keys()
+                assert all(abs(mine[t].logprob - other[t].logprob) < 1e-5 for t in mine)

@@ -15,12 +15,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxtp import files
-from jaxtp.buckets import PAGE, power
+from jaxtp.buckets import power
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization
 from jaxtp.engine import step
-from jaxtp.engine.build import choose_read, chunk_tokens
+from jaxtp.engine.build import choose_read, chunk_tokens, page_tokens
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
 from jaxtp.mesh import AXES
@@ -121,9 +121,7 @@ def _compiled(
     loop: bool,
 ) -> Any:
     layout, read = model.layout, read or choose_read(model)
-    groups, chunk, ranks = layout.parts("batch"), chunk_tokens(model), layout.parts("cached")
-    row = slots if ranks == 1 else -(-slots // (2 * ranks)) * 2 * ranks
-    size = row if read == "slab" else PAGE * ranks
+    groups, chunk, size = layout.parts("batch"), chunk_tokens(model), page_tokens(model, read, slots)
     rows, pages = -(-batch // groups), -(-slots // size)
     held = power(rows + -(-tokens // slots))
     pool = cache_tokens // groups // size if cache_tokens else held * pages

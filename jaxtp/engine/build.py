@@ -42,9 +42,7 @@ def build(
     groups, rope = model.layout.parts("batch"), model.config.rope
     read = read or choose_read(model)
     rows = -(-max_num_seqs // groups)
-    ranks = model.layout.parts("cached")  # each has as many slots of a page as one would have; of a row an even number
-    row = max_model_len if ranks == 1 else -(-max_model_len // (2 * ranks)) * 2 * ranks
-    size = row if read == "slab" else page_size * ranks
+    size = page_tokens(model, read, max_model_len, page_size)
     width = -(-max_model_len // size)
     pages = min(cache_tokens // groups // size, rows * width)
     if read == "slab":
@@ -70,6 +68,14 @@ def build(
         logger.info("experts multiply by %s tokens of a group", forms)
     buckets = Buckets(limits, read, width, host_loops=platform(model.layout.mesh) == "gpu")
     return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
+
+
+def page_tokens(model: Llama, read: Read, longest: int, size: int = PAGE) -> int:
+    """Tokens of a page: of a slab a whole row's, `longest`. Over cp each rank has `size` slots of it, or an even number."""
+    ranks = model.layout.parts("cached")
+    if read != "slab":
+        return size * ranks
+    return longest if ranks == 1 else -(-longest // (2 * ranks)) * 2 * ranks
 
 
 def chunk_tokens(model: Llama) -> int:

@@ -99,34 +99,10 @@ def attend_pages(
     lengths; forms that read all slots alike read so many. scale, softcap: as of `attend_fresh`.
     """
     how: Any = {"read": read, "reach": reach, "kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
-    return _attend(q, keys, values, table, positions, lengths, None, **how)[0]
+    return attend_share(q, keys, values, table, positions, lengths, None, **how)[0]
 
 
 def attend_share(
-    q: jax.Array,
-    keys: Held,
-    values: Held,
-    table: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array,
-    share: Share,
-    *,
-    read: Read,
-    reach: int,
-    kernel: Kernel,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The same to the slots that are here: [B, T, K, G, H] in q's dtype, and the logarithm of the softmax's denominator
-    [B, K, G, T, 1] float32, `NOTHING` where a query sees none of them.
-    """
-    how: Any = {"read": read, "reach": reach, "kernel": kernel, "window": window, "scale": scale, "softcap": softcap}
-    out, log_z = _attend(q, keys, values, table, positions, lengths, share, **how)
-    return out, log_z
-
-
-def _attend(
     q: jax.Array,
     keys: Held,
     values: Held,
@@ -138,11 +114,13 @@ def _attend(
     read: Read,
     reach: int,
     kernel: Kernel,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, ...]:
-    """What `attend_pages` gives, and of a share what `attend_share` does."""
+    """The same to the slots that are here: [B, T, K, G, H] in q's dtype, and of a share the logarithm of the softmax's
+    denominator, [B, K, G, T, 1] float32, `NOTHING` where a query sees none of them.
+    """
     scale, ranks = q.shape[-1] ** -0.5 if scale is None else scale, 1 if share is None else share.ranks
     lengths = lengths if share is None else share.lengths(lengths)
     if read == "rows":
