@@ -21,7 +21,7 @@ import numpy as np
 from jaxtp.checkpoint.names import Index
 from jaxtp.checkpoint.tensors import FLOATS, Tensors
 from jaxtp.config.quantization import Method, Scheme, Schemes
-from jaxtp.ops.quantized import NF4
+from jaxtp.ops.nf4 import LEVELS as NF4
 
 Needed = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # a tensor's end of its name -> its shape, and dtypes it may have
 WORD, _FLOATS, _FP8 = 32, tuple(FLOATS), ("F8_E4M3",)

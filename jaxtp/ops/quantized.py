@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxtp.config.quantization import Scheme, Values
+from jaxtp.mesh import platform
+from jaxtp.ops import nf4
 from jaxtp.ops.coded import OfValues
 from jaxtp.sharding import reshard, size, spec_of
 
@@ -27,12 +29,6 @@ PACKS = jax.__version_info__ >= (0, 11)  # JAX 0.10 does not run a compiled prog
 # what the largest weight of a group becomes when 16 bits are rounded; of 4 bits half a step beyond the last value
 LARGEST = {"int4": 7.5, "nf4": 7.5, "int8": 127.0, "fp8": 448.0}
 RANGE = {"int4": (-8, 7), "nf4": (-8, 7), "int8": (-127, 127)}
-# NormalFloat's 16 levels (https://arxiv.org/abs/2305.14314, appendix E), the first of which is the value -8
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 
 
 class InPlace:
@@ -202,7 +198,9 @@ def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None
     if n == 1:
         y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
         return y * _of_shares(kernel.scale[:, 0], out)
-    if kernel.scheme.values == "nf4" or (n > pieces and not few):
+    if kernel.scheme.values == "nf4":
+        return _product_of_nf4(rows, kernel, out)
+    if n > pieces and not few:
         return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
     k = pieces if n == pieces else pieces * split(n // pieces, here)
     m = n // k  # groups of a part
@@ -250,6 +248,17 @@ def _product_of_fp8(rows: jax.Array, kernel: Quantized, at: NamedSharding | None
     return jax.lax.reduce_sum(y, (0,), out_sharding=at)
 
 
+def _product_of_nf4(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None) -> jax.Array:
+    """By a kernel of its own where there is one (`nf4.fits`); otherwise what the values stand for is written out."""
+    f32, mesh, (values, scale) = jnp.float32, jax.typeof(rows).sharding.mesh, (kernel.values, kernel.scale)
+    at = None if out is None else NamedSharding(mesh, out)
+    if not nf4.fits(rows, values, scale):
+        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
+    run = nf4.product_of_one if out is None else nf4.product
+    parts = run(rows, values, scale, rounded=kernel.scheme.rounded, interpret=platform(mesh) == "cpu")
+    return jax.lax.reduce_sum(parts, (0,), out_sharding=at)
+
+
 def multiplies_fp8(mesh: Mesh | AbstractMesh) -> bool:
     """Whether its devices multiply fp8 with fp8: GPUs of compute capability 8.9 and up."""
     capability = getattr(mesh.devices.flat[0], "compute_capability", "0") if isinstance(mesh, Mesh) else "0"
@@ -274,13 +283,13 @@ def levels(kernel: Quantized, dtype: jnp.dtype) -> jax.Array:
     """What the values stand for, before they are scaled."""
     if kernel.scheme.values != "nf4":
         return kernel.values.astype(dtype)
-    return _level(kernel.values, 0, len(NF4)).astype(dtype)
+    return _level(kernel.values, 0, len(nf4.LEVELS)).astype(dtype)
 
 
 def _level(values: jax.Array, low: int, high: int) -> jax.Array:
     """NF4's, chosen by comparisons: a lookup would be a kernel of its own."""
     if high - low == 1:
-        return jnp.float32(NF4[low])  # type: ignore[return-value]
+        return jnp.float32(nf4.LEVELS[low])  # type: ignore[return-value]
     middle = (low + high) // 2
     return jnp.where(values < jnp.asarray(middle - 8, values.dtype), _level(values, low, middle), _level(values, middle, high))
 

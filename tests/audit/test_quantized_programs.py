@@ -25,6 +25,12 @@ CONFIGS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     "fp8 in blocks": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "fp8 of channels": {"quant_method": "fbgemm_fp8"},
+    "nf4": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
 }
 KERNELS, OTHER_KERNELS = {1: 23, 8: 14, 64: 14}, 22  # of a layer in 16 bits at most, and beside the layers
 MORE = 6  # of a layer in few bits

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtp import make_mesh
 from jaxtp.config.quantization import Scheme
-from jaxtp.ops import quantized
+from jaxtp.ops import nf4, quantized
 from jaxtp.ops.linear import linear
 from jaxtp.ops.quantized import abstract, product, quantize, split
 
@@ -37,7 +37,7 @@ def kernel(scheme):
     n = made.scale.shape[-1]
     levels = np.asarray(made.values, np.float64)
     if scheme.values == "nf4":
-        levels = np.asarray(quantized.NF4)[levels.astype(int) + 8]
+        levels = np.asarray(nf4.LEVELS)[levels.astype(int) + 8]
     shift = 0 if made.shift is None else np.asarray(made.shift, np.float64)[..., None]
     plain = levels.reshape(*OUTPUTS, n, -1) * np.asarray(made.scale, np.float64)[..., None] - shift
     return made, plain.reshape(*OUTPUTS, INPUTS)
