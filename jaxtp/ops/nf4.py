@@ -1,7 +1,7 @@
-"""Rows times a kernel of NF4's levels on GPUs: one kernel of its own (Pallas, Triton), which looks the levels up as it multiplies.
+"""Few rows times a kernel of NF4's levels on GPUs: by a kernel in Pallas (Triton), which looks the levels up as it multiplies.
 
-XLA takes nothing into a product that uses a value twice on its way, and a choice among 16 levels does: it would write the kernel
-in 16 bits at every step.
+XLA takes nothing into a product that uses a value twice on its way, and a choice among 16 levels does: it would write the
+weights in 16 bits at every step.
 
 B rows, O outputs, I inputs, n groups of the inputs, P parts into which they are cut.
 """
@@ -28,8 +28,8 @@ LEVELS = (
 )
 ROWS = 256  # at most: what many rows are multiplied with may be written out
 TILE_ROWS, TILE_OUTPUTS, TILE_BYTES = 128, 32, 128  # at most, of a product inside; a byte is two inputs
-PART_BYTES = 512  # of a row of the kernel, at most, that one block of threads goes through
-LEAST = 16  # rows, outputs and inputs of a product inside
+LEAST = 16  # rows, outputs and bytes of one
+STEPS, PARTS = 4, 16  # products that a block of threads makes one after the other, if that does not take more parts than these
 
 
 def fits(rows: jax.Array, values: jax.Array, scale: jax.Array) -> bool:
@@ -47,9 +47,9 @@ def fits(rows: jax.Array, values: jax.Array, scale: jax.Array) -> bool:
 
 
 def product(rows: jax.Array, values: jax.Array, scale: jax.Array, *, rounded: Any = None, interpret: bool = False) -> jax.Array:
-    """rows [B, I] in 16 bits, values [O, I] int4, scale [O, n] float32 -> [P, B, O] float32, whose sum over P is the product with
-    scale · level, rounded as `rounded` (default: as rows) before it is multiplied. For what `fits`, on every device; devices
-    that share the inputs share the parts.
+    """rows [B, I] in 16 bits, values [O, I] int4, scale [O, n] float32 -> [P, B, O] float32, whose sum over P is the product
+    with scale · level, rounded as `rounded` (default: as rows) before it is multiplied. For what `fits`, on every device;
+    devices that share the inputs share the parts.
     """
 
     def region(*args: jax.Array, stages: bool) -> jax.Array:
@@ -82,13 +82,15 @@ def product_of_one(
     from jax.experimental.pallas import triton
 
     (B, inputs), outputs = rows.shape, len(values)
-    group, part = inputs // scale.shape[-1], math.gcd(inputs // 2, PART_BYTES)
+    group, step = inputs // scale.shape[-1], _step(inputs)
+    P = _parts(inputs // 2 // step)
+    part = inputs // 2 // P
     high, wide = min(max(LEAST, 1 << (B - 1).bit_length()), TILE_ROWS), math.gcd(outputs, TILE_OUTPUTS)
     pairs = jax.lax.bitcast_convert_type(values.astype(jnp.int4).reshape(outputs, -1, 2), jnp.uint8)
     call = pl.pallas_call(
-        functools.partial(_tile, high=high, group=group // 2, step=_step(inputs), rounded=rounded or rows.dtype),
-        out_shape=jax.ShapeDtypeStruct((inputs // 2 // part, B, outputs), jnp.float32),
-        grid=(outputs // wide, inputs // 2 // part, -(-B // high)),
+        functools.partial(_tile, high=high, group=group // 2, step=step, rounded=rounded or rows.dtype),
+        out_shape=jax.ShapeDtypeStruct((P, B, outputs), jnp.float32),
+        grid=(outputs // wide, P, -(-B // high)),
         in_specs=[
             pl.BlockSpec((B, 2 * part), lambda o, i, b: (0, i)),
             pl.BlockSpec((wide, part), lambda o, i, b: (o, i)),
@@ -108,6 +110,12 @@ def _step(inputs: int) -> int:
     return math.gcd(inputs // 2, TILE_BYTES) if inputs % 2 == 0 else 0
 
 
+def _parts(steps: int) -> int:
+    """In how many parts so many products inside are summed."""
+    legal = [k for k in range(1, PARTS + 1) if steps % k == 0]
+    return next((k for k in legal if steps // k <= STEPS), legal[-1])
+
+
 def _tile(rows: Any, pairs: Any, scale: Any, levels: Any, out: Any, *, high: int, group: int, step: int, rounded: Any) -> None:
     """Of references to rows [B, 2 I'], pairs [O', I'], scale [O', n'] and the table: out [high, O'], as many of the rows."""
     from jax.experimental import pallas as pl
@@ -115,12 +123,15 @@ def _tile(rows: Any, pairs: Any, scale: Any, levels: Any, out: Any, *, high: int
 
     B, (wide, inputs) = len(rows), pairs.shape
     own = pl.program_id(2) * high + jnp.arange(high)[:, None]
-    total = jnp.zeros((high, wide), jnp.float32)
-    for at in range(0, inputs, step):
-        bits = pairs[:, at : at + step].astype(jnp.int32)
-        scales = scale[:, at // group : (at + step) // group][..., None]
+
+    def add(i: Any, total: Any) -> Any:
+        bits = pairs[:, pl.ds(i * step, step)].astype(jnp.int32)
+        scales = scale[:, pl.ds(i * (step // group), step // group)][..., None]
         for first, numbers in enumerate((bits & 15, bits >> 4)):
             weights = (levels[numbers].reshape(wide, -1, group) * scales).reshape(wide, step)
-            mine = rows[jnp.minimum(own, B - 1), 2 * at + first + 2 * jnp.arange(step)[None]]
+            mine = rows[jnp.minimum(own, B - 1), 2 * (i * step + jnp.arange(step)[None]) + first]
             total += triton.dot(mine, weights.astype(rounded).astype(mine.dtype), trans_b=True)
+        return total
+
+    total = jax.lax.fori_loop(0, inputs // step, add, jnp.zeros((high, wide), jnp.float32))
     triton.store(out, total, mask=own < B)

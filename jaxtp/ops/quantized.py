@@ -77,8 +77,8 @@ class Quantized(OfValues, InPlace):
         return Quantized(take(self.values), take(self.scale), self.scheme, shift, self.input_scale, self.order)
 
     def plain(self, dtype: jnp.dtype) -> jax.Array:
-        """[*O, I] in `dtype`, reckoned in it: in float32, XLA would not take groups into a product. NF4's levels, which go into
-        none, are reckoned in float32.
+        """[*O, I] in `dtype`, reckoned in it: in float32, XLA would not take groups into a product. NF4's levels, which it
+        takes into none, are reckoned in float32.
         """
         if self.scheme.values == "nf4" and dtype != jnp.float32:
             return self.plain(jnp.dtype(jnp.float32)).astype(dtype)
@@ -177,7 +177,7 @@ def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None
     One group: values are cast inside of the product, and what comes out is scaled; or inputs become fp8, where the scheme has
     such activations, the devices multiply it (fp8), and many rows make it faster. Several: inputs are summed in parts, each a
     product of its own, so that XLA:GPU takes the scaling into it (`xla_flags.QUANTIZED`). Zero points take away the sums of
-    groups' inputs times their shifts.
+    groups' inputs times their shifts. NF4 has a kernel (`nf4.product`).
     """
     f32, mesh = jnp.float32, jax.typeof(rows).sharding.mesh
     at = None if out is None else NamedSharding(mesh, out)
@@ -249,7 +249,7 @@ def _product_of_fp8(rows: jax.Array, kernel: Quantized, at: NamedSharding | None
 
 
 def _product_of_nf4(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None) -> jax.Array:
-    """By a kernel of its own where there is one (`nf4.fits`); otherwise what the values stand for is written out."""
+    """By the kernel where it fits; otherwise what the values stand for is written out."""
     f32, mesh, (values, scale) = jnp.float32, jax.typeof(rows).sharding.mesh, (kernel.values, kernel.scale)
     at = None if out is None else NamedSharding(mesh, out)
     if not nf4.fits(rows, values, scale):
