@@ -30,6 +30,7 @@ Products = Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "g
 Kernel = jax.Array | Quantized
 
 FEW_TOKENS = 256  # on GPUs, the time of a step of so many is that of reading the weights
+FEW_PAIRS = 8  # on CPUs, so many have hardly an expert twice
 
 
 def choose_products(
@@ -44,7 +45,7 @@ def choose_products(
         if tokens <= FEW_TOKENS:
             return "every"
         return "grouped" if kernels else "blocks"
-    return "pairs" if pairs <= 2 * experts else "runs"
+    return "pairs" if pairs <= FEW_PAIRS else "runs"
 
 
 def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products) -> jax.Array:
@@ -125,14 +126,14 @@ def _chosen(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel
 
 
 def _one_by_one(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
-    """The same on CPUs, a pair at a time."""
+    """The same on CPUs, a pair at a time and a row of zeros with it: XLA gives two rows to all cores, one to one."""
     (N, k), E = chosen.shape, gate_up.shape[0]
     experts, share = chosen.reshape(-1), weights.reshape(-1)
 
     def pair(i: jax.Array, out: jax.Array) -> jax.Array:
         def add(out: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(x, i // k, 1)
-            z = _expert(row, experts[i], gate_up, down)[0].astype(jnp.float32) * share[i]
+            rows = jnp.pad(jax.lax.dynamic_slice_in_dim(x, i // k, 1), ((0, 1), (0, 0)))
+            z = _expert(rows, experts[i], gate_up, down)[0].astype(jnp.float32) * share[i]
             return out.at[i // k].add(z)
 
         return jax.lax.cond(_here(experts[i], E), add, lambda out: out, out)
@@ -296,7 +297,7 @@ def _block(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
 
 # -- all rows of an expert at a time ---------------------------------------------------------------------------------------
 
-HEIGHTS = 16, 32, 64, 96, 128  # that products come in; more rows take several
+HEIGHTS = 2, 8, 16, 32, 64, 96, 128  # that products come in; more rows take several
 
 
 @jax.custom_vjp
