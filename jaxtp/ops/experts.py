@@ -297,7 +297,7 @@ def _block(rows: jax.Array, at: jax.Array, size: int) -> jax.Array:
 
 # -- all rows of an expert at a time ---------------------------------------------------------------------------------------
 
-HEIGHTS = 2, 8, 16, 32, 64, 96, 128  # that products come in; more rows take several
+HEIGHTS = 2, 8, 32, 64, 96, 128  # that products come in; more rows take several
 
 
 @jax.custom_vjp
