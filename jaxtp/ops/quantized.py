@@ -177,7 +177,7 @@ def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None
     One group: values are cast inside of the product, and what comes out is scaled; or inputs become fp8, where the scheme has
     such activations, the devices multiply it (fp8), and many rows make it faster. Several: inputs are summed in parts, each a
     product of its own, so that XLA:GPU takes the scaling into it (`xla_flags.QUANTIZED`). Zero points take away the sums of
-    groups' inputs times their shifts. NF4 has a kernel (`nf4.product`).
+    groups' inputs times their shifts. NF4 has a kernel, where it fits (`nf4.product`).
     """
     f32, mesh = jnp.float32, jax.typeof(rows).sharding.mesh
     at = None if out is None else NamedSharding(mesh, out)
@@ -198,9 +198,11 @@ def product(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None = None
     if n == 1:
         y = jnp.einsum("bi,oi->bo", rows, levels(kernel, rows.dtype), preferred_element_type=f32, out_sharding=at)
         return y * _of_shares(kernel.scale[:, 0], out)
-    if kernel.scheme.values == "nf4":
-        return _product_of_nf4(rows, kernel, out)
-    if n > pieces and not few:
+    if kernel.scheme.values == "nf4" and nf4.fits(rows, kernel.values, kernel.scale):
+        run = nf4.product_of_one if out is None else nf4.product
+        y = run(rows, kernel.values, kernel.scale, rounded=kernel.scheme.rounded, interpret=platform(mesh) == "cpu")
+        return jax.lax.reduce_sum(y, (0,), out_sharding=at)
+    if kernel.scheme.values == "nf4" or (n > pieces and not few):
         return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
     k = pieces if n == pieces else pieces * split(n // pieces, here)
     m = n // k  # groups of a part
@@ -246,17 +248,6 @@ def _product_of_fp8(rows: jax.Array, kernel: Quantized, at: NamedSharding | None
     y = jnp.einsum("bpi,opi->pbo", coded, values, preferred_element_type=f32)
     y = y * scale.T[..., None] * kernel.scale[:, 0]
     return jax.lax.reduce_sum(y, (0,), out_sharding=at)
-
-
-def _product_of_nf4(rows: jax.Array, kernel: Quantized, out: PartitionSpec | None) -> jax.Array:
-    """By the kernel where it fits; otherwise what the values stand for is written out."""
-    f32, mesh, (values, scale) = jnp.float32, jax.typeof(rows).sharding.mesh, (kernel.values, kernel.scale)
-    at = None if out is None else NamedSharding(mesh, out)
-    if not nf4.fits(rows, values, scale):
-        return jnp.einsum("bi,oi->bo", rows, kernel.plain(rows.dtype), preferred_element_type=f32, out_sharding=at)
-    run = nf4.product_of_one if out is None else nf4.product
-    parts = run(rows, values, scale, rounded=kernel.scheme.rounded, interpret=platform(mesh) == "cpu")
-    return jax.lax.reduce_sum(parts, (0,), out_sharding=at)
 
 
 def multiplies_fp8(mesh: Mesh | AbstractMesh) -> bool:

@@ -77,8 +77,10 @@ def test_steps(name, tp, kind):
         if step == "prompts" and kind in AT_ONCE:
             assert report.temp_bytes <= plain[step].temp_bytes + AT_ONCE[kind] * mlp
             continue
-        least = MIB if step == "prompts" else max(MIB, 2 * step * config.hidden_size + 1)  # rows are no weights
-        assert sorted(c.bytes for c in report.copies(least)) == sorted(c.bytes for c in plain[step].copies(least))
+        mine, alike = ([c.bytes for c in told.copies(MIB)] for told in (report, plain[step]))
+        if kind == "nf4" and step != "prompts":  # what the kernel sums in one part is rounded by itself: rows, no weights
+            mine = [size for size in mine if size != 2 * step * config.hidden_size]
+        assert sorted(mine) == sorted(alike)
         # sums of products come in parts, in float32, as dense ones of few rows do; those of fp8 in prompts are in float32, too
         result = 4 * SLOTS * max(2 * config.intermediate_size // tp, config.hidden_size) + MIB
         assert report.temp_bytes <= plain[step].temp_bytes + (result if step == "prompts" else step * MIB // 8)

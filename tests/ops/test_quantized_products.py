@@ -62,7 +62,7 @@ def shared(name, cut, axes):
 CUTS = itertools.product(SCHEMES, ["outputs", "inputs"], [{"tp": 2}, {"dp": 2, "tp": 4}, {"tp": 8}, {"dp": 2}])
 
 
-@pytest.mark.parametrize(("name", "cut", "axes"), [case for case in CUTS if case[0] != "nf4" and shared(*case)], ids=str)
+@pytest.mark.parametrize(("name", "cut", "axes"), [case for case in CUTS if shared(*case)], ids=str)
 def test_it_is_the_same_on_every_mesh(monkeypatch, name, cut, axes):
     scheme = SCHEMES[name]
     monkeypatch.setattr("jaxtp.ops.linear.platform", lambda mesh: "gpu")
