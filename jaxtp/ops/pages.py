@@ -20,7 +20,8 @@ from jaxtp.ops.attention import NOTHING, Kernel, attend_seen, attend_seen_part, 
 from jaxtp.ops.coded import CacheDtype, Coded, Held, apart, each, encode
 from jaxtp.sharding import varying_as
 
-SIDE_BY_SIDE = 4  # chunks of a prompt that are taken together on CPUs
+TOGETHER = 4  # rows that are taken together on CPUs
+SIDE_BY_SIDE, FEWEST = 8, 3  # chunks of a prompt that are taken together on CPUs: at most, and at least
 
 # How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
 # few pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
@@ -171,64 +172,89 @@ def _row_by_row(
     """As flash attention (arXiv:2205.14135) goes through blocks of keys: what a row gives does not depend on the others. What
     it gives, and of a share also the logarithm of its softmax's denominator: [B, T, K, G, H] and [B, K, G, T, 1], in float32.
 
-    Several pages at a time make products that are large enough for XLA:CPU, and so do chunks of one prompt that stand side by
-    side, which see nearly the same keys.
+    To make products that are large enough for XLA:CPU, rows of one token go a few together, of about the same length, and so do
+    chunks of one prompt that stand side by side, which see nearly the same keys.
     """
-    (B, T, K, G, H), S, many = q.shape, keys.shape[2], 2 if q.shape[1] == 1 else 4
-    span, (ranks, rank) = many * S, share or (1, 0)
-    q = (jnp.einsum("BTKGH->KGBTH", q) * scale).astype(jnp.float32 if isinstance(keys, Coded) else keys.dtype)
+    (B, T, K, G, H), S, (ranks, rank) = q.shape, keys.shape[2], share or (1, 0)
+    most = (TOGETHER if B >= TOGETHER else 1) if T == 1 else min(SIDE_BY_SIDE, B) if B >= FEWEST else 1
+    many = 4 if T > 1 else 2 if most == 1 else 1  # pages at a time
+    span = many * S
+    # for one token alone, to convert keys and values would take longer than its products in float32
+    q = (jnp.einsum("BTKGH->BKGTH", q) * scale).astype(jnp.float32 if T == 1 else q.dtype)
+    idle = -B % most if T == 1 else most - 1
+    q, positions, lengths, table = (jnp.pad(a, [(0, idle)] + [(0, 0)] * (a.ndim - 1)) for a in (q, positions, lengths, table))
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % many)))
 
-    def rows(i: jax.Array, found: tuple[jax.Array, ...], some: int) -> tuple[jax.Array, ...]:
-        """So many of them from i on, of one table."""
-        mine = jax.lax.dynamic_slice_in_dim(q, i, some, 2).reshape(K, -1, H)
-        at, pages = jax.lax.dynamic_slice_in_dim(positions, i, some).reshape(-1), table[i]
+    def attend(q: jax.Array, at: jax.Array, pages: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries [R, K, Q, H] at positions [R, Q] over pages [R, N] of R rows, as far as slot `reach`: what they get, and the
+        logarithm [R, K, Q, 1].
+        """
 
         def block(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             top, total, acc = carry
-            here = [pages[j * many + n] for n in range(many)]
-            k, v = (each(lambda a: jnp.concatenate([a[page] for page in here], axis=1), a) for a in (keys, values))
-            (k, of_scores), (v, of_weights) = apart(k, mine.dtype), apart(v, mine.dtype)
+            here = jax.lax.dynamic_slice_in_dim(pages, j * many, many, 1)
+            k, v = (each(lambda a: _gathered(a, here), a) for a in (keys, values))
+            (k, of_scores), (v, of_weights) = apart(k, q.dtype), apart(v, q.dtype)
             place = (j * span + jnp.arange(span)) * ranks + rank
-            seen = visible(jnp.tile(at, G)[:, None], place[None, :], window)
-            scores = _product("KQH,KSH->KQS", mine, k)
-            scores = scores if of_scores is None else scores * of_scores[:, None]
+            seen = visible(at[:, None, :, None], place, window)
+            scores = _product("RKQH,RKSH->RKQS", q, k.astype(q.dtype))
+            scores = scores if of_scores is None else scores * of_scores[:, :, None]
             scores = jnp.where(seen, capped(scores, softcap), -jnp.inf)
             new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - new), jnp.exp(top - new)
             total = total * kept + weights.sum(axis=-1, keepdims=True)
-            weights = weights if of_weights is None else weights * of_weights[:, None]
-            return new, total, acc * kept + _product("KQS,KSH->KQH", weights.astype(v.dtype), v)
+            weights = weights if of_weights is None else weights * of_weights[:, :, None]
+            return new, total, acc * kept + _product("RKQS,RKSH->RKQH", weights.astype(q.dtype), v.astype(q.dtype))
 
-        first = 0 if window is None else jnp.maximum(at[0] - window + 1, 0) // (span * ranks)
-        none = jnp.zeros((K, mine.shape[1], 1), jnp.float32)
-        start = varying_as((none + NOTHING, none, jnp.zeros(mine.shape, jnp.float32)), q, keys)
-        top, total, acc = jax.lax.fori_loop(first, -(-lengths[i + some - 1] // span), block, start)
+        first = 0 if window is None else jnp.maximum(at[:, 0].min() - window + 1, 0) // (span * ranks)
+        none = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+        start = varying_as((none + NOTHING, none, jnp.zeros(q.shape, jnp.float32)), q, keys)
+        top, total, acc = jax.lax.fori_loop(first, -(-reach // span), block, start)
         total = jnp.maximum(total, 1e-30)
-        news = acc / total, jnp.where(top == NOTHING, NOTHING, top + jnp.log(total))
+        return acc / total, jnp.where(top == NOTHING, NOTHING, top + jnp.log(total))
+
+    def rows(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The next `most` rows by length, a token of each."""
+        who = jax.lax.dynamic_slice_in_dim(order, i * most, most)
+        at = jnp.where(lengths[who] > 0, positions[who, 0], positions[who[-1], 0])  # (idle ones widen no window)
+        at = jnp.broadcast_to(at[:, None], (most, G))
+        news = attend(q[who, :, :, 0], at, table[who], lengths[who[-1]])
+        return tuple(into.at[who, :, :, 0].set(new) for into, new in zip(found, news, strict=False))
+
+    def chunks(i: jax.Array, found: tuple[jax.Array, ...], some: int, reach: jax.Array) -> tuple[jax.Array, ...]:
+        """So many of them from i on, by the table of i, as far as slot `reach`."""
+        mine, at = (jax.lax.dynamic_slice_in_dim(a, i, some) for a in (q, positions))
+        mine = mine.swapaxes(0, 1).reshape(1, K, -1, H)
+        at = jnp.broadcast_to(at[:, None], (some, G, T)).reshape(1, -1)
+        news = attend(mine, at, table[i][None], reach)
 
         def put(into: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(into, new.reshape(K, G, some, T, -1), i, 2)
+            return jax.lax.dynamic_update_slice_in_dim(into, new.reshape(K, some, G, T, -1).swapaxes(0, 1), i, 0)
 
         return tuple(put(into, new) for into, new in zip(found, news, strict=False))
 
-    def next_ones(carry: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def next_chunks(carry: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         i, found = carry
-        first = jnp.minimum(i, B - SIDE_BY_SIDE)
-        near = jnp.arange(SIDE_BY_SIDE) + first
-        follow = (positions[near, 0] - positions[first, 0] == T * jnp.arange(SIDE_BY_SIDE)) & (lengths[near] > 0)
-        alike = (first == i) & follow.all() & (table[near] == table[first]).all()
-        step = jnp.where(alike, SIDE_BY_SIDE, 1)
-        return i + step, jax.lax.cond(alike, lambda: rows(i, found, SIDE_BY_SIDE), lambda: rows(i, found, 1))
+        near = i + jnp.arange(most)
+        follow = (positions[near, 0] - positions[i, 0] == T * jnp.arange(most)) & (lengths[near] > 0)
+        alike = jnp.cumprod(follow & (table[near] == table[i]).all(axis=1)).sum(dtype=jnp.int32)
+        step = jnp.where(alike < FEWEST, 1, alike)
+        reach = lengths[i + step - 1]
+        # what others among them get is wrong: it is written again, by their own step
+        return i + step, jax.lax.cond(step > 1, lambda: chunks(i, found, most, reach), lambda: chunks(i, found, 1, reach))
 
     wanted = (H,) if share is None else (H, 1)
-    blank = tuple(jnp.zeros((*q.shape[:-1], n), jnp.float32) for n in wanted)
-    begin = varying_as((jnp.int32(0), blank), q, keys, table)
-    if T == 1 or B < SIDE_BY_SIDE:
-        out, *log_z = jax.lax.fori_loop(0, B, lambda i, found: rows(i, found, 1), begin[1])
+    found = varying_as(tuple(jnp.zeros((*q.shape[:-1], n), jnp.float32) for n in wanted), q, keys, table)
+    if most == 1:
+        found = jax.lax.fori_loop(0, B, lambda i, found: chunks(i, found, 1, lengths[i]), found)
+    elif T == 1:
+        order = jnp.argsort(lengths)
+        found = jax.lax.fori_loop(0, len(order) // most, rows, found)
     else:
-        _, (out, *log_z) = jax.lax.while_loop(lambda carry: carry[0] < B, next_ones, begin)
-    return (jnp.einsum("KGBTH->BTKGH", out), *(jnp.einsum("KGBTI->BKGTI", a) for a in log_z))
+        start = varying_as(jnp.int32(0), q, keys, table)
+        _, found = jax.lax.while_loop(lambda carry: carry[0] < B, next_chunks, (start, found))
+    out, *log_z = (a[:B] for a in found)
+    return jnp.einsum("BKGTH->BTKGH", out), *log_z
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

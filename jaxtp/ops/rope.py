@@ -35,13 +35,13 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 def rotation(
-    rope: Rope, positions: jax.Array, lengths: jax.Array, *, head_dim: int, max_position: int
+    rope: Rope, positions: jax.Array, lengths: jax.Array, *, head_dim: int, max_position: int, platform: str = "gpu"
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, R/2] float32 for `positions` [B, T] int32.
 
     `lengths` int32, [B, T] or [B, 1]: tokens in each token's row so far, for two kinds that go by the length of the row (each
     row of a batch by its own). Past `max_position` the base of `dynamic` grows with it (NTK-aware scaling); past the context of
-    pre-training `longrope` takes its long factors.
+    pre-training `longrope` takes its long factors. platform: of the devices, which nothing but speed depends on.
     """
     inv, scale = frequencies(rope, head_dim)
     turned = rope.turned(head_dim)
@@ -59,7 +59,13 @@ def rotation(
         angles = angles * jnp.where((lengths > rope.original_max_position)[..., None], long, short)
     else:
         angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return (_once(cos), _once(sin)) if platform == "cpu" else (cos, sin)
+
+
+def _once(x: jax.Array) -> jax.Array:
+    """x [B, T, R]. What is elementwise XLA:CPU would compute again for every head of every layer; a product it keeps."""
+    return jnp.einsum("BTR,RS->BTS", x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

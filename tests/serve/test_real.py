@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import threading
@@ -44,7 +45,7 @@ def wanted(folder, llm):
     return [llm.generate(PROMPTS, each) for each in params]
 
 
-SEEDS = range(1000, 1024)
+SEEDS = range(1000, 1000 + int(os.environ.get("CROWD", 24)))  # CROWD=2000: a few minutes
 
 
 def key(request):
@@ -141,10 +142,11 @@ def test_a_crowd_gets_what_the_library_makes(server, llm, offline):
     """Some leave, some send nonsense; four rows, and many more than that at once."""
     seen = asyncio.run(crowd(server.url, SEEDS, lambda request: offline[key(request)]))
     assert sum(seen.values()) == len(SEEDS)
-    assert seen["right"] > 9
-    assert seen["leaves"] > 2
+    assert seen["right"] > 0.35 * len(SEEDS)
+    assert seen["leaves"] > 0.1 * len(SEEDS)
     serving.wait_for(lambda: not server.service.loop.open)
     idle(llm)
+    assert llm.engine.stats().pages_used == 0
 
 
 def test_the_chat_page_shows_what_the_library_makes(server, llm, chromium):  # noqa: F811
