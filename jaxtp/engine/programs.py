@@ -24,7 +24,7 @@ class Programs:
         self._leaves, tree = jax.tree.flatten(state)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         self._mesh, self._dtype = model.layout.mesh, model.layout.dtype
-        self._flags = xla_flags.QUANTIZED if model.quantization else ()
+        self._quantized = bool(model.quantization)
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -71,7 +71,8 @@ class Programs:
             with warnings.catch_warnings(), jax.set_mesh(self._mesh), xla_flags.exact(self._mesh, self._dtype):
                 warnings.filterwarnings("error", message="Some donated buffers were not usable")
                 jitted = jax.jit(program, donate_argnums=tuple(i + 1 for i in donate))
-                options = xla_flags.options(self._mesh, self._flags)
+                flags = xla_flags.generation(function.__name__, quantized=self._quantized)
+                options = xla_flags.options(self._mesh, flags)
                 self._compiled[key] = jitted.lower(self._leaves, *args).compile(compiler_options=options)
             took = time.perf_counter() - start
             self.compile_seconds += took

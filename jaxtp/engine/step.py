@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxtp.engine.plan import AT, FLOATS, NOBODY, Shape
+from jaxtp.mesh import platform
 from jaxtp.model import Cache, Lanes, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
 from jaxtp.parallel import circulate
@@ -233,7 +234,13 @@ def _emit(
         seen = jax.tree.map(lambda a: a.reshape(G * L, V), counts)
         produced = lanes[..., AT["produced"]].reshape(-1)
         token, logprobs = sample(
-            logits.reshape(G * L, V), rows, seen, produced, features=features, vocab_size=model.config.vocab_size
+            logits.reshape(G * L, V),
+            rows,
+            seen,
+            produced,
+            features=features,
+            vocab_size=model.config.vocab_size,
+            platform=platform(layout.mesh),
         )
         ends = (token[:, None] == rows.stop_ids).any(axis=1) & (produced + 1 >= rows.min_tokens)
         ends |= produced + 1 >= rows.max_tokens

@@ -9,10 +9,10 @@ import pytest
 
 from jaxtp import preset, xla_flags
 from jaxtp.audit import audit
-from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_step, gpu_mesh
+from jaxtp.audit.targets import abstract_llama, abstract_trainer, compile_decode, compile_prefill, compile_step, gpu_mesh
 from jaxtp.mesh import make_mesh
 from jaxtp.planner import Split
-from jaxtp.xla_flags import BFLOAT16, QUANTIZED, TRAINING, Flag, options, slow_bfloat16
+from jaxtp.xla_flags import BFLOAT16, PROMPTS, QUANTIZED, TRAINING, Flag, options, slow_bfloat16
 
 ADDED = Flag("xla_gpu_graph_min_graph_size", "7", "", "any that all versions know")
 UNKNOWN = Flag("xla_gpu_write_the_paper", True, "", "no version knows it")
@@ -71,6 +71,19 @@ def test_weights_of_8_bits_are_converted_one_at_a_time(tp):
     assert largest < compile_decode(model, batch=8, slots=256).memory_analysis().temp_size_in_bytes < 1.1 * largest
 
 
+def test_a_step_of_prompts_needs_half_the_memory(monkeypatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 1024}
+    config = dataclasses.replace(preset("llama-3.2-1b"), num_layers=8, windows=(), **sizes)
+    model = abstract_llama(config, make_mesh(), Split(), dtype="bfloat16")
+
+    def beside():
+        return compile_prefill(model, batch=1, tokens=512).memory_analysis().temp_size_in_bytes
+
+    ours = beside()
+    monkeypatch.setattr(xla_flags, "PROMPTS", ())
+    assert ours < 0.6 * beside()
+
+
 def test_only_what_the_compiler_knows(gpus):
     assert options(gpus, [ADDED, UNKNOWN]) == {ADDED.name: "7"}
     assert options(gpus, [WRONG]) == {}
@@ -82,7 +95,7 @@ def test_what_the_user_set_stays(gpus, monkeypatch):
 
 
 def test_each_says_why():
-    assert all(flag.why and flag.versions for flag in (*TRAINING, *QUANTIZED, *BFLOAT16))
+    assert all(flag.why and flag.versions for flag in (*TRAINING, *QUANTIZED, *PROMPTS, *BFLOAT16))
 
 
 @pytest.mark.parametrize(
