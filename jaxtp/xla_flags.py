@@ -79,8 +79,8 @@ PROMPTS = (
         "xla_cpu_scheduler_type",
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "0.10 to 0.12",
-        "That of jaxlib 0.10 makes what all layers begin with before the first one, in twice the memory; beyond 32 MiB malloc takes "
-        "fresh pages from the system each time. A prompt of 512 tokens takes 3 to 11% less; rows alone would take 2% more.",
+        "That of jaxlib 0.10 makes what all layers begin with before the first one, in twice the memory; beyond 32 MiB malloc "
+        "has fresh pages from the system each time. A prompt of 512 tokens takes 3 to 11% less; rows alone, 2% more.",
     ),
 )
 """Of generation's steps with chunks of prompts."""
