@@ -20,7 +20,7 @@ from jaxtp.model import Cache, Lanes, Llama
 from jaxtp.ops.sampling import Counts, Features, Logprobs, Rows, sample
 from jaxtp.parallel import circulate
 from jaxtp.parallel.regions import locally
-from jaxtp.sharding import names, reshard, spec_of, zeros
+from jaxtp.sharding import names, reshard, size, spec_of, zeros
 
 CALL_STEPS = 16  # N: the most tokens of a row that one call makes
 
@@ -240,7 +240,7 @@ def _emit(
             produced,
             features=features,
             vocab_size=model.config.vocab_size,
-            platform=platform(layout.mesh),
+            by_maximum=platform(layout.mesh) == "cpu" and size(layout.mesh, names(vocab)) == 1,
         )
         ends = (token[:, None] == rows.stop_ids).any(axis=1) & (produced + 1 >= rows.min_tokens)
         ends |= produced + 1 >= rows.max_tokens

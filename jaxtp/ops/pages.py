@@ -23,8 +23,8 @@ from jaxtp.sharding import varying_as
 TOGETHER = 4  # rows that are taken together on CPUs
 SIDE_BY_SIDE, FEWEST = 8, 3  # chunks of a prompt that are taken together on CPUs: at most, and at least
 
-# How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: row by row and a
-# few pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
+# How keys and values are read. gather: the pages of a row are copied out side by side (the reference). rows: a few rows and
+# pages at a time, as far as each row reaches (CPUs). slab: a page holds a whole row, and rows lie in the pool in order, so
 # that a slice of it is read in place. cudnn: NVIDIA's attention over pages, for rows with one new token; chunks are gathered.
 Read = Literal["gather", "rows", "slab", "cudnn"]
 

@@ -114,6 +114,33 @@ def test_chunks_of_a_prompt_side_by_side_are_what_each_is_alone(window):
         np.testing.assert_allclose(together[lane], attend(*(a[lane : lane + 1] for a in args), window)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_together_are_what_each_is_among_others(window):
+    """6 rows of a token each, one of them idle; then the same among longer ones, in another order: bit by bit."""
+    rng, pages = np.random.default_rng(0), 12
+    pools = [jnp.asarray(rng.normal(size=(11 * pages, K, S, H)), jnp.float32) for _ in range(2)]
+    tables = rng.permutation(11 * pages).reshape(11, pages)
+    lengths = np.array([1, 190, 17, 0, 64, 33, 192, 192, 150, 0, 5])
+    q = rng.normal(size=(11, 1, K, G, H))
+
+    @jax.jit
+    def attend(rows):
+        positions = jnp.maximum(jnp.asarray(lengths)[rows] - 1, 0)[:, None]
+        options = {"read": "rows", "reach": pages * S, "kernel": "xla", "window": window}
+        args = jnp.asarray(tables)[rows], positions, jnp.asarray(lengths)[rows]
+        return attend_pages(jnp.asarray(q, jnp.float32)[rows], *pools, *args, **options)
+
+    few, many = np.arange(6), np.array([8, 5, 7, 4, 9, 2, 6, 1, 10, 0, 3])
+    alone, among = attend(few), attend(many)
+    for row in few[lengths[few] > 0]:
+        np.testing.assert_array_equal(alone[row], among[list(many).index(row)])
+        k, v = (np.asarray(pool, float)[tables[row]].swapaxes(1, 2).reshape(1, -1, K, H) for pool in pools)
+        at = np.array([[lengths[row] - 1]])
+        seen = (np.arange(pages * S) <= at[..., None]) & (np.arange(pages * S) > at[..., None] - (window or pages * S))
+        expected = formula(q[row][None], k, v, seen, scale=H**-0.5, softcap=None)
+        np.testing.assert_allclose(alone[row], expected[0], atol=2e-6)
+
+
 def test_cudnn_is_not_chosen_for_a_soft_cap():
     fits = {"platform": "gpu", "dtype": jnp.bfloat16, "head_dim": 128}
     assert (choose_kernel(**fits), choose_kernel(**fits, softcap=50.0)) == ("cudnn", "xla")

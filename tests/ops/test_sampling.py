@@ -35,9 +35,9 @@ def rows(count: int, **values) -> Rows:
     return Rows(**{**fields, **values})
 
 
-def draw(logits, wanted: Rows, *, features: Features, produced=0, counts=None, vocab_size=V):
+def draw(logits, wanted: Rows, *, produced=0, counts=None, vocab_size=V, **how):
     step = jnp.full(len(logits), produced, jnp.int32)
-    return sample(jnp.asarray(logits, jnp.float32), wanted, counts, step, features=features, vocab_size=vocab_size)
+    return sample(jnp.asarray(logits, jnp.float32), wanted, counts, step, vocab_size=vocab_size, **how)
 
 
 def kept(logits: np.ndarray, wanted: Rows, **features) -> list[set[int]]:
@@ -57,11 +57,14 @@ def logits():
     return np.random.default_rng(0).normal(0, 1, (4, V)).astype(np.float32)
 
 
-def test_greedy_takes_the_lowest_of_equal_ids():
-    tied = np.zeros((2, V), np.float32)
+@pytest.mark.parametrize("by_maximum", [False, True])
+def test_greedy_takes_the_lowest_of_equal_ids(by_maximum):
+    """Where there is nothing but NaN, any id that is one."""
+    tied = np.zeros((4, V), np.float32)
     tied[0, [7, 9, 63]] = 5
-    token, _ = draw(tied, rows(2, temperature=0.0), features=Features())
-    assert token.tolist() == [7, 0]
+    tied[2, :-1], tied[3] = -np.inf, np.nan
+    token, _ = draw(tied, rows(4, temperature=0.0), features=Features(), by_maximum=by_maximum)
+    assert token.tolist() == [7, 0, V - 1, 0]
 
 
 def test_top_k(logits):
