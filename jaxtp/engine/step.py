@@ -240,7 +240,7 @@ def _emit(
             produced,
             features=features,
             vocab_size=model.config.vocab_size,
-            by_maximum=platform(layout.mesh) == "cpu" and size(layout.mesh, names(vocab)) == 1,
+            by_maximum=platform(layout.mesh) == "cpu" and size(layout.mesh, vocab) == 1,
         )
         ends = (token[:, None] == rows.stop_ids).any(axis=1) & (produced + 1 >= rows.min_tokens)
         ends |= produced + 1 >= rows.max_tokens
