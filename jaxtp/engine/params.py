@@ -12,6 +12,7 @@ from typing import Any
 from jaxtp.checks import flags, seed, whole
 
 MOST = 16384  # completions of a prompt
+LEAST_REAL, MOST_REAL = 1.2e-38, 3.4e38  # of float32, which devices have them in
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,20 @@ class SamplingParams:
         whole("n", self.n, least=1, most=MOST)
         if 0 < self.temperature < 1e-5:
             object.__setattr__(self, "temperature", 0.0)
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0 (0 is greedy) and finite")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check(
+            "temperature",
+            self.temperature,
+            0 <= self.temperature <= MOST_REAL,
+            "at least 0 (0 is greedy) and finite in float32",
+        )
+        _check("top_p", self.top_p, LEAST_REAL <= self.top_p <= 1, "in (0, 1], in float32")
         _check("top_k", self.top_k, self.top_k >= -1, "at least 1, or 0 or -1 for all tokens")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _check(
             "repetition_penalty",
             self.repetition_penalty,
-            0 < self.repetition_penalty < math.inf,
-            "above 0 (1 is off) and finite",
+            LEAST_REAL <= self.repetition_penalty <= MOST_REAL,
+            "above 0 (1 is off) and finite, in float32",
         )
         _check("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "in [-2, 2]")
         _check("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "in [-2, 2]")

@@ -89,6 +89,8 @@ def refused(answer, status):
         ({"top_k": 10**30}, "top_k", "must be at most 128, the size of the vocabulary"),
         ({"min_p": 2}, "min_p", "min_p=2.0 must be in [0, 1]"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty=0.0 must be above 0"),
+        ({"temperature": 10**40}, "temperature", "temperature=1e+40 must be at least 0 (0 is greedy) and finite in float32"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty", "repetition_penalty=1e-40 must be above 0"),
         ({"presence_penalty": 3}, "presence_penalty", "presence_penalty=3.0 must be in [-2, 2]"),
         ({"frequency_penalty": -3}, "frequency_penalty", "frequency_penalty=-3.0 must be in [-2, 2]"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "logit_bias.5 must be less than or equal to 100; given: 101"),
