@@ -63,7 +63,7 @@ class SamplingParams:
             0 <= self.temperature <= MOST_REAL,
             "at least 0 (0 is greedy) and finite in float32",
         )
-        _check("top_p", self.top_p, LEAST_REAL <= self.top_p <= 1, "in (0, 1], in float32")
+        _check("top_p", self.top_p, LEAST_REAL <= self.top_p <= 1, "in (0, 1]")
         _check("top_k", self.top_k, self.top_k >= -1, "at least 1, or 0 or -1 for all tokens")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _check(
