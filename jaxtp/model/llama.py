@@ -407,9 +407,9 @@ class Llama(nnx.Module):
         that ends here).
         """
         config, lengths = self.config, positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths
-        how: Any = {"head_dim": config.head_dim, "max_position": config.max_position_embeddings}
-        how["platform"] = platform(self.layout.mesh)
-        ropes = {name: rotation(rope, positions, lengths, **how) for name, rope in config.ropes.items()}
+        turn = functools.partial(rotation, head_dim=config.head_dim, max_position=config.max_position_embeddings)
+        where = platform(self.layout.mesh)
+        ropes = {name: turn(rope, positions, lengths, platform=where) for name, rope in config.ropes.items()}
         counted = None
         if segment_ids is not None:
             counted = (segment_ids != 0).astype(jnp.float32)

@@ -176,8 +176,10 @@ def _row_by_row(
     chunks of one prompt that stand side by side, which see nearly the same keys.
     """
     (B, T, K, G, H), S, (ranks, rank) = q.shape, keys.shape[2], share or (1, 0)
-    most = (TOGETHER if B >= TOGETHER else 1) if T == 1 else min(SIDE_BY_SIDE, B) if B >= FEWEST else 1
-    many = 4 if T > 1 else 2 if most == 1 else 1  # pages at a time
+    if T == 1:  # at most so many rows at a time, and so many pages of each
+        most, many = (TOGETHER, 1) if B >= TOGETHER else (1, 2)
+    else:
+        most, many = min(SIDE_BY_SIDE, B) if B >= FEWEST else 1, 4
     span = many * S
     # for one token alone, to convert keys and values would take longer than its products in float32
     q = (jnp.einsum("BTKGH->BKGTH", q) * scale).astype(jnp.float32 if T == 1 else q.dtype)

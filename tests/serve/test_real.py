@@ -45,7 +45,7 @@ def wanted(folder, llm):
     return [llm.generate(PROMPTS, each) for each in params]
 
 
-SEEDS = range(1000, 1000 + int(os.environ.get("CROWD", 24)))  # CROWD=2000: a few minutes
+SEEDS = range(1000, 1000 + int(os.environ.get("CROWD", 24)))  # CROWD=2000: a minute
 
 
 def key(request):
@@ -142,7 +142,7 @@ def test_a_crowd_gets_what_the_library_makes(server, llm, offline):
     """Some leave, some send nonsense; four rows, and many more than that at once."""
     seen = asyncio.run(crowd(server.url, SEEDS, lambda request: offline[key(request)]))
     assert sum(seen.values()) == len(SEEDS)
-    assert seen["right"] > 0.35 * len(SEEDS)
+    assert seen["right"] > 9 / 24 * len(SEEDS)
     assert seen["leaves"] > 0.1 * len(SEEDS)
     serving.wait_for(lambda: not server.service.loop.open)
     idle(llm)
