@@ -95,7 +95,7 @@ class Engine:
     """How experts are cut over tp: whole ones, or each one's width; auto: whole where their number allows it."""
     expert_dispatch: Literal["gather", "ragged"] = "gather"
     """How tokens come to experts on ep: all to all of its devices, or each to those that it chose."""
-    expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "grouped"] | None = None
+    expert_kernel: Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "batched", "grouped"] | None = None
     """How experts multiply; default chosen by device and shapes."""
     tp_across_nodes: Flag = False
     """Let tensor and context parallelism go over the network."""

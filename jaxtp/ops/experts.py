@@ -24,9 +24,10 @@ from jaxtp.sharding import varying_as
 
 # chosen: the experts of each pair, read where they stand (few tokens); pairs: the same in a loop, for CPUs. every: all experts
 # on all tokens, those not chosen with a weight of 0, which is as fast as reading all weights once. blocks: pairs sorted by
-# expert, a block of them at a time; runs: all that an expert has at a time, on CPUs, and blocks where gradients are wanted.
-# grouped: the same in one kernel (Hopper GPUs). reference: the formula, in float32.
-Products = Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "grouped"]
+# expert, a block of them at a time; runs: all that an expert has at a time, on CPUs; batched: all experts at once, each with as
+# many rows as the busiest has, on CPUs; both are blocks where gradients are wanted. grouped: the same in one kernel (Hopper
+# GPUs). reference: the formula, in float32.
+Products = Literal["reference", "chosen", "pairs", "every", "blocks", "runs", "batched", "grouped"]
 Kernel = jax.Array | Quantized
 
 FEW_TOKENS = 256  # on GPUs, the time of a step of so many is that of reading the weights
@@ -45,7 +46,9 @@ def choose_products(
         if tokens <= FEW_TOKENS:
             return "every"
         return "grouped" if kernels else "blocks"
-    return "pairs" if pairs <= FEW_PAIRS else "runs"
+    if pairs < experts:  # many experts have none
+        return "pairs" if pairs <= FEW_PAIRS else "runs"
+    return "batched"
 
 
 def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel, *, products: Products) -> jax.Array:
@@ -328,16 +331,51 @@ def _in_runs(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kerne
     return jnp.where((place < sizes.sum())[:, None], z, 0.0).reshape(N, k, -1).sum(axis=1).astype(x.dtype)
 
 
-def _runs_forward(x: jax.Array, chosen: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
+def _blocks_forward(x: jax.Array, chosen: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
     return jax.vjp(lambda x, *rest: _by_expert(_in_blocks, x, chosen, *rest), x, *rest)
 
 
-def _runs_backward(backward: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _blocks_backward(backward: Any, grad: jax.Array) -> tuple[Any, ...]:
     to_rows, *others = backward(grad)
     return to_rows, None, *others
 
 
-_in_runs.defvjp(_runs_forward, _runs_backward)
+_in_runs.defvjp(_blocks_forward, _blocks_backward)
+
+# -- all experts at once, with as many rows each -----------------------------------------------------------------------------
+
+EVEN_HEIGHTS = 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512  # of which the busiest expert's rows take the next
+
+
+@jax.custom_vjp
+def _batched(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
+    """One product over all experts, which reads their kernels where they stand: a loop over runs copies each before it is
+    multiplied, and where that is done by another core than the product, it takes twice as long. Loads that would be mostly
+    padding go as runs, and so do kernels in few bits, which are converted one by one.
+    """
+    (N, k), E = chosen.shape, gate_up.shape[0]
+    mean = N * k // E  # or less, where other devices have other experts
+    heights = [height for height in EVEN_HEIGHTS if mean <= 8 * height and height <= max(16, 2 * mean)]
+    if isinstance(gate_up, Quantized) or not heights:
+        return _in_runs(x, chosen, weights, gate_up, down)
+    order, place, sizes = _sorted(chosen, E)
+    first, padded = jnp.cumsum(sizes) - sizes, jnp.pad(order, (0, heights[-1]))
+    here, expert = _here(chosen, E).reshape(-1, 1), jnp.clip(chosen.reshape(-1), 0, E - 1)
+
+    def even(height: int) -> jax.Array:
+        rows = x[padded[first[:, None] + jnp.arange(height)] // k]
+        y = jnp.einsum("eod,ehd->eho", gate_up.reshape(E, -1, gate_up.shape[-1]), rows, preferred_element_type=jnp.float32)
+        hidden = gated(y.astype(x.dtype).reshape(E, height, -1, 2))
+        z = jnp.einsum("edf,ehf->ehd", down, hidden, preferred_element_type=jnp.float32).astype(x.dtype)
+        own = z[expert, jnp.clip(place - first[expert], 0, height - 1)].astype(jnp.float32)
+        return (jnp.where(here, own, 0.0) * weights.reshape(-1, 1)).reshape(N, k, -1).sum(axis=1).astype(x.dtype)
+
+    forms = [functools.partial(even, height) for height in heights]
+    uneven = functools.partial(_in_runs, x, chosen, weights, gate_up, down)
+    return jax.lax.switch((sizes.max() > jnp.array(heights)).sum(), [*forms, uneven])
+
+
+_batched.defvjp(_blocks_forward, _blocks_backward)
 
 FORMS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
@@ -346,5 +384,6 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
     "pairs": _one_by_one,
     "blocks": functools.partial(_by_expert, _in_blocks),
     "runs": _in_runs,
+    "batched": _batched,
     "grouped": functools.partial(_by_expert, grouped),
 }

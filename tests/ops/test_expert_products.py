@@ -57,7 +57,9 @@ def test_every_form_is_the_formula(form, kind, tokens):
 
 
 MANY = 1500  # tokens, of which blocks are larger
-GRADIENTS = [(form, kind, 150) for form in ("every", "chosen", "blocks", "runs") for kind in ("random", "one", "few", "later")]
+GRADIENTS = [
+    (form, kind, 150) for form in ("every", "chosen", "blocks", "runs", "batched") for kind in ("random", "one", "few", "later")
+]
 
 
 def test_blocks_grow_with_what_experts_get():
@@ -120,4 +122,4 @@ def test_the_form_follows_the_tokens():
         return choose_products(platform=platform, tokens=tokens, pairs=8 * tokens, experts=128)
 
     assert [form("gpu", n) for n in (1, 15, 16, 256, 257)] == ["chosen", "chosen", "every", "every", "blocks"]
-    assert [form("cpu", n) for n in (1, 2)] == ["pairs", "runs"]
+    assert [form("cpu", n) for n in (1, 2, 15, 16)] == ["pairs", "runs", "runs", "batched"]
