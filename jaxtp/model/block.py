@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -13,7 +16,10 @@ from jaxtp.ops.attention import Kernel
 from jaxtp.ops.experts import FEW_TOKENS, Products
 from jaxtp.ops.linear import Reduce
 from jaxtp.ops.router import Routing
-from jaxtp.sharding import Layout, Region, on_each_device
+from jaxtp.sharding import Layout, Region, Rules, on_each_device
+
+# For each block the layers that it is, one on each rank of pp (None: none there); empty: a block for each layer.
+Stacks = tuple[tuple[int | None, ...], ...]
 
 
 class Block(nnx.Module):
@@ -86,3 +92,21 @@ def _settled(x: jax.Array, step: Step) -> jax.Array:
     """
     few = step.lanes is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS
     return x if few else jax.lax.optimization_barrier(x)
+
+
+def each_block(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:
+    """Of each block a layer that it is, and all of them where it is a stack. Raises ValueError where they differ."""
+
+    def kind(layer: int) -> Any:
+        at = f"layers.{layer}."
+        return config.kinds[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
+
+    for stack in stacks or tuple((i,) for i in range(config.num_layers)):
+        first, *others = [layer for layer in stack if layer is not None] or [0]  # a place that is empty on every rank
+        different = [layer for layer in others if kind(layer) != kind(first)]
+        if different:
+            raise ValueError(
+                f"the layers {first} and {different[0]} would stand in the same place of their stages, but differ in their "
+                "kind or layout; a stage must hold a whole number of the pattern that the layers repeat"
+            )
+        yield first, stack if stacks else ()

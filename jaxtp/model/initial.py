@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtp.checkpoint.names import parts
 from jaxtp.config import ModelConfig
+from jaxtp.weights import layers_of
 
 
-def initial_weight(
-    keys: list[jax.Array], config: ModelConfig, names: list[str | None], abstract: jax.ShapeDtypeStruct, *, stacked: bool
-) -> jax.Array:
-    """One weight, or a stack of them, drawn tensor by tensor as a checkpoint holds them, so that it does not depend on how it
-    is laid out. keys, names: of each row (None and any key: no layer stands there).
+def drawn(path: str, weight: nnx.Variable, config: ModelConfig, keys: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """A model's weight, or a stack of several layers', drawn tensor by tensor as a checkpoint holds them, so that it does not
+    depend on how it is laid out. keys: of the weights of a model whose layers stand singly, by path.
     """
-    name, sharding = next(filter(None, names), None), abstract.sharding
+    names, stacked, held = layers_of(path, weight), bool(weight.get_metadata()["stack"]), weight.get_value()
+    name = next(filter(None, names), None)
     generic = name and re.sub(r"\.\d+\.", ".0.", name, count=1)  # layers share a program
-    draw = _drawing(config, generic, abstract.shape[stacked:], abstract.dtype, sharding, stacked)
+    draw = _drawing(config, generic, held.shape[stacked:], dtype, held.sharding, stacked)
     if not stacked:
-        return draw(keys[0])
-    with jax.set_mesh(sharding.mesh):
-        return draw(np.stack([jax.random.key_data(key) for key in keys]), np.array([bool(name) for name in names]))
+        return draw(keys[path])
+    rows = np.stack([jax.random.key_data(keys[name or path]) for name in names])
+    with jax.set_mesh(held.sharding.mesh):
+        return draw(rows, np.array([bool(name) for name in names]))
 
 
 @functools.lru_cache(64)
@@ -56,8 +58,8 @@ def _drawing(
         return jax.jit(one, out_shardings=sharding)
 
     def stack(keys: jax.Array, there: jax.Array) -> jax.Array:
-        drawn = jax.vmap(lambda key: one(jax.random.wrap_key_data(key)))(keys)
-        return jnp.where(there.reshape(-1, *[1] * len(each)), drawn, jnp.zeros((), drawn.dtype))
+        each_row = jax.vmap(lambda key: one(jax.random.wrap_key_data(key)))(keys)
+        return jnp.where(there.reshape(-1, *[1] * len(each)), each_row, jnp.zeros((), each_row.dtype))
 
     over = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
     draw = jax.sharding.auto_axes(stack, out_sharding=sharding)  # each rank draws its own

@@ -6,10 +6,10 @@ B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,28 @@ from jax.sharding import Mesh
 from jaxtp.checkpoint import adapters, hf
 from jaxtp.checkpoint.names import KERNELS, scheme_of
 from jaxtp.checks import whole
-from jaxtp.config import DTYPES, ModelConfig
+from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization, Schemes
 from jaxtp.files import local
 from jaxtp.log import logger
 from jaxtp.mesh import check_mesh, make_mesh, platform
-from jaxtp.model.block import Block
+from jaxtp.model import batch
+from jaxtp.model.block import Block, Stacks, each_block
 from jaxtp.model.cache import Cache, Lanes, LayerCache
-from jaxtp.model.initial import initial_weight
+from jaxtp.model.initial import drawn
 from jaxtp.model.layers import Context, Norm, Step, kv_heads_held, residual_dim, scaled
+from jaxtp.model.legal import check_model
 from jaxtp.model.moe import Dispatch
-from jaxtp.ops import grouped
 from jaxtp.ops.attention import Kernel, capped
-from jaxtp.ops.coded import CacheDtype, check_cache_dtype
+from jaxtp.ops.coded import CacheDtype
 from jaxtp.ops.experts import Products
 from jaxtp.ops.linear import Reduce, embed, linear
 from jaxtp.ops.quantized import Quantized, quantize
 from jaxtp.ops.rope import rotation
-from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, names, on_each_device, size
+from jaxtp.sharding import ExpertLayout, Layout, Region, Rules, check_layout, on_each_device
 from jaxtp.tp_plan import rules_from_plan
-from jaxtp.weights import layers_of, variables
+from jaxtp.weights import variables
 from jaxtp.xla_flags import exact
-
-Stacks = tuple[tuple[int | None, ...], ...]
 
 
 class Llama(nnx.Module):
@@ -78,40 +77,10 @@ class Llama(nnx.Module):
         Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules.
         """
         config = config.quantized(quantization)
-        check_layout(config, check_mesh(mesh).shape["tp"], rules, cp=mesh.shape["cp"])
-        if expert_kernel not in (None, *get_args(Products)):
-            raise ValueError(f"expert_kernel={expert_kernel!r} is none of {', '.join(get_args(Products))}")
-        if (
-            expert_kernel == "grouped"
-            and config.experts
-            and not grouped.fits(mesh, dtype, config.experts.width, config.hidden_size)
-        ):
-            raise ValueError(
-                "expert_kernel='grouped' needs Hopper GPUs (H100, H200), 16 bits, and widths that "
-                f"{grouped.COLUMNS} divides; leave it out, or take blocks"
-            )
-        check_cache_dtype(kv_cache_dtype)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-        if kernel not in (None, *get_args(Kernel)):
-            raise ValueError(f"kernel={kernel!r} is none of {', '.join(get_args(Kernel))}")
-        if kernel == "cudnn" and platform(mesh) != "gpu":
-            raise ValueError(f"kernel='cudnn' needs GPUs; these devices are of the platform {platform(mesh)}")
-        split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens", "cached") for name in names(rules.axis(dim)))}
-        split |= {"cp"} if context else set()  # (in stages it is mapped over, and no rule speaks of it)
-        unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
-        if unused:
-            raise ValueError(
-                f"the mesh has {' and '.join(unused)}, over which these rules split nothing; use dp and tp, pp by LLM, cp by "
-                "Rules.context_parallel or .cache_parallel, and ep by those of a model that has experts (.expert_parallel)"
-            )
-        for dim, what in (("tokens", "the tokens of a row"), ("cached", "the slots of a cache")):
-            parts = size(mesh, rules.axis(dim))
-            if parts > 1 and (context is None or context.size != parts):
-                raise ValueError(
-                    f"these rules cut {what} into {parts} parts, and context={context} is not for as many; give "
-                    f"context=parallel.context.Context({parts})"
-                )
+        check_model(
+            config, mesh, rules, dtype=dtype, kernel=kernel, expert_kernel=expert_kernel, kv_cache_dtype=kv_cache_dtype,
+            context=context,
+        )  # fmt: skip
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)
         self.embed = layout.param("embed", vocab=vocab, embed=config.hidden_size)
@@ -127,7 +96,7 @@ class Llama(nnx.Module):
                 reduce=reduce,
                 context=context,
             )
-            for layer, stack in _blocks(config, rules, stacks)
+            for layer, stack in each_block(config, rules, stacks)
         )
         self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
@@ -240,12 +209,7 @@ class Llama(nnx.Module):
         plain = Llama(config, mesh=model.layout.mesh, rules=model.layout.rules, dtype=dtype, dispatch=dispatch, context=context)
         keys = {path: jax.random.fold_in(jax.random.key(seed), i) for i, (path, _) in enumerate(variables(plain))}
         for path, weight in variables(model):
-            here = layers_of(path, weight)
-            stacked = bool(weight.get_metadata()["stack"])
-            held = weight.get_value()
-            abstract = jax.ShapeDtypeStruct(held.shape, jnp.dtype(dtype), sharding=held.sharding)
-            drawn = initial_weight([keys[name or path] for name in here], config, here, abstract, stacked=stacked)
-            weight.set_value(model.kept(path, weight, drawn))
+            weight.set_value(model.kept(path, weight, drawn(path, weight, config, keys, jnp.dtype(dtype))))
         return model
 
     def kept(self, path: str, weight: nnx.Variable, value: Any) -> Any:
@@ -295,56 +259,27 @@ class Llama(nnx.Module):
                     f"a cache of {cache.pages} pages is for as many rows without segment_ids; given: {tokens.shape[0]} rows"
                 )
             return _compiled(self, tokens, positions, segment_ids, cache)
-        B, T = tokens.shape
+        (B, T), layout = tokens.shape, self.layout
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         if cache is None:
             order = None
-            if self.layout.parts("tokens") > 1:
-                tokens, positions, segment_ids, order = self._spread(tokens, positions, segment_ids)
+            if layout.parts("tokens") > 1:
+                assert self.context
+                tokens, positions, segment_ids, order = batch.spread(self.context, tokens, positions, segment_ids)
             logits = self.logits(self.hidden(tokens, positions, segment_ids)[0])
             if order is not None:
-                logits = self.layout.place(logits, "batch", None, "logits")[:, np.argsort(order)[:T]]
+                logits = layout.place(logits, "batch", None, "logits")[:, np.argsort(order)[:T]]
         else:
-            lengths = self._flat(jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, (B, T)))
-            lanes = self._pages(positions, cache)
-            x, cache = self.hidden(self._flat(tokens), self._flat(positions), lengths=lengths, cache=cache, lanes=lanes)
+            lengths = batch.flat(layout, jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, (B, T)))
+            lanes = batch.a_page_each(layout, positions, cache)
+            tokens, positions = batch.flat(layout, tokens), batch.flat(layout, positions)
+            x, cache = self.hidden(tokens, positions, lengths=lengths, cache=cache, lanes=lanes)
             logits = self.logits(x)
-            dims = self.layout.sharding("batch", "tokens", "logits")
-            logits = logits.reshape(B, T, -1, out_sharding=dims)
+            logits = logits.reshape(B, T, -1, out_sharding=layout.sharding("batch", "tokens", "logits"))
         if logits.shape[-1] != self.config.vocab_size:  # padded for the mesh
-            logits = self.layout.place(logits, "batch", "tokens", None)[..., : self.config.vocab_size]
+            logits = layout.place(logits, "batch", "tokens", None)[..., : self.config.vocab_size]
         return logits if cache is None else (logits, cache)
-
-    def _spread(
-        self, tokens: jax.Array | np.ndarray, positions: jax.Array | np.ndarray, segment_ids: jax.Array | np.ndarray | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None, np.ndarray]:
-        """Rows [B, T] as they lie in parts, filled up at their end, where no token sees it; and the token at each place."""
-        assert self.context
-        T = tokens.shape[1]
-        order = self.context.order(self.context.padded(T))
-
-        def spread(x: jax.Array | np.ndarray) -> jax.Array:
-            x = jnp.pad(jnp.asarray(x, jnp.int32), ((0, 0), (0, len(order) - T)))
-            return x[:, order]
-
-        return spread(tokens), spread(positions), None if segment_ids is None else spread(segment_ids), order
-
-    def _flat(self, x: jax.Array | np.ndarray) -> jax.Array:
-        """[B, T] of all rows: [groups, tokens of a group]."""
-        x = self.layout.place(jnp.asarray(x, jnp.int32), "batch", None)
-        return x.reshape(self.layout.parts("batch"), -1, out_sharding=self.layout.sharding("batch", None))
-
-    def _pages(self, positions: jax.Array, cache: Cache) -> Lanes:
-        """Row i has page i of the cache for itself."""
-        groups, (B, T) = self.layout.parts("batch"), positions.shape
-        each, S = B // groups, cache.slots
-        row = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32)[:, None], (each, T)).reshape(-1)
-        flat = self._flat(positions)
-        slots = jnp.where(flat < S, row * S + flat, each * S)
-        tables = self.layout.place(jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32)[:, None], (groups, each, 1)), "batch")
-        lengths = self._flat(positions.max(axis=1, keepdims=True)) + 1
-        return Lanes(slots, tables, lengths, rows=each if T == 1 else 0, chunk=T, read="slab", reach=S)
 
     def hidden(
         self,
@@ -460,21 +395,3 @@ def _compiled(
 ) -> jax.Array | tuple[jax.Array, Cache]:
     with exact(model.layout.mesh, model.layout.dtype):
         return model(tokens, positions, segment_ids, cache)
-
-
-def _blocks(config: ModelConfig, rules: Rules, stacks: Stacks) -> Iterator[tuple[int, tuple[int | None, ...]]]:
-    """Of each block a layer that it is, and all of them where it is a stack. Raises ValueError where they differ."""
-
-    def kind(layer: int) -> Any:
-        at = f"layers.{layer}."
-        return config.kinds[layer], {path.removeprefix(at): axes for path, axes in rules.overrides if path.startswith(at)}
-
-    for stack in stacks or tuple((i,) for i in range(config.num_layers)):
-        first, *others = [layer for layer in stack if layer is not None] or [0]  # a place that is empty on every rank
-        different = [layer for layer in others if kind(layer) != kind(first)]
-        if different:
-            raise ValueError(
-                f"the layers {first} and {different[0]} would stand in the same place of their stages, but differ in their "
-                "kind or layout; a stage must hold a whole number of the pattern that the layers repeat"
-            )
-        yield first, stack if stacks else ()

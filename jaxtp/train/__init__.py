@@ -3,7 +3,8 @@
 from jaxtp.train.config import TrainConfig, load
 from jaxtp.train.evaluate import Evaluation, evaluate
 from jaxtp.train.export import export
-from jaxtp.train.loop import NON_FINITE, PREEMPTED, Diverged, Preempted, Result, Run, train
+from jaxtp.train.loop import Result, Run, train
+from jaxtp.train.stopping import NON_FINITE, PREEMPTED, Diverged, Preempted
 from jaxtp.train.tokenizer import train_tokenizer
 
 __all__ = [

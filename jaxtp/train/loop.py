@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +36,9 @@ from jaxtp.train.optim import schedule
 from jaxtp.train.report import Report
 from jaxtp.train.routers import told
 from jaxtp.train.state import Metrics, State
-from jaxtp.train.stopping import Best
+from jaxtp.train.stopping import Best, Diverged, Preempted, terminated
 from jaxtp.train.tokenizer import train_tokenizer
 from jaxtp.train.validation import Spans, score
-
-PREEMPTED = 75  # the exit code after SIGTERM: saved, start me again (EX_TEMPFAIL)
-NON_FINITE = 76  # the exit code of a run that diverged
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class Preempted(RuntimeError):
-    """SIGTERM came; the state is saved."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +232,7 @@ class Run:
         with jax.set_mesh(self.mesh):
             step = self.step()
             evaluate = jax.jit(self.trainer.evaluate)
-            with self._report(first) as report, _terminated() as stop, contextlib.closing(saved):
+            with self._report(first) as report, terminated() as stop, contextlib.closing(saved):
                 return self._loop(state, frozen, step, evaluate, saved, report, stop)
 
     def _loop(
@@ -367,24 +355,6 @@ class Run:
         prompt: Any = log.sample_prompt if log.sample_prompt and self.tokenizer else [self.model_config.bos_token_id or 0]
         made = llm.generate(prompt, SamplingParams(temperature=0.8, max_tokens=log.sample_tokens, seed=0))[0]
         report.text(number, (made.prompt or "") + (made.outputs[0].text or str(made.outputs[0].token_ids)))
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[int], bool]]:
-    """Whether SIGTERM came: asked after every step, answered alike on all processes."""
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    except ValueError:  # not in the main thread: nobody can tell us
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _note(values: dict[str, float]) -> str:

@@ -31,13 +31,14 @@ from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops.router import Routing
 from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
-from jaxtp.parallel.regions import locally, mapped
+from jaxtp.parallel.regions import locally
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_zero
-from jaxtp.sharding import Layout, Rules, joined, names, reshard, row_major, size, spec_of
+from jaxtp.sharding import Rules, joined, names, reshard, row_major, size, spec_of
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
+from jaxtp.train.pipelined import parts_of
 from jaxtp.train.routers import Load, Routers, load, of_stages
 from jaxtp.train.state import Metrics, State, by_param
 
@@ -318,47 +319,10 @@ class Trainer:
     def _parts(self) -> Parts:
         """The model in three, for a pipeline."""
         assert self.pipeline
-        stacked, layout, stages = self.stacked, self.stacked.layout, self.pipeline.stages
-        kernel = stacked.model.layers[0].attention.kernel
-        within = joined(*(axis for axis in names(layout.rules.axis("sequence")) if axis not in layout.data))
-        inner = Stacked(
-            Llama(
-                stacked.config,
-                mesh=layout.mesh,
-                rules=layout.rules.using(batch=None, routed=None, tokens=None, sequence=within),  # groups are mapped over
-                dtype=layout.dtype.name,
-                kernel=kernel,
-                region=functools.partial(mapped, cp=layout.mesh.shape["cp"]),
-                context=stacked.model.context,
-            )
-        )
-        kinds = stages.alike(stacked.config.kinds)
-
-        def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> tuple[jax.Array, Any]:
-            x, routing = inner.blocks(
-                weights,
-                x,
-                replace(inner.model.step(*needed), capacity=self.routers.capacity),
-                kinds=kinds,
-                filled=None if stages.even else filled,
-                remat=self.remat,
-                bring=self.adapters.beside if self.adapters else lambda layer: layer,
-            )
-            if routing is None:
-                return x, None
-            told = load(routing, self.routers, share=len(routing.tokens) / sum(stacked.config.sparse))
-            return x, (told.cost(self.routers), told)
-
-        def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
-            x = stacked.whole(tables).norm(x)
-            return cross_entropy(stacked, tables, x, micro, z_loss=self.z_loss)
-
-        return Parts(
-            enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),
-            stage=stage,
-            leave=leave,
-            needed=lambda batch: (batch.positions, _whole_rows(batch.segment_ids, layout)),
-        )
+        return parts_of(
+            self.stacked, self.pipeline.stages, adapters=self.adapters, routers=self.routers, remat=self.remat,
+            z_loss=self.z_loss,
+        )  # fmt: skip
 
     def _ready(self, params: Params) -> Params:
         """Weights to compute with: in the model's dtype, whole over the data's axes, their gradients left unsummed."""
@@ -405,11 +369,6 @@ class Trainer:
 
         layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (state.params, state.opt))
         return jax.sharding.auto_axes(update, out_sharding=layouts)(grads, state.opt, state.params)
-
-
-def _whole_rows(segment_ids: jax.Array | None, layout: Layout) -> jax.Array | None:
-    """[M, B, T], every group with all tokens of its rows."""
-    return None if segment_ids is None else layout.place(segment_ids, None, "batch", None)
 
 
 class _Sums(NamedTuple):

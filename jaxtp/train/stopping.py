@@ -1,10 +1,27 @@
-"""When a run has learned what it can: the best validation so far, and how long none was better."""
+"""What ends a run before its last step: validations that no longer improve, SIGTERM, losses that are not finite."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+PREEMPTED = 75  # the exit code after SIGTERM: saved, start me again (EX_TEMPFAIL)
+NON_FINITE = 76  # the exit code of a run that diverged
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Preempted(RuntimeError):
+    """SIGTERM came; the state is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +65,21 @@ class Best:
     def told(self) -> dict[str, Any]:
         """For a checkpoint, from which `Best(**told)` goes on."""
         return asdict(self) if self.step else {}
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[int], bool]]:
+    """Whether SIGTERM came: asked after every step, answered alike on all processes."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    except ValueError:  # not in the main thread: nobody can tell us
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,73 @@
+"""The model in three, as a pipeline runs it: embedding, a stage of blocks, head and loss."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jaxtp.model import Llama
+from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.regions import mapped
+from jaxtp.parallel.stages import Stages
+from jaxtp.parallel.ticks import Parts
+from jaxtp.sharding import Layout, joined, names
+from jaxtp.train.lora import Adapters
+from jaxtp.train.loss import Batch, cross_entropy
+from jaxtp.train.routers import Routers, load
+
+
+def parts_of(
+    stacked: Stacked, stages: Stages, *, adapters: Adapters | None, routers: Routers, remat: str, z_loss: float
+) -> Parts:
+    """The parts of `stacked` for these stages; a stage tells what its routers cost and how its experts are loaded. The settings
+    are `train.step.Trainer`'s.
+    """
+    layout = stacked.layout
+    kernel = stacked.model.layers[0].attention.kernel
+    within = joined(*(axis for axis in names(layout.rules.axis("sequence")) if axis not in layout.data))
+    inner = Stacked(
+        Llama(
+            stacked.config,
+            mesh=layout.mesh,
+            rules=layout.rules.using(batch=None, routed=None, tokens=None, sequence=within),  # groups are mapped over
+            dtype=layout.dtype.name,
+            kernel=kernel,
+            region=functools.partial(mapped, cp=layout.mesh.shape["cp"]),
+            context=stacked.model.context,
+        )
+    )
+    kinds = stages.alike(stacked.config.kinds)
+
+    def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> tuple[jax.Array, Any]:
+        x, routing = inner.blocks(
+            weights,
+            x,
+            replace(inner.model.step(*needed), capacity=routers.capacity),
+            kinds=kinds,
+            filled=None if stages.even else filled,
+            remat=remat,
+            bring=adapters.beside if adapters else lambda layer: layer,
+        )
+        if routing is None:
+            return x, None
+        told = load(routing, routers, share=len(routing.tokens) / sum(stacked.config.sparse))
+        return x, (told.cost(routers), told)
+
+    def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
+        x = stacked.whole(tables).norm(x)
+        return cross_entropy(stacked, tables, x, micro, z_loss=z_loss)
+
+    return Parts(
+        enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),
+        stage=stage,
+        leave=leave,
+        needed=lambda batch: (batch.positions, _whole_rows(batch.segment_ids, layout)),
+    )
+
+
+def _whole_rows(segment_ids: jax.Array | None, layout: Layout) -> jax.Array | None:
+    """[M, B, T], every group with all tokens of its rows."""
+    return None if segment_ids is None else layout.place(segment_ids, None, "batch", None)
