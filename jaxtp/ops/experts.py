@@ -349,9 +349,9 @@ EVEN_HEIGHTS = 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512  # of w
 
 @jax.custom_vjp
 def _batched(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernel, down: Kernel) -> jax.Array:
-    """One product over all experts, which reads their kernels where they stand: a loop over runs copies each before it is
-    multiplied, and where that is done by another core than the product, it takes twice as long. Loads that would be mostly
-    padding go as runs, and so do kernels in few bits, which are converted one by one.
+    """One product over all experts, which reads their kernels where they stand. (A loop over runs has each copied before it is
+    multiplied, which takes twice as long where cores share no cache: BENCHMARKS.md.) Loads that would be mostly padding go as
+    runs, and so do kernels in few bits, which are converted one by one.
     """
     (N, k), E = chosen.shape, gate_up.shape[0]
     mean = N * k // E  # or less, where other devices have other experts
