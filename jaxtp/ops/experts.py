@@ -355,7 +355,7 @@ def _batched(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kerne
     """
     (N, k), E = chosen.shape, gate_up.shape[0]
     mean = N * k // E  # or less, where other devices have other experts
-    heights = [height for height in EVEN_HEIGHTS if mean <= 8 * height and height <= max(16, 2 * mean)]
+    heights = [height for height in EVEN_HEIGHTS if mean <= height <= max(16, 2 * mean)]
     if isinstance(gate_up, Quantized) or 2 * mean > EVEN_HEIGHTS[-1]:  # (of so many rows a copy is a small part)
         return _in_runs(x, chosen, weights, gate_up, down)
     order, place, sizes = _sorted(chosen, E)
