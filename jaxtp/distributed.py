@@ -170,7 +170,15 @@ class Peers:
 
     def _call_the_roll(self, deadline: float, timeout: float) -> None:
         count, port = self._nodes.count, self._nodes.port
-        with socket.create_server(("", port), backlog=count, reuse_port=False) as server:
+        try:
+            socket.create_server(("", port + 1)).close()  # JAX's coordinator takes it, and would not say which it could not
+            listening = socket.create_server(("", port), backlog=count)
+        except OSError as error:
+            raise OSError(
+                f"process 0 cannot listen on ports {port} and {port + 1}: {error.strerror}; --master-port or MASTER_PORT names "
+                "another pair"
+            ) from None
+        with listening as server:
             while len(self._links) < count - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 try:

@@ -1,6 +1,7 @@
 """Several processes on this machine, each as if it were a node."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,14 +15,16 @@ TESTS = Path(__file__).parent
 
 
 def free_port() -> int:
-    """A port of which the next one is free as well (the coordinator's)."""
+    """A port of which the next one is free as well (the coordinator's), from below those that the system gives to whoever asks
+    for any: it stays free until it is used.
+    """
     while True:
+        port = random.randrange(10_000, 32_000, 2)
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = first.getsockname()[1]
             try:
+                first.bind(("", port))
                 second.bind(("", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from nodes import ended, kill, start
+from nodes import ended, free_port, kill, start
 
 from jaxtp import LLM, SamplingParams
 from jaxtp import train as in_one
-from jaxtp.distributed import LOST, Nodes, nodes
+from jaxtp.distributed import LOST, Nodes, nodes, processes
 
 SLURM = {
     "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456",
@@ -60,6 +61,15 @@ def test_flags_come_before_the_environment():
 def test_what_does_not_fit_is_said(arguments, env, message):
     with pytest.raises(ValueError, match=message):
         nodes(**arguments, env=env)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_port_that_somebody_has_is_said(which):
+    port = free_port()
+    node = {"nnodes": 2, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": port}
+    said = pytest.raises(OSError, match=f"ports {port} and {port + 1}.*--master-port")
+    with socket.create_server(("", port + which)), said, processes(**node, timeout=5.0):
+        pass
 
 
 # -- processes -----------------------------------------------------------------------------------------------------------
