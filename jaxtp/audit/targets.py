@@ -19,10 +19,11 @@ from jaxtp.buckets import power
 from jaxtp.compilation_cache import not_cached
 from jaxtp.config import ModelConfig
 from jaxtp.config.quantization import Quantization
-from jaxtp.engine import step
+from jaxtp.engine import sampler, step
 from jaxtp.engine.build import choose_read, chunk_tokens, page_tokens
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.state import abstract_state
 from jaxtp.mesh import AXES
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Stacked
@@ -136,9 +137,9 @@ def _compiled(
         reach=reach or slots,
         loop=loop,
     )
-    state = step.abstract(model, pages=groups * pool, size=size, rows=held)
+    state = abstract_state(model, pages=groups * pool, size=size, rows=held)
     if features.penalties:
-        state = replace(state, counts=step.abstract_counts(model, rows=held))
+        state = replace(state, counts=sampler.abstract_counts(model, rows=held))
     if model.stacks:
         under_way: Any = between(model, shape.tokens)
         state = replace(state, between=under_way)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from jaxtp import checks
 from jaxtp.config import ModelConfig
 from jaxtp.engine.params import SamplingParams
-from jaxtp.engine.scheduler import Policy
+from jaxtp.engine.work import Policy
 from jaxtp.model import Llama
 
 
@@ -58,6 +58,17 @@ def check_request(params: SamplingParams, config: ModelConfig, max_model_len: in
     checks.whole("min_tokens", params.min_tokens, least=0, most=max_model_len, bound="max_model_len")
     for name, ids in (("logit_bias", list(params.logit_bias)), ("stop_token_ids", params.stop_token_ids)):
         check_ids(name, ids, size)
+
+
+def check_prompt(prompt: Sequence[int], config: ModelConfig, max_model_len: int) -> None:
+    """Raises ValueError for token ids that such a model does not have, none, or too many."""
+    if not prompt:
+        raise ValueError("a prompt has no tokens")
+    if len(prompt) >= max_model_len:
+        raise ValueError(
+            f"a prompt has {len(prompt)} tokens, but max_model_len is {max_model_len}, of which one is for the completion"
+        )
+    check_ids("a prompt", prompt, config.vocab_size)
 
 
 def check_ids(where: str, ids: Sequence[int], size: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jaxtp.buckets import chunk_reach, reach
 from jaxtp.engine.plan import Shape
-from jaxtp.engine.scheduler import Limits, Work
+from jaxtp.engine.work import Limits, Work
 from jaxtp.ops.pages import Read
 
 

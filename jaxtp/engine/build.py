@@ -12,7 +12,7 @@ from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.engine import Engine
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.read import choose_read
-from jaxtp.engine.scheduler import Limits, Policy
+from jaxtp.engine.work import Limits, Policy
 from jaxtp.log import logger
 from jaxtp.mesh import platform
 from jaxtp.model import Llama

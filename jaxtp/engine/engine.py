@@ -5,84 +5,40 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from jaxtp.engine.arguments import check_ids, check_request
+from jaxtp.engine.arguments import check_prompt, check_request
 from jaxtp.engine.buckets import Buckets
-from jaxtp.engine.detokenizer import Alternatives, Arrival, Detokenizer
-from jaxtp.engine.features import EVERYTHING, RANDOM, features, level, union
+from jaxtp.engine.detokenizer import Arrival, Detokenizer
+from jaxtp.engine.features import EVERYTHING, RANDOM, Asked, features
+from jaxtp.engine.flight import Flight
 from jaxtp.engine.outputs import CompletionOutput
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.plan import Cards, Shape, empty
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.request import Listener, Request
 from jaxtp.engine.runner import Runner
-from jaxtp.engine.scheduler import LONG, Limits, Scheduler, Work
+from jaxtp.engine.scheduler import Scheduler
 from jaxtp.engine.sequence import Sequence
-from jaxtp.engine.step import CALL_STEPS, Made
+from jaxtp.engine.stats import Landing, Stats
+from jaxtp.engine.step import CALL_STEPS
+from jaxtp.engine.work import LONG, Limits, Work
 from jaxtp.model import Llama
 from jaxtp.ops.sampling import Features
-from jaxtp.sharding import fetch
 from jaxtp.text import Tokenizer
 
 STOP_STRING_STEPS = 8  # the host looks for stop strings this often
-
-
-@dataclass(frozen=True)
-class Stats:
-    """running, waiting: completions with and without a row. pages, pages_used: of the cache, of page_size tokens.
-
-    Since the start: prefix_queries, prefix_hits: tokens of prompts looked for in the prefix cache, and found; preemptions;
-    prompt_tokens, generation_tokens; steps.
-    """
-
-    running: int
-    waiting: int
-    pages: int
-    pages_used: int
-    page_size: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A step that was dispatched: what it makes, and for each lane that makes it of which sequence, in which epoch."""
-
-    made: Made
-    lanes: list[tuple[int, int, Sequence, int]]  # group, lane, sequence, epoch
-    prompt_tokens: int
-    slots: int
-
-
-@dataclass(frozen=True)
-class Landing:
-    """Of a step whose tokens came back: tokens of prompts that went along, tokens made, steps, and slots of the cache that it
-    read, of all rows in all of its steps.
-    """
-
-    prompt_tokens: int
-    tokens: int
-    steps: int
-    slots: int
 
 
 class Engine:
     """Runs requests on one model. `submit` and `abort` may be called from any thread, `step` from one.
 
     ahead: steps that are dispatched before the tokens of the first are read. patience: seconds that who comes may wait for
-    steps that were dispatched together (None: any number of them). levels: what the sampler can do comes in two levels, which
-    can both be compiled before; else exactly what is asked for.
+    steps that were dispatched together (None: any number of them). asked: what the sampler must know.
     """
 
     def __init__(
@@ -97,11 +53,10 @@ class Engine:
         eos: Seq[int] = (),
         ahead: int = 1,
         patience: float | None = None,
-        levels: bool = False,
     ) -> None:
         self.model, self.programs, self.limits, self.buckets = model, programs, limits, buckets
         self.max_model_len, self.eos, self.ahead = max_model_len, tuple(eos), ahead
-        self.patience, self.levels = patience, levels
+        self.patience = patience
         self.scheduler = Scheduler(limits)
         self.runner = Runner(model, programs, pages=limits.pages, size=limits.size, rows=limits.rows)
         self.cards = Cards(groups=limits.groups, rows=limits.rows, pages=buckets.pages, slab=limits.slab)
@@ -114,8 +69,7 @@ class Engine:
         self._numbers = itertools.count()
         self._flights: deque[Flight] = deque()
         self._entered: deque[list[Work]] = deque(maxlen=model.stages)  # the work of the last ticks, the newest first
-        self._asked: Counter[Features] = Counter()  # of the sequences that have not ended
-        self._features = Features()
+        self.asked = Asked()
         self._landed, self._step_seconds = time.monotonic(), 0.0
 
     # -- from any thread -----------------------------------------------------------------------------------------------
@@ -157,7 +111,7 @@ class Engine:
         with self._lock:
             self.scheduler.add(sequences)
             request.sequences = sequences
-            self._asked[features(params)] += params.n
+            self.asked.add(features(params), params.n)
         self.wake.set()
         return request
 
@@ -171,14 +125,7 @@ class Engine:
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises ValueError for what can never run."""
         check_request(params, self.model.config, self.max_model_len)
-        if not prompt:
-            raise ValueError("a prompt has no tokens")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"a prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, of which one is for the "
-                "completion"
-            )
-        check_ids("a prompt", prompt, self.model.config.vocab_size)
+        check_prompt(prompt, self.model.config, self.max_model_len)
 
     def abort(self, request: Request) -> None:
         """Ends what has not ended of a request; its rows and pages are free for the next step."""
@@ -217,7 +164,7 @@ class Engine:
             work, steps = self.scheduler.schedule(steps=most)
             active = any(mine.rows or mine.chunks for mine in work)
             plan = self._plan(work, steps, loop=most > 1) if active or self._under_way else None
-            wanted = self._wanted()
+            wanted = self.asked.wanted()
         # a call that comes back with its last step: what was before is read before it, and what it made right after
         waits = plan is not None and plan[1].loop and self.buckets.host_loops
         while waits and self._flights:
@@ -232,7 +179,7 @@ class Engine:
             busy = self.scheduler.busy or bool(self._flights) or self._under_way
             if not busy:
                 self.check_integrity()
-                self._features = Features()
+                self.asked.rest()
         return busy
 
     def run(self) -> None:
@@ -247,7 +194,9 @@ class Engine:
         them): the first call loads a program, some tenths of a second that a request would wait for.
         """
         start, shapes = time.perf_counter(), list(self.buckets.all(stops=self.cards.stops, biases=self.cards.biases))
-        wanted = list(itertools.product((RANDOM, EVERYTHING) if self.levels else (self._features,), shapes))
+        with self._lock:
+            asked = (RANDOM, EVERYTHING) if self.asked.levels else (self.asked.wanted(),)
+        wanted = list(itertools.product(asked, shapes))
         for done, (found, shape) in enumerate(wanted, start=1):
             self.runner.compile(shape, found)
             if self.buckets.host_loops and self.limits.stages == 1 and not found.penalties:
@@ -279,13 +228,6 @@ class Engine:
                     most = min(most, STOP_STRING_STEPS)
         return most
 
-    def _wanted(self) -> Features:
-        """What the sampler must know: of all that has not ended, and while anything runs never less than before."""
-        if self.levels:
-            return level(union(list(self._asked)))
-        self._features = union([self._features, *self._asked])
-        return self._features
-
     def _plan(self, work: list[Work], steps: int, *, loop: bool) -> tuple[np.ndarray, Shape]:
         for mine in work:
             for chunk in mine.chunks:
@@ -304,38 +246,24 @@ class Engine:
         made, shape = self.runner.run(plan, shape, wanted, steps)
         self._entered.appendleft(work)
         if len(self._entered) == self.model.stages:
-            leaves = self._entered[-1]
-            slots = sum(start + 1 for mine in leaves for start in mine.starts)
-            cut = sum(chunk.count for mine in leaves for chunk in mine.chunks)
-            self._flights.append(Flight(made, list(self._lanes(leaves, shape)), cut, slots))
+            self._flights.append(Flight.of(made, self._entered[-1], shape, slab=self.limits.slab))
         self.steps += 1
         tokens = sum(len(mine.rows) * steps + sum(chunk.count for chunk in mine.chunks) for mine in work)
         for tell in self.on_step:
             tell(tokens)
 
-    def _lanes(self, work: list[Work], shape: Shape) -> Any:
-        for group, mine in enumerate(work):
-            for i, sequence in enumerate(mine.rows):
-                yield group, sequence.row if self.limits.slab else i, sequence, sequence.epoch
-            for i, chunk in enumerate(mine.chunks):
-                if chunk.ends:
-                    yield group, shape.rows + i, chunk.sequence, chunk.sequence.epoch
-
     def _land(self, flight: Flight) -> None:
-        steps = int(flight.made.count)
-        tokens = fetch(flight.made.tokens)[:, :steps].swapaxes(1, 2).tolist()
-        found = flight.made.logprobs
-        logprobs = None if found is None else [fetch(a) for a in (found.chosen, found.rank, found.ids, found.best)]
+        back = flight.read()
         arrivals, now = [], time.monotonic()
         if self._flights or self._step_seconds:  # one behind another
-            self._step_seconds = (now - self._landed) / steps
+            self._step_seconds = (now - self._landed) / back.steps
         self._landed = now
         with self._lock:
             for group, lane, sequence, epoch in flight.lanes:
                 if sequence.epoch != epoch or sequence.finish_reason is not None:
                     continue
                 new = []
-                for token in tokens[group][lane]:
+                for token in back.tokens[group][lane]:
                     if token < 0 or sequence.finish_reason is not None:
                         break
                     sequence.take(token)
@@ -345,19 +273,17 @@ class Engine:
                 if sequence.request.first_token is None:
                     sequence.request.first_token = now
                 self.generation_tokens += len(new)
-                alternatives = None
-                if logprobs is not None and sequence.request.params.logprobs is not None:
-                    alternatives = [_alternatives(logprobs, group, i, lane) for i in range(len(new))]
+                asked = sequence.request.params.logprobs is not None
+                alternatives = back.alternatives(group, lane, len(new)) if asked else None
                 arrivals.append(Arrival(sequence, new, alternatives, sequence.finish_reason))
                 if sequence.finish_reason is not None:
                     self._end(sequence, sequence.finish_reason)
                 else:
                     self.scheduler.publish(sequence, upto=(len(sequence.ids) - 1) // self.limits.size)
             self.detokenizer.put(arrivals)
-        made = sum(len(arrival.tokens) for arrival in arrivals)
-        slots = flight.slots * steps + len(flight.lanes) * steps * (steps - 1) // 2
+        landing = flight.landing(back.steps, sum(len(arrival.tokens) for arrival in arrivals))
         for tell in self.on_land:
-            tell(Landing(flight.prompt_tokens, made, steps, slots))
+            tell(landing)
 
     def _stopped(self, sequence: Sequence) -> None:
         """A stop string ended it."""
@@ -368,14 +294,6 @@ class Engine:
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
         self.scheduler.finish(sequence)
-        asked = features(sequence.request.params)
-        self._asked[asked] -= 1
-        if not self._asked[asked]:
-            del self._asked[asked]
+        self.asked.drop(features(sequence.request.params))
         if all(other.finish_reason is not None for other in sequence.request.sequences):
             sequence.request.finished_at = time.monotonic()
-
-
-def _alternatives(found: list[np.ndarray], group: int, step: int, lane: int) -> Alternatives:
-    chosen, rank, ids, best = (a[group, step, lane] for a in found)
-    return Alternatives(float(chosen), int(rank), ids.tolist(), best.tolist())

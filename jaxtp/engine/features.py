@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxtp.engine.params import SamplingParams
@@ -36,3 +37,35 @@ def union(each: Sequence[Features]) -> Features:
 def level(found: Features) -> Features:
     """The lesser of two that holds it: at a temperature, 0 included, or everything."""
     return RANDOM if union([RANDOM, found]) == RANDOM else union([EVERYTHING, found])
+
+
+class Asked:
+    """What all requests that have not ended ask of the sampler.
+
+    levels: it comes in two levels, which can both be compiled before; else it is exactly what they ask, and never less than
+    before until all rest.
+    """
+
+    def __init__(self) -> None:
+        self.levels, self._counts, self._held = False, Counter[Features](), Features()
+
+    def add(self, found: Features, count: int) -> None:
+        """So many completions more ask for it."""
+        self._counts[found] += count
+
+    def drop(self, found: Features) -> None:
+        """One that asked for it has ended."""
+        self._counts[found] -= 1
+        if not self._counts[found]:
+            del self._counts[found]
+
+    def wanted(self) -> Features:
+        """What the next step must know."""
+        if self.levels:
+            return level(union(list(self._counts)))
+        self._held = union([self._held, *self._counts])
+        return self._held
+
+    def rest(self) -> None:
+        """Nothing runs: what comes next begins with the least."""
+        self._held = Features()

@@ -10,11 +10,12 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from jaxtp.engine.scheduler import Work
 from jaxtp.engine.sequence import Sequence
+from jaxtp.engine.work import Work
 from jaxtp.ops.pages import Read
 
 NOBODY = -1
@@ -154,8 +155,8 @@ def empty(shape: Shape, groups: int) -> np.ndarray:
     return plan
 
 
-def apart(plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Views of a plan: its lanes [G, L, fields and table] and the tokens of its chunks [G, P, C]."""
+def apart(plan: Any, shape: Shape) -> tuple[Any, Any]:
+    """A plan's lanes [G, L, fields and table] and the tokens of its chunks [G, P, C]; on the host they are views of it."""
     width = shape.fields + shape.pages
     lanes = plan[:, : shape.lanes * width].reshape(len(plan), shape.lanes, width)
     return lanes, plan[:, shape.lanes * width :].reshape(len(plan), shape.chunks, shape.chunk)

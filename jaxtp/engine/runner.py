@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtp.engine import step
+from jaxtp.engine import sampler, step
 from jaxtp.engine.plan import Shape, empty, fitted, joined
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.state import State, begin, moved, nothing
 from jaxtp.model import Llama
 from jaxtp.ops.sampling import Counts, Features
 from jaxtp.parallel import circulate
@@ -29,7 +30,7 @@ class Runner:
         self.model, self.programs, self.rows = model, programs, rows
         self.groups = model.layout.parts("batch")
         self._places = model.layout.sharding(None, "batch", None)  # of plans
-        self.state: step.State = programs.run(step.begin, pages=pages * self.groups, size=size, rows=rows)
+        self.state: State = programs.run(begin, pages=pages * self.groups, size=size, rows=rows)
         # plans of the last ticks, the newest first
         self._under_way: deque[tuple[np.ndarray, Shape]] = deque(maxlen=model.stages)
         self._shape: Shape | None = None
@@ -56,7 +57,7 @@ class Runner:
 
     def compile(self, shape: Shape, features: Features) -> None:
         """Compiles the step of a shape, without running it."""
-        counts = step.abstract_counts(self.model, rows=self.rows) if features.penalties else None
+        counts = sampler.abstract_counts(self.model, rows=self.rows) if features.penalties else None
         state: Any = dataclasses.replace(self.state, counts=counts)  # type: ignore[arg-type]
         if self.model.stacks:
             between: Any = circulate.between(self.model, shape.tokens)
@@ -69,7 +70,7 @@ class Runner:
         """Counts of a row that begins anew, for penalties."""
         ids = [np.full(1 << max(len(each) - 1, 31).bit_length(), -1, np.int32) for each in (prompt, output)]
         ids[0][: len(prompt)], ids[1][: len(output)] = prompt, output
-        counts = self.programs.run(step.recount, self._counts(), np.array([group, row], np.int32), *ids, donate=(0,))
+        counts = self.programs.run(sampler.recount, self._counts(), np.array([group, row], np.int32), *ids, donate=(0,))
         self._set(counts=counts)
 
     def _staged(self, plan: np.ndarray, shape: Shape) -> tuple[np.ndarray, Shape]:
@@ -79,16 +80,16 @@ class Runner:
         self._under_way.appendleft((plan, shape))
         larger = joined([shape for _, shape in self._under_way])
         if self.state.between is None:
-            self._set(between=self.programs.run(step.nothing, shape=larger))
+            self._set(between=self.programs.run(nothing, shape=larger))
         elif self._shape is not None and (self._shape.rows, self._shape.chunks) != (larger.rows, larger.chunks):
-            self._set(between=self.programs.run(step.moved, self.state.between, old=self._shape, new=larger))
+            self._set(between=self.programs.run(moved, self.state.between, old=self._shape, new=larger))
         self._shape = larger
         return np.stack([fitted(plan, shape, larger) for plan, shape in self._under_way]), larger
 
     def _counts(self) -> Counts:
         """What penalties need, of every row; made when they are first asked for."""
         if self.state.counts is None:
-            self._set(counts=self.programs.run(step.uncounted, rows=self.rows))
+            self._set(counts=self.programs.run(sampler.uncounted, rows=self.rows))
         assert self.state.counts is not None
         return self.state.counts
 
@@ -96,5 +97,5 @@ class Runner:
         self.state = dataclasses.replace(self.state, **changes)
 
 
-def _step(shape: Shape) -> Callable[..., tuple[step.State, step.Made]]:
+def _step(shape: Shape) -> Callable[..., tuple[State, step.Made]]:
     return step.mixed if shape.chunks else step.decode

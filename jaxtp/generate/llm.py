@@ -23,7 +23,7 @@ from jaxtp.engine.outputs import RequestOutput
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.request import Listener, Request
-from jaxtp.engine.scheduler import Policy
+from jaxtp.engine.work import Policy
 from jaxtp.generate import memory
 from jaxtp.generate.auto import Choice, split_of
 from jaxtp.generate.load import eos_of, load_model, tokenizer_of

@@ -6,8 +6,9 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from jaxtp.engine.engine import Engine, Landing
+from jaxtp.engine.engine import Engine
 from jaxtp.engine.programs import Programs
+from jaxtp.engine.stats import Landing
 from jaxtp.generate.memory import Budget
 from jaxtp.log import logger
 

@@ -75,7 +75,7 @@ class Served:
         """That of an LLM, its engine made, and its texts in a thread."""
         source, engine = llm.model.source, llm.engine
         defaults = defaults_of(source)
-        engine.patience, engine.levels = PATIENCE, True
+        engine.patience, engine.asked.levels = PATIENCE, True
         if settings.warm_up:
             _warm_up(engine)
         engine.detokenizer.start()

@@ -10,7 +10,7 @@ import tiny
 
 from jaxtp import LLM, Llama, SamplingParams, make_mesh
 from jaxtp.engine.build import build
-from jaxtp.engine.engine import EVERYTHING
+from jaxtp.engine.features import EVERYTHING
 from jaxtp.engine.programs import Programs
 from jaxtp.engine.step import CALL_STEPS
 from jaxtp.parallel.circulate import staged
@@ -65,7 +65,7 @@ def engine_on(folder, mesh, programs=None, **options):
     small = {"cache_tokens": 16 * 16 * groups, "max_num_batched_tokens": 96 * groups}  # of which all programs know
     options = {**small, "max_model_len": 256, "max_num_seqs": 8, "page_size": 16, **options}
     made = build(model, programs or shared, tokenizer=Tokenizer(folder), **options)
-    made._wanted = lambda: EVERYTHING
+    made.asked.wanted = lambda: EVERYTHING
     made.cards.widen([], stops=4, biases=2)
     made.buckets = dataclasses.replace(made.buckets, factor=8 if mesh == {"tp": 2} else 64)
     return made
@@ -141,9 +141,9 @@ def test_every_step_is_compiled_ahead(folder, alone):
     """
     model, _ = programs_on(folder, (("tp", 2),))
     engine = engine_on(folder, {"tp": 2}, programs=Programs(model), max_num_seqs=8, max_num_batched_tokens=64)
-    del engine._wanted  # as it is, not everything
+    del engine.asked.wanted  # as it is, not everything
     engine.buckets = dataclasses.replace(engine.buckets, host_loops=True)
-    engine.levels, told = True, []
+    engine.asked.levels, told = True, []
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told[-1][0] == told[-1][1] == 2 * len(list(engine.buckets.all(stops=4, biases=0)))
     before = engine.programs.compile_seconds

@@ -10,8 +10,9 @@ import pytest
 from jaxtp.engine.pages import Pages, chain
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.request import QueueFull, Request
-from jaxtp.engine.scheduler import Limits, Scheduler
+from jaxtp.engine.scheduler import Scheduler
 from jaxtp.engine.sequence import Sequence
+from jaxtp.engine.work import Limits
 
 LIMITS = {"groups": 1, "rows": 4, "pages": 12, "size": 4, "chunk": 4, "tokens": 16}
 

@@ -8,8 +8,9 @@ from jaxtp.engine.buckets import Buckets
 from jaxtp.engine.features import EVERYTHING, RANDOM, level
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.request import Request
-from jaxtp.engine.scheduler import Limits, Scheduler
+from jaxtp.engine.scheduler import Scheduler
 from jaxtp.engine.sequence import Sequence
+from jaxtp.engine.work import Limits
 from jaxtp.ops.sampling import Features
 
 

@@ -130,7 +130,7 @@ def test_a_cache_of_8_bits(kind):
 
 def test_a_warm_up_runs_what_it_compiles():
     llm = reading(demo("gpu", "bfloat16"), "cudnn")
-    llm.engine.levels = True
+    llm.engine.asked.levels = True
     llm.engine.warm_up()
     before = llm.programs.compile_seconds
     llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24))

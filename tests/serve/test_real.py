@@ -34,7 +34,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(folder):
     made = LLM(folder, max_num_seqs=4, progress=False)
-    made.engine.levels, made.engine.patience = True, 1e-9  # few programs: one step a call, and what a server's sampler has
+    # few programs: one step a call, and what a server's sampler has
+    made.engine.asked.levels, made.engine.patience = True, 1e-9
     return made
 
 
