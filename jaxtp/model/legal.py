@@ -26,15 +26,20 @@ def check_model(
     expert_kernel: Products | None,
     kv_cache_dtype: CacheDtype,
     context: Context | None,
+    sent: bool = False,
 ) -> None:
-    """Raises ValueError where this model cannot be laid out on the mesh by the rules, or computed with these settings."""
+    """Raises ValueError where this model cannot be laid out on the mesh by the rules, or computed with these settings.
+
+    sent: whether the model has what sends tokens along ep.
+    """
     check_layout(config, check_mesh(mesh).shape["tp"], rules, cp=mesh.shape["cp"])
     check_cache_dtype(kv_cache_dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     _check_kernels(config, mesh, dtype, kernel, expert_kernel)
     split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens", "cached") for name in names(rules.axis(dim)))}
-    split |= {"cp"} if context else set()  # (in stages it is mapped over, and no rule speaks of it)
+    # (in stages these are mapped over, and no rule speaks of them)
+    split |= ({"cp"} if context else set()) | ({"ep"} if sent and config.experts else set())
     unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
     if unused:
         raise ValueError(

@@ -79,7 +79,7 @@ class Llama(nnx.Module):
         config = config.quantized(quantization)
         check_model(
             config, mesh, rules, dtype=dtype, kernel=kernel, expert_kernel=expert_kernel, kv_cache_dtype=kv_cache_dtype,
-            context=context,
+            context=context, sent=dispatch is not None,
         )  # fmt: skip
         layout = Layout(mesh, rules, jnp.dtype(dtype))
         vocab = layout.at("head" if not config.tie_word_embeddings else "embed").pad("vocab", config.vocab_size)

@@ -4,8 +4,8 @@ B batch, T tokens, D embed, E experts, k of them a token, F width of an expert, 
 
 Every token is on every device that holds experts it may go to: they are there already where experts are cut over tp, and an
 all-gather brings them where experts lie on ep, which shards the batch. What comes back is each device's share of a sum, which
-one reshard makes whole: an all-reduce, or a reduce-scatter. Or rules leave the batch on ep (routed), and the model is handed
-what sends tokens to the ranks that they chose. No token is dropped unless a capacity is asked for.
+one reshard makes whole: an all-reduce, or a reduce-scatter. Or rules leave the batch on ep (routed), or ep is mapped over as in
+the stages of a pipeline, and the model is handed what sends tokens there. No token is dropped unless a capacity is asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxtp.ops.quantized import Quantized
 from jaxtp.ops.router import Routing, route, watched
 from jaxtp.sharding import Layout, Region, names, reshard, spec_of, whole
 
-# (mix, rows [N, D], chosen [N, k], weights [N, k], experts=E, mesh) -> [N, D], in a region: `parallel.experts.exchange`
+# (mix, rows [N, D], chosen [N, k], weights [N, k], experts=E, mesh) -> [N, D], in a region: those of `parallel.experts`
 Dispatch = Callable[..., jax.Array]
 
 
@@ -55,7 +55,8 @@ class Moe(nnx.Module):
             self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared, reduce=reduce)
             self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
         self.experts, self.layout, self.region, self.kernel, self.reduce = experts, layout, region, expert_kernel, reduce
-        sent = "ep" in names(layout.rules.axis("routed", layout.path))
+        there, routed = (names(layout.rules.axis(dim, layout.path)) for dim in ("experts", "routed"))
+        sent = layout.mesh.shape["ep"] > 1 and ("ep" in routed or "ep" not in there)
         assert dispatch or not sent, "rules that leave the batch on ep need a dispatch"
         self.dispatch = dispatch if sent else None
 

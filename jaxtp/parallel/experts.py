@@ -35,8 +35,7 @@ def exchange(
     (N, k), ranks = chosen.shape, jax.lax.axis_size(axis)
     each = experts // ranks
     if N * ranks <= FEW_TOKENS:
-        rows, chosen, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, weights))
-        return jax.lax.psum_scatter(mix(rows, chosen - each * jax.lax.axis_index(axis), weights), axis, tiled=True)
+        return everywhere(mix, x, chosen, weights, experts=experts, mesh=mesh, axis=axis)
     own = chosen[:, None] - each * jnp.arange(ranks)[:, None]
     own = jnp.where((own >= 0) & (own < each), own, NOBODY)  # [N, e, k], as each rank counts
     goes = (own != NOBODY).any(axis=-1)
@@ -52,6 +51,15 @@ def exchange(
     made = mix(rows, told[:, :k].astype(jnp.int32) + NOBODY, told[:, k:])
     back = unsorted_rows(_carried(made, table, left, come, False, axis, ragged), order, place)
     return back.reshape(N, ranks, -1).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+def everywhere(
+    mix: Mix, x: jax.Array, chosen: jax.Array, weights: jax.Array, *, experts: int, mesh: Mesh, axis: str = "ep"
+) -> jax.Array:
+    """The same, every token to every rank: an all-gather, and a reduce-scatter of what is made of them."""
+    first = experts // jax.lax.axis_size(axis) * jax.lax.axis_index(axis)
+    rows, chosen, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, weights))
+    return jax.lax.psum_scatter(mix(rows, chosen - first, weights), axis, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))

@@ -2,9 +2,9 @@
 
 A rank's part of every array is an element of a dim that is sharded over pp, and the stage is mapped over that dim: one
 program, in which each rank computes another stage, and the products inside a stage are sharded over tp by the model's own
-rules. Data parallelism is a second such dim, and the parts of rows over cp with it, so that each group's gradients stay its own
-until the end of the step. The model knows nothing of this. `ticks` holds what is done at each tick, `orders` the schedule as a
-program reads it.
+rules. Data parallelism is a second such dim, and ep or the parts of rows over cp with it, so that each group's gradients stay
+its own until the end of the step. The model knows nothing of this. `ticks` holds what is done at each tick, `orders` the
+schedule as a program reads it.
 
 The ranks hold the vocabulary together (over pp and tp), so that none computes a whole head: tokens enter and losses leave on
 all of them at once.
@@ -30,7 +30,7 @@ from jaxtp.parallel.regions import groups, locally
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Arrays, Parts, Pass
-from jaxtp.sharding import names, spec_of
+from jaxtp.sharding import joined, names, spec_of
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Pipeline:
         return {path: held(spec) for path, spec in specs.items()}
 
     def _cut(self, stack: jax.Array) -> jax.Array:
-        """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already."""
-        rest = spec_of(stack).partitions[1:]
-        v, out = self.stages.chunks, PartitionSpec(groups(self.mesh), "pp", None, None, *rest)
+        """[P·v·n, ...] over pp -> [d, P, v, n, ...]: every group's own copy, which it has already; of experts its own ones."""
+        over = groups(self.mesh)
+        rest = [joined(*(axis for axis in names(axes) if axis not in names(over))) for axes in spec_of(stack).partitions[1:]]
+        v, out = self.stages.chunks, PartitionSpec(over, "pp", None, None, *rest)
         return locally(lambda w: w.reshape(1, 1, v, -1, *w.shape[1:]), stack, out=out)
 
-    def _uncut(self, grads: jax.Array) -> jax.Array:
-        """[d, P, v, n, ...] -> [P·v·n, ...] over pp: each group's share of a sum that is still to be made."""
-        rest = spec_of(grads).partitions[4:]
-        return locally(
-            lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec("pp", *rest, unreduced={*names(groups(self.mesh))})
-        )
+    def _uncut(self, grads: jax.Array, like: jax.Array) -> jax.Array:
+        """[d, P, v, n, ...] -> [P·v·n, ...] as `like` lies: each group's share of a sum that is still to be made."""
+        spec = spec_of(like).partitions
+        shares = {*names(groups(self.mesh))} - {axis for axes in spec for axis in names(axes)}
+        return locally(lambda g: g.reshape(-1, *g.shape[4:]), grads, out=PartitionSpec(*spec, unreduced=shares))
 
     # -- programs ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class Pipeline:
         over dp. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed over dp.
         """
         run = self._pass(self.schedule(_micros(batch)), parts, fixed, batch, over)
-        stacks = {path: self._cut(w) for path, w in stacks.items()}
+        whole, stacks = stacks, {path: self._cut(w) for path, w in stacks.items()}
         state = run.begin(tables, stacks)
         first = 0
         for kind, ticks in run.schedule.phases:
@@ -108,7 +108,7 @@ class Pipeline:
             first += ticks
         sums = tuple(s.sum() / over for s in state.sums)
         told = jax.tree.map(lambda a: a.sum(axis=0), state.told)
-        return state.tables, {path: self._uncut(g) for path, g in state.stacks.items()}, sums, told
+        return state.tables, {path: self._uncut(g, whole[path]) for path, g in state.stacks.items()}, sums, told
 
     def sums(self, parts: Parts, tables: Arrays, stacks: Arrays, batch: Any) -> tuple[jax.Array, ...]:
         """What `parts.leave` gives, summed over the microbatches, without gradients."""

@@ -1,12 +1,12 @@
 """Regions: what each device does by itself, or sends along pp by hand, inside programs that are sharded by types.
 
-d groups, which are those of dp and in each the parts of its rows over cp, P ranks; B rows, T tokens, b and t of each group, D
-embed.
+d groups, which are those of dp and in each those of ep, or the parts of its rows over cp; P ranks; B rows, T tokens, b and t of
+each group, D embed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtp.mesh import platform
 from jaxtp.sharding import Axis, dual, joined, names, spec_of, specs_of
 
+Sizes = Sequence[tuple[str, int]]  # of mesh axes
 NEVER = 0x7F912345  # as a token out of every vocabulary, as a float a NaN that nothing computes
 
 
@@ -29,11 +30,11 @@ def mapped(
     *,
     over: tuple[str, ...] = (),
     axes: int = 2,
-    cp: int = 1,
+    along: Sizes = (),
 ) -> Any:
-    """`sharding.on_each_device` inside a stage, mapped over that many axes (in training pp and groups, which cut rows into `cp`
-    parts): what is of each is each device's own as well. (Left to `jax.vmap` XLA would split it, which cuDNN's attention does
-    not survive.)
+    """`sharding.on_each_device` inside a stage, mapped over that many axes (in training pp and groups): what is of each is each
+    device's own as well. (Left to `jax.vmap` XLA would split it, which cuDNN's attention does not survive.) along: mesh axes
+    among these, with their sizes, along which `function` sends.
 
     The backward pass begins with the forward one; what is kept is `args`. Gradients of what is `reduced` are shares of a sum.
     """
@@ -49,7 +50,7 @@ def mapped(
 
     @jax.custom_vjp
     def run(*leaves: jax.Array) -> Any:
-        return _own(function, jax.tree.unflatten(tree, leaves), lambda *args: _shares(like(*args), over), axes, cp)
+        return _own(function, jax.tree.unflatten(tree, leaves), lambda *args: _shares(like(*args), over), axes, along)
 
     def forward(*leaves: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         return jax.tree.map(lambda y: checkpoint_name(y, "attention"), run(*leaves)), leaves
@@ -61,7 +62,7 @@ def mapped(
                 (leaves, grads),
                 lambda leaves, _: tuple(dual(a) for f, a in zip(floats, leaves, strict=True) if f),
                 axes,
-                cp,
+                along,
             )
         )
         return tuple(next(of_floats) if f else None for f in floats)
@@ -74,7 +75,7 @@ def _shares(like: Any, over: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda a: PartitionSpec(*spec_of(a).partitions, unreduced=set(over)), like) if over else like
 
 
-def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int, cp: int) -> Any:
+def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[..., Any], axes: int, along: Sizes) -> Any:
     """`function` in a region that is manual over every axis of the mesh, once all `axes` that are mapped over have come by."""
 
     @custom_vmap
@@ -88,7 +89,7 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
         into, plain = (jax.tree.map(lambda spec: PartitionSpec(*spec.partitions), specs) for specs in (into, out))
         region = jax.shard_map(function, mesh=mesh, in_specs=into, out_specs=plain, check_vma=False)
         bare = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)), args, into)
-        with core.extend_axis_env_nd([("cp", cp)]):  # (an axis that is mapped over is nowhere to be found)
+        with core.extend_axis_env_nd(along):  # (an axis that is mapped over is nowhere to be found)
             found = jax.eval_shape(region, *bare)
         return jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=NamedSharding(mesh, s)), found, out)
 
@@ -101,7 +102,7 @@ def _own(function: Callable[..., Any], args: tuple[Any, ...], like: Callable[...
                 return jax.vmap(function)(*args)
             return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda a: a[0], args)))
 
-        out = _own(part, args, like, axes - 1, cp)
+        out = _own(part, args, like, axes - 1, along)
         return out, jax.tree.map(lambda _: True, out)
 
     return run(*args)
@@ -131,8 +132,8 @@ def after(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def groups(mesh: Mesh | AbstractMesh) -> Axis:
-    """The axes of what is mapped over beside pp."""
-    return ("dp", "cp") if mesh.shape["cp"] > 1 else "dp"
+    """The axes of what is mapped over beside pp: those of rows, and of the parts of a row."""
+    return joined("dp", *(axis for axis in ("ep", "cp") if mesh.shape[axis] > 1))
 
 
 def shift(x: jax.Array, by: int) -> jax.Array:
@@ -144,9 +145,10 @@ def shift(x: jax.Array, by: int) -> jax.Array:
 
 def of_rank(x: jax.Array, rank: int) -> jax.Array:
     """[d, P, b, t, D]: that rank's part, on all of them: [B, T, D]."""
-    (batch, *parts), scattered = names(spec_of(x).partitions[0]), names(spec_of(x).partitions[3])
+    over, scattered = names(spec_of(x).partitions[0]), names(spec_of(x).partitions[3])
+    rows, parts = (joined(*(axis for axis in over if (axis == "cp") == whole)) for whole in (False, True))
 
     def tell(x):
         return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
 
-    return locally(tell, x, out=PartitionSpec(batch, joined(*parts, *scattered), None))
+    return locally(tell, x, out=PartitionSpec(rows, joined(*names(parts), *scattered), None))

@@ -125,12 +125,18 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
     if config.experts:
         # every token to all groups of ep, again to go backward unless that was kept, and gradients the same ways; with them the
         # gradients of what weighs the experts of a token
-        passes, kept, k = turns * layers, split.remat == "none", config.experts.per_token
-        say.to_experts(config, split, rows * length, stream, there=passes * (2 if kept else 3), back=passes * 2)
-        if split.expert_dispatch == "gather":
-            say.reduce(("ep", "tp"), 4 * rows * length * split.ep * k, dtype="f32", times=passes)
+        passes, choices = turns * layers, 4 * rows * length * config.experts.per_token
+        there, back = 2 if split.remat == "none" else 3, 2
+        if split.pp > 1:  # in a stage's regions: there once more for each, and with tokens what they chose
+            there, back = 4, 3
+            if split.expert_dispatch == "gather":
+                say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
+                say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
+        say.to_experts(config, split, rows * length, stream, there=passes * there, back=passes * back)
+        if split.router_ranks > 1:
+            say.reduce(("ep", "tp"), choices * split.ep, dtype="f32", times=passes)
         else:
-            say.reduce("tp", 4 * rows * length * k, dtype="f32", times=passes)
+            say.reduce("tp", choices, dtype="f32", times=passes)
         if config.experts.shared:
             say.reduce("tp", stream, times=turns * layers * 2)
     if split.pp > 1:
@@ -169,7 +175,7 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
     """Of an update, the gradients, and weights that are kept in shares: over dp, cp and ep, those of experts over dp and cp."""
     say, size = _Say(split, NAMES[dtype]), SIZES[dtype]
     held, M, rows, both = memory.params(config, split), split.microbatches, ("dp", "cp"), ("dp", "cp", "ep")
-    own = held.experts + held.router
+    own = held.experts + (held.router if split.router_ranks > 1 else 0)
     if split.zero == 0:
         say.reduce(both, 4 * (held.total - own * held.blocks), dtype="f32")
         say.reduce(rows, 4 * own * held.blocks, dtype="f32")
@@ -199,8 +205,12 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
                 whole = weights * (held.blocks if axes == rows else 1)
                 say("all-gather", axes, size * whole)
                 say("reduce-scatter", axes, 4 * whole, dtype="f32", times=M if split.zero == 2 else 1)
+        router = 4 * held.router * held.blocks
         say("all-gather", both, size * held.router * held.blocks)
-        say.reduce(rows, 4 * held.router * held.blocks, dtype="f32")
+        if split.router_ranks > 1:
+            say.reduce(rows, router, dtype="f32")
+        else:
+            say("reduce-scatter", both, router, dtype="f32")
     return say.program
 
 

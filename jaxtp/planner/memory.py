@@ -204,15 +204,25 @@ def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -
     return size * pairs * max(2 * D, D + 2 * mine.width, 3 * mine.width)
 
 
-def products(config: ModelConfig, split: Split, tokens: float) -> float:
+def experts_back(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
+    """What a layer's experts need on their way back, for the pairs that may be here: as XLA lays it out."""
+    if not config.experts:
+        return 0.0
+    mine, D = experts.share(config, split), config.hidden_size
+    pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
+    return size * pairs * max(6 * D, D + 10 * mine.width)
+
+
+def products(config: ModelConfig, split: Split, tokens: float, *, router_ranks: int | None = None) -> float:
     """Weights that the tokens of each group meet in a layer's products on each device: half the operations. Experts' are left
-    out where kernels or loops compute them, whose operations no compiler counts.
+    out where kernels or loops compute them, whose operations no compiler counts. router_ranks: of ep, whose tokens come to a
+    router (default: all).
     """
     held = params(config, split)
     own = sum(held.kernels) - held.experts
     if not config.experts:
         return own * tokens
-    router = config.experts.count * config.hidden_size * tokens * split.ep
+    router = config.experts.count * config.hidden_size * tokens * (router_ranks or split.ep)
     work = experts.products(config, split, tokens)
     return own * tokens + router + (work.pairs * 3 * work.width * config.hidden_size if work.form == "every" else 0.0)
 
@@ -239,12 +249,13 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
         # sums in float32 (of the tables twice), a tick's gradients, the weights; one chunk's activations at a time
         stash = tokens * config.hidden_size / (tp if split.sequence_parallel else 1) * size
         activations = held.blocks / split.chunks * layer + split.pipeline().in_flight(0) * stash
+        back = experts_back(config, split, tokens, size)
         return Memory(
             weights=size * everything,
             state=state,
             gradients=(4 + size) * everything + 4 * held.tables,
             activations=activations,
-            workspace=logits + (size * everything + activations if split.peeled else 0),
+            workspace=logits + back + (size * everything + activations if split.peeled else 0),
         )
     weights, gradients = float(size * everything), float(size * everything)
     if size == 4 and share == 1:
@@ -269,12 +280,8 @@ def training(config: ModelConfig, split: Split, task: Training) -> Memory:
     later = max(later, size * tokens * (widths * mlp_width(config) / tp + 4 * stream) - logits)
     # at the head the blocks have no gradients yet, but its own are float32, and a third array of logits is there
     later = max(later, logits / 2 + 4 * held.tables - gradients)
-    if (
-        config.experts
-    ):  # the last layer's going backward, when there are gradients of nothing but the tables: as XLA lays them out
-        mine, D = experts.share(config, split), config.hidden_size
-        pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
-        later = max(later, size * pairs * max(6 * D, D + 10 * mine.width) - gradients - logits)
+    # the last layer's experts, when there are gradients of nothing but the tables
+    later = max(later, experts_back(config, split, tokens, size) - gradients - logits)
     return Memory(weights=weights, state=state, gradients=gradients, activations=activations, workspace=logits + later)
 
 
@@ -297,7 +304,7 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
     }
     routed = 0.0
     if config.experts and split.remat in ("none", "save-dots"):  # the router's logits; experts' own products are made again
-        routed = tokens * split.ep * config.experts.count * 4
-        if split.remat == "none":
+        routed = tokens * split.router_ranks * config.experts.count * 4
+        if split.remat == "none" and split.pp == 1:  # (a stage's regions keep what goes into them)
             routed += mixed_experts(config, split, tokens, size)
     return size * kept[split.remat] + routed

@@ -62,7 +62,8 @@ def _train_flops(config: ModelConfig, split: Split, task: Training) -> float:
     """Forward once, backward twice; what is computed again, the head's logits among it."""
     tp, M = split.tp, split.microbatches
     tokens = task.batch // M // split.groups * split.part(task.seq_len)
-    products, scores = memory.products(config, split, tokens) / tokens, _seen(config, split, task.seq_len) // tp
+    products = memory.products(config, split, tokens, router_ranks=split.router_ranks) / tokens
+    scores = _seen(config, split, task.seq_len) // tp
     down = 0 if config.norms_behind else memory.mlp_width(config) // tp * config.hidden_size
     again = {"none": 0, "save-dots": 0, "save-attention": 2 * (products - down), "full": 2 * (products - down) + 4 * scores}
     layer = 6 * products + 14 * scores + again[split.remat]

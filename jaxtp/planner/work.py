@@ -136,6 +136,11 @@ class Split:
         return self.dp * self.ep
 
     @property
+    def router_ranks(self) -> int:
+        """Ranks of ep whose tokens come to a router in training: of all where experts see them there."""
+        return self.ep if self.expert_dispatch == "gather" and self.pp == 1 else 1
+
+    @property
     def slot_ranks(self) -> int:
         """Devices over which the slots of a row's cache lie."""
         return self.cp if self.over_cp == "slots" else 1
@@ -303,8 +308,6 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
         split.strategy(config)
         if split.pp > 1:
             split.pipeline()
-            if split.ep > 1:
-                raise ValueError(f"{split.told()}: a pipeline trains with ep=1, its stages hold the experts over tp")
         check_rows(task.batch, split.microbatches, dp=split.dp, ep=split.ep)
     together = split.ways * (split.ep if split.slot_ranks > 1 else 1)  # ep lies between cp and tp
     if per_node and per_node % together and split.size > per_node:

@@ -10,10 +10,11 @@ import jax
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.parallel.experts import everywhere, exchange
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Parts
-from jaxtp.sharding import Layout, joined, names
+from jaxtp.sharding import Axis, Layout, joined, names
 from jaxtp.train.lora import Adapters
 from jaxtp.train.loss import Batch, cross_entropy
 from jaxtp.train.routers import Routers, load
@@ -27,15 +28,21 @@ def parts_of(
     """
     layout = stacked.layout
     kernel = stacked.model.layers[0].attention.kernel
-    within = joined(*(axis for axis in names(layout.rules.axis("sequence")) if axis not in layout.data))
+    rules, sizes = layout.rules, layout.mesh.shape
+
+    def within(dim: str) -> Axis:
+        return joined(*(axis for axis in names(rules.axis(dim)) if axis not in layout.data))
+
     inner = Stacked(
         Llama(
             stacked.config,
             mesh=layout.mesh,
-            rules=layout.rules.using(batch=None, routed=None, tokens=None, sequence=within),  # groups are mapped over
+            # groups are mapped over
+            rules=rules.using(batch=None, routed=None, tokens=None, sequence=within("sequence"), experts=within("experts")),
             dtype=layout.dtype.name,
             kernel=kernel,
-            region=functools.partial(mapped, cp=layout.mesh.shape["cp"]),
+            region=functools.partial(mapped, along=[(axis, sizes[axis]) for axis in ("cp", "ep")]),
+            dispatch=exchange if "ep" in names(rules.axis("routed")) else everywhere,
             context=stacked.model.context,
         )
     )

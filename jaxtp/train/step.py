@@ -70,10 +70,6 @@ class Trainer:
         check_zero(config, zero=self.zero, shares=size(layout.mesh, layout.data), pp=layout.mesh.shape["pp"])
         if config.experts and self.routers.balance is None:
             object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
-        if self.pipeline and "ep" in layout.data:
-            raise ValueError(
-                "a pipeline trains with ep=1: its stages hold the experts over tp, whole ones by default; without pp ep is free"
-            )
         if self.pipeline:
             self.pipeline.stages.alike(config.kinds)
         if config.experts and "cp" in layout.data and (self.pipeline or self.routers.capacity is not None):
@@ -270,7 +266,7 @@ class Trainer:
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
             if told is not None:
-                parts = batch.tokens.shape[0] * self.stacked.layout.mesh.shape["dp"]
+                parts = batch.tokens.shape[0] * self.stacked.layout.parts("batch")
                 told = of_stages(told[1], self.pipeline.stages, self.stacked.config, parts=parts)
             total = total if told is None else total + told.cost(self.routers)
             return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats, told)

@@ -17,6 +17,7 @@ PAIRS = [(model, split, TASK) for model in ("mixtral-8x7b", "qwen3-30b-a3b") for
     ("qwen3-30b-a3b", Split(pp=2, ep=2, tp=2), TASK),
     ("mixtral-8x7b", Split(ep=4, tp=2, zero=1, remat="save-dots"), UPDATE),
     ("qwen3-30b-a3b", Split(dp=2, ep=2, tp=2, zero=3, remat="save-dots"), UPDATE),
+    ("mixtral-8x7b", Split(pp=2, ep=2, tp=2, zero=1, microbatches=4), UPDATE),
 ]
 
 

@@ -80,6 +80,8 @@ MESHES = [
     ({"tp": 4}, {"zero": 0, "remat": "full"}),
     ({"dp": 2, "ep": 2}, {"zero": 0, "accumulate": 2}),
     ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "accumulate": 4}),
+    ({"pp": 2, "ep": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "sequence_parallel": True}),
+    ({"dp": 2, "pp": 2, "ep": 2}, {"zero": 0, "accumulate": 2, "expert_dispatch": "ragged"}),
 ]
 STEPS = 20
 
@@ -168,7 +170,7 @@ def test_adapters_are_for_every_kernel_by_default():
 
 ADAPTED = [
     ({"dp": 2, "ep": 2, "tp": 2}, {"zero": 3, "expert_layout": "width", "remat": "save-dots"}),
-    ({"pp": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "expert_layout": "width"}),
+    ({"pp": 2, "ep": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "expert_layout": "width"}),
 ]
 
 
@@ -247,7 +249,6 @@ def test_beyond_a_capacity_tokens_are_dropped_and_counted(capacity):
         ),
         ({"parallel": {"ep": 2}, "model": {"shape": {"num_experts": 0}}}, "ep=2 is for experts, of which this llama has none"),
         ({"parallel": {"expert_dispatch": "ragged"}}, "expert_dispatch='ragged' sends tokens along ep, which is 1 here"),
-        ({"parallel": {"pp": 2, "ep": 2, "accumulate": 2}}, "a pipeline trains with ep=1: its stages hold the experts over tp"),
         ({"parallel": {"pp": 2, "accumulate": 2}}, "with pp use routers.over=sequence"),
         ({"parallel": {"dp": 2, "ep": 4}, "data": {"batch_size": 12}}, "dp·ep=8 does not divide the 12 rows of a microbatch"),
         ({"model": {"shape": {"num_experts_per_tok": 9}}}, "num_experts_per_tok=9 exceeds num_experts=8"),
