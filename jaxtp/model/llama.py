@@ -68,12 +68,12 @@ class Llama(nnx.Module):
         context: Context | None = None,
     ) -> None:
         """region: how attention and experts run on each device's own part. dispatch: what sends tokens along ep to the experts
-        that they chose, for rules that leave them there (`parallel.experts.exchange`). expert_kernel: how experts multiply,
-        default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on each rank of pp
-        (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in caches, "int8" or
-        "fp8" with a scale for each token and head. reduce: in place of the all-reduces after products (`parallel.compressed`).
-        context: how attention goes over the axis of a row's tokens, or of a cache's slots, for rules that have one
-        (`Rules.context_parallel`, `Rules.cache_parallel`; `parallel.context.Context`).
+        that they chose, for rules that leave them there, or where ep is mapped over (`parallel.experts`). expert_kernel: how
+        experts multiply, default what `ops.experts.choose_products` takes. stacks: for each block the layers that it is, one on
+        each rank of pp (None: none there); such blocks are run by `parallel.circulate`. kv_cache_dtype: of keys and values in
+        caches, "int8" or "fp8" with a scale for each token and head. reduce: in place of the all-reduces after products
+        (`parallel.compressed`). context: how attention goes over the axis of a row's tokens, or of a cache's slots, for rules
+        that have one (`Rules.context_parallel`, `Rules.cache_parallel`; `parallel.context.Context`).
         Raises ValueError, before any device work, where the config cannot be laid out on the mesh by the rules.
         """
         config = config.quantized(quantization)

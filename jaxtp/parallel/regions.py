@@ -146,9 +146,9 @@ def shift(x: jax.Array, by: int) -> jax.Array:
 def of_rank(x: jax.Array, rank: int) -> jax.Array:
     """[d, P, b, t, D]: that rank's part, on all of them: [B, T, D]."""
     over, scattered = names(spec_of(x).partitions[0]), names(spec_of(x).partitions[3])
-    rows, parts = (joined(*(axis for axis in over if (axis == "cp") == whole)) for whole in (False, True))
+    rows, parts = joined(*(axis for axis in over if axis != "cp")), (axis for axis in over if axis == "cp")
 
     def tell(x):
         return jax.lax.psum(jnp.where(jax.lax.axis_index("pp") == rank, x[0, 0], jnp.zeros((), x.dtype)), "pp")
 
-    return locally(tell, x, out=PartitionSpec(rows, joined(*names(parts), *scattered), None))
+    return locally(tell, x, out=PartitionSpec(rows, joined(*parts, *scattered), None))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import transformers
 
+from jaxtp import SamplingParams
+
 SETTINGS = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -50,10 +52,22 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens)).logits.numpy()
 
 
-def greedy(model: Any, prompt: list[int]) -> list[int]:
-    """NEW tokens, one by one over transformers' own cache."""
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
+def greedy(model: Any, prompt: list[int]) -> tuple[list[int], np.ndarray]:
+    """NEW tokens, one by one over transformers' own cache, and the log-probabilities where each was chosen, [NEW, V]."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    out = model.generate(torch.tensor([prompt]), **settings, output_logits=True, return_dict_in_generate=True)
+    return out.sequences[0, len(prompt) :].tolist(), torch.log_softmax(torch.cat(out.logits), dim=-1).numpy()
+
+
+def same(llm: Any, expected: list[tuple[list[int], np.ndarray]]) -> None:
+    """Asserts that its greedy completions of PROMPTS are these tokens, and its log-probabilities of the likeliest these."""
+    asked = SamplingParams(temperature=0, max_tokens=NEW, logprobs=8)
+    for request, (tokens, scores) in zip(llm.generate(PROMPTS, asked), expected, strict=True):
+        (found,) = request.outputs
+        assert found.token_ids == tokens
+        for likeliest, theirs in zip(found.logprobs, scores, strict=True):
+            ids = list(likeliest)
+            np.testing.assert_allclose([likeliest[i].logprob for i in ids], theirs[ids], atol=1e-5, rtol=1e-5)
 
 
 def read_again(folder: Path) -> Any:

@@ -1,10 +1,12 @@
 """Random tiny checkpoints of every family and option: logits and greedy tokens equal transformers', at tp 1, 2 and 4."""
 
+import os
+
 import numpy as np
 import pytest
-from peer import NEW, PROMPTS, greedy, logits, read_again, tokens, written
+from peer import PROMPTS, greedy, logits, read_again, same, tokens, written
 
-from jaxtp import LLM, Llama, SamplingParams, make_mesh
+from jaxtp import LLM, Llama, make_mesh
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -118,8 +120,9 @@ def test_logits(checkpoint, tp):
 
 
 # on every mesh where a family differs in what decoding does: its cache, its KV heads, its window, its vocabulary; the others
-# in turns, since the logits of each are compared on every mesh
+# in turns, since the logits of each are compared on every mesh (ALL_MESHES=1: each on every mesh)
 EVERYWHERE = ("llama-gqa", "kv-replicated", "odd-vocabulary", "mistral-window", "qwen2-window", "qwen3", "gemma2", "olmo2")
+EVERYWHERE = tuple(CASES) if "ALL_MESHES" in os.environ else EVERYWHERE
 GREEDY = [(case, tp) for i, case in enumerate(CASES) for tp in (1, 2, 4) if case in EVERYWHERE or tp == (1, 2, 4)[i % 3]]
 
 
@@ -127,8 +130,7 @@ GREEDY = [(case, tp) for i, case in enumerate(CASES) for tp in (1, 2, 4) if case
 def test_greedy_tokens(checkpoint, tp):
     folder, _, expected = checkpoint
     llm = LLM(folder, tensor_parallel_size=tp, progress=False, max_model_len=48)
-    requests = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW))
-    assert [request.outputs[0].token_ids for request in requests] == expected
+    same(llm, expected)
 
 
 def test_round_trip(checkpoint, tmp_path):
