@@ -28,6 +28,14 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
+def lanes(chunks: int) -> int:
+    """Lanes for so many chunks of prompts: a power of two, and beyond 8 what is halfway as well, for a step of prompts takes as
+    long as it has tokens.
+    """
+    up = power(chunks)
+    return 3 * up // 4 if 8 < chunks <= 3 * up // 4 else up
+
+
 def reach(end: int, most: int) -> int:
     """Of rows that are read up to slot `end`, the bucket; most: slots of a row."""
     return min(most, bucket(end, least=MIN_REACH))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxtp.buckets import chunk_reach, reach
+from jaxtp.buckets import chunk_reach, lanes, reach
 from jaxtp.engine.plan import Shape
 from jaxtp.engine.work import Limits, Work
 from jaxtp.ops.pages import Read
@@ -54,7 +54,7 @@ class Buckets:
         rows = max(limits.up(rows) if chunks else 0, min(self._up(rows), limits.rows))
         return Shape(
             rows=rows,
-            chunks=max(chunks, min(self._up(chunks), limits.lanes(rows))),
+            chunks=max(chunks, min(self._lanes(chunks, rows), limits.lanes(rows))),
             chunk=limits.chunk,
             pages=self.pages,
             stops=stops,
@@ -70,6 +70,10 @@ class Buckets:
         if self.read == "rows" or (self.read == "cudnn" and not chunks):
             return most
         return chunk_reach(end, most) if chunks else reach(end, most)
+
+    def _lanes(self, chunks: int, rows: int) -> int:
+        """Those halfway are a program more each: they are for prompts that have a step to themselves, or nearly so."""
+        return lanes(chunks) if self.factor == 2 and rows <= 1 else self._up(chunks)
 
     def _up(self, count: int) -> int:
         size = 1

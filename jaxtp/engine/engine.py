@@ -55,8 +55,7 @@ class Engine:
         patience: float | None = None,
     ) -> None:
         self.model, self.programs, self.limits, self.buckets = model, programs, limits, buckets
-        self.max_model_len, self.eos, self.ahead = max_model_len, tuple(eos), ahead
-        self.patience = patience
+        self.max_model_len, self.eos, self.ahead, self.patience = max_model_len, tuple(eos), ahead, patience
         self.scheduler = Scheduler(limits)
         self.runner = Runner(model, programs, pages=limits.pages, size=limits.size, rows=limits.rows)
         self.cards = Cards(groups=limits.groups, rows=limits.rows, pages=buckets.pages, slab=limits.slab)
@@ -171,7 +170,9 @@ class Engine:
             self._land(self._flights.popleft())
         if plan is not None:
             self._dispatch(work, *plan, wanted, steps)
-        while len(self._flights) > (self.ahead if active and not waits else 0):
+        # who comes while a CPU is at prompts goes along with the next step, which is not dispatched before they are done
+        long = not self.buckets.host_loops and any(mine.chunks for mine in work)
+        while len(self._flights) > (self.ahead if active and not waits and not long else 0):
             self._land(self._flights.popleft())
             if not active:
                 break

@@ -276,7 +276,7 @@ def prompt_steps(config: ModelConfig, split: Split, task: Generation) -> Counter
     def note(number: int, chunks: int, times: int) -> None:
         last = (number * most + chunks - 1) % of_each + 1
         end = task.prompt_len if last < chunks else min(last * size, task.prompt_len)
-        found[Step(0, min(buckets.power(chunks), most), buckets.chunk_reach(end, split.page_tokens(task)))] += times
+        found[Step(0, min(buckets.lanes(chunks), most), buckets.chunk_reach(end, split.page_tokens(task)))] += times
 
     for number in range(min(period, steps)):
         note(number, most, -(-(steps - number) // period))

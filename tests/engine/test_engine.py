@@ -166,6 +166,20 @@ def test_every_step_is_compiled_ahead(folder, alone):
     assert engine.programs.compile_seconds >= before  # of recount alone
 
 
+def test_who_comes_while_a_cpu_is_at_prompts_goes_along_with_the_next_step(folder):
+    """A step with prompts is read before another one is dispatched; rows alone are a step ahead of what is read."""
+    engine, params = engine_on(folder, {}), SamplingParams(temperature=0, max_tokens=4)
+    first = engine.submit([5, 6, 7], params)
+    engine.step()
+    assert len(first.sequences[0].ids) == 4
+    second = engine.submit([5, 6, 8], params)
+    engine.step()
+    assert [len(request.sequences[0].ids) for request in (first, second)] == [5, 4]
+    engine.step()
+    assert [len(request.sequences[0].ids) for request in (first, second)] == [5, 4]
+    engine.run()
+
+
 def test_updates_join_to_the_text(folder):
     """What a listener is told, piece by piece, is the completion; it ends once."""
     engine, told = engine_on(folder, {}), {}

@@ -66,6 +66,14 @@ def test_a_warm_up_has_not_too_many_programs(read, chunk, tokens, length, most):
     assert everything.issuperset(met)
 
 
+def test_beyond_eight_lanes_prompts_alone_come_in_what_is_halfway_too():
+    limits = Limits(groups=1, rows=64, pages=512, size=64, chunk=32, tokens=512)
+    buckets = Buckets(limits, "rows", pages=8)
+    for rows, sizes in ((0, (1, 2, 4, 8, 12, 16)), (1, (1, 2, 4, 8, 12, 15)), (4, (1, 2, 4, 8, 15))):
+        met = {shape.chunks for shape in buckets.all(stops=4, biases=0) if shape.rows == rows and shape.chunks}
+        assert met == {*sizes}
+
+
 def test_a_server_has_two_kinds_of_samplers():
     asked = [Features(), Features(random=True), Features(bias=True), Features(logprobs=3), Features(random=True, truncate=True)]
     assert [level(one) for one in asked] == [RANDOM, RANDOM, EVERYTHING, EVERYTHING, EVERYTHING]
