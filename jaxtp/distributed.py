@@ -82,6 +82,8 @@ def nodes(
         raise ValueError(
             f"by {where} there are {count} processes, but nothing tells where the first is: --master-addr or MASTER_ADDR"
         )
+    if not 0 < port < 2**16 - 1:  # the next one is JAX's coordinator's
+        raise ValueError(f"port {port} of process 0 (--master-port or MASTER_PORT) must be 1 to {2**16 - 2}")
     return Nodes(count, index, host, port)
 
 

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 def free_port() -> int:
     """A port of which the next one is free as well (the coordinator's), from below those that the system gives to whoever asks
-    for any: it stays free until it is used.
+    for any: hardly anybody takes it before it is used.
     """
     while True:
         port = random.randrange(10_000, 32_000, 2)

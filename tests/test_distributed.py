@@ -54,6 +54,7 @@ def test_flags_come_before_the_environment():
         ({"nnodes": 2, "node_rank": 2, "master_addr": "c"}, {}, "2 processes, of which this is number 2; it must be 0 to 1"),
         ({"nnodes": 2, "master_addr": "c"}, {}, "number None; it must be 0 to 1"),
         ({"node_rank": 1}, {}, "--node-rank and --master-addr need --nnodes"),
+        ({"nnodes": 2, "node_rank": 0, "master_addr": "c", "master_port": 65535}, {}, "port 65535 .* must be 1 to 65534"),
         ({"nnodes": 2, "node_rank": 0}, {}, "nothing tells where the first is: --master-addr or MASTER_ADDR"),
         ({}, {k: v for k, v in MPI.items() if "ADDR" not in k}, "by Open MPI .* MASTER_ADDR"),
     ],

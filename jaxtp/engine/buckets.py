@@ -14,7 +14,8 @@ from jaxtp.ops.pages import Read
 
 @dataclass(frozen=True)
 class Buckets:
-    """pages: of a row's table. read: see `ops.pages`. factor: from one number of lanes to the next, at least.
+    """pages: of a row's table. read: see `ops.pages`. factor: from one number of lanes to the next (2: and for prompts alone
+    what is halfway, beyond 8).
 
     host_loops: whether a loop is the host's: on GPUs XLA asks the device before each step whether there is another, and a call
     comes back with the last one. Single steps are then programs without a loop, which the host dispatches and leaves.
@@ -73,7 +74,8 @@ class Buckets:
 
     def _lanes(self, chunks: int, rows: int) -> int:
         """Those halfway are a program more each: they are for prompts that have a step to themselves, or nearly so."""
-        return lanes(chunks) if self.factor == 2 and rows <= 1 else self._up(chunks)
+        alone = rows <= 1 and self.limits.stages == 1
+        return lanes(chunks) if alone and self.factor == 2 else self._up(chunks)
 
     def _up(self, count: int) -> int:
         size = 1

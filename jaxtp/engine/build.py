@@ -67,7 +67,11 @@ def build(
         forms = " and ".join(f"{moe.form(n * ep)} for {n}" for n in (rows, limits.tokens))
         logger.info("experts multiply by %s tokens of a group", forms)
     buckets = Buckets(limits, read, width, host_loops=platform(model.layout.mesh) == "gpu")
-    return Engine(model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos)
+    return Engine(
+        model, programs, limits, buckets=buckets, max_model_len=max_model_len, tokenizer=tokenizer, eos=eos,
+        # on CPUs they take so long that whoever comes would wait for the step after the next
+        prompts_first=platform(model.layout.mesh) == "cpu" and model.stages == 1,
+    )  # fmt: skip
 
 
 def page_tokens(model: Llama, read: Read, longest: int, size: int = PAGE) -> int:

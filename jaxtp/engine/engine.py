@@ -37,8 +37,9 @@ STOP_STRING_STEPS = 8  # the host looks for stop strings this often
 class Engine:
     """Runs requests on one model. `submit` and `abort` may be called from any thread, `step` from one.
 
-    ahead: steps that are dispatched before the tokens of the first are read. patience: seconds that who comes may wait for
-    steps that were dispatched together (None: any number of them). asked: what the sampler must know.
+    ahead: steps that are dispatched before the tokens of the first are read. prompts_first: but a step with prompts is read
+    before another one is dispatched, so that who comes meanwhile goes along with that one. patience: seconds that who comes may
+    wait for steps that were dispatched together (None: any number of them). asked: what the sampler must know.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos: Seq[int] = (),
         ahead: int = 1,
+        prompts_first: bool = False,
         patience: float | None = None,
     ) -> None:
         self.model, self.programs, self.limits, self.buckets = model, programs, limits, buckets
-        self.max_model_len, self.eos, self.ahead, self.patience = max_model_len, tuple(eos), ahead, patience
+        self.max_model_len, self.eos, self.patience = max_model_len, tuple(eos), patience
+        self.ahead, self.prompts_first = ahead, prompts_first
         self.scheduler = Scheduler(limits)
         self.runner = Runner(model, programs, pages=limits.pages, size=limits.size, rows=limits.rows)
         self.cards = Cards(groups=limits.groups, rows=limits.rows, pages=buckets.pages, slab=limits.slab)
@@ -170,9 +173,8 @@ class Engine:
             self._land(self._flights.popleft())
         if plan is not None:
             self._dispatch(work, *plan, wanted, steps)
-        # who comes while a CPU is at prompts goes along with the next step, which is not dispatched before they are done
-        long = not self.buckets.host_loops and any(mine.chunks for mine in work)
-        while len(self._flights) > (self.ahead if active and not waits and not long else 0):
+        prompts = self.prompts_first and any(mine.chunks for mine in work)
+        while len(self._flights) > (self.ahead if active and not waits and not prompts else 0):
             self._land(self._flights.popleft())
             if not active:
                 break

@@ -40,7 +40,7 @@ def level(found: Features) -> Features:
 
 
 class Asked:
-    """What all requests that have not ended ask of the sampler.
+    """What all requests that have not ended ask of the sampler. The engine uses it with its lock held.
 
     levels: it comes in two levels, which can both be compiled before; else it is exactly what they ask, and never less than
     before until all rest.

@@ -20,7 +20,7 @@ Lane = tuple[int, int, Sequence, int]  # group, lane, sequence, epoch
 
 @dataclass(frozen=True)
 class Back:
-    """What a step of so many made: tokens[group][lane], up to the first that is negative."""
+    """What a call of so many steps made: tokens[group][lane], up to the first that is negative."""
 
     steps: int
     tokens: list[list[list[int]]]

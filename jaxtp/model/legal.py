@@ -38,8 +38,8 @@ def check_model(
         raise ValueError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     _check_kernels(config, mesh, dtype, kernel, expert_kernel)
     split = {"dp", "tp", *(name for dim in ("layers", "batch", "tokens", "cached") for name in names(rules.axis(dim)))}
-    # (in stages these are mapped over, and no rule speaks of them)
-    split |= ({"cp"} if context else set()) | ({"ep"} if sent and config.experts else set())
+    # in stages these are mapped over, and no rule speaks of them
+    split |= ({"cp"} if context else set()) | ({"ep"} if sent and config.experts and not rules.speak_of("ep") else set())
     unused = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1 and axis not in split]
     if unused:
         raise ValueError(

@@ -101,7 +101,7 @@ class Llama(nnx.Module):
         self.norm = Norm(config, layout=layout.at("norm"))
         self.head = None if config.tie_word_embeddings else layout.param("head", vocab=vocab, embed=config.hidden_size)
         self.config, self.layout, self.stacks, self.kv_cache_dtype = config, layout, stacks, kv_cache_dtype
-        self.context = context
+        self.context, self.dispatch = context, dispatch
         self.source: str | None = None  # the folder it was loaded from
         if config.schemes and config.schemes.method:  # of a checkpoint: so its weights are from the start
             for path, weight in variables(self):

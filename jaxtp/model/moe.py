@@ -55,9 +55,9 @@ class Moe(nnx.Module):
             self.shared = Mlp(config, layout=layout.at("shared"), width=experts.shared, reduce=reduce)
             self.shared_gate = layout.param("shared_gate", shared_gate=1, embed=D)
         self.experts, self.layout, self.region, self.kernel, self.reduce = experts, layout, region, expert_kernel, reduce
-        there, routed = (names(layout.rules.axis(dim, layout.path)) for dim in ("experts", "routed"))
-        sent = layout.mesh.shape["ep"] > 1 and ("ep" in routed or "ep" not in there)
-        assert dispatch or not sent, "rules that leave the batch on ep need a dispatch"
+        rules, mapped = layout.rules, layout.mesh.shape["ep"] > 1 and not layout.rules.speak_of("ep")
+        sent = mapped or "ep" in names(rules.axis("routed", layout.path))
+        assert dispatch or not sent, "where the batch stays on ep, by the rules or mapped over it, experts need a dispatch"
         self.dispatch = dispatch if sent else None
 
     def __call__(self, x: jax.Array, step: Step) -> tuple[jax.Array, Routing]:

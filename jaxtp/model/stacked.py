@@ -219,7 +219,7 @@ class Stacked:
         """A Llama with these parameters in `dtype` (copies). layout: what else `Llama` is to be told, such as its stages, in
         whose order the parameters then are.
         """
-        layout = {"rules": self.layout.rules, "context": self.model.context, **layout}
+        layout = {"rules": self.layout.rules, "context": self.model.context, "dispatch": self.model.dispatch, **layout}
         model = Llama(self.config, mesh=self.layout.mesh, dtype=jnp.dtype(dtype).name, **layout)
         each: dict[str, list[jax.Array]] = {}
         for path, weight in variables(model):

@@ -95,8 +95,8 @@ class Pipeline:
         """(gradients of tables, of stacks, sums, told): of what `parts.leave` gives, over all rows and microbatches of `batch`
         [M, B, T], divided by `over`; and what stages told, added up over microbatches and groups, [P, v, ...].
 
-        tables: what all ranks use, typed `reduced` over dp. stacks: of the blocks' weights, as `arrange` makes them, whole
-        over dp. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed over dp.
+        tables: what all ranks use, typed `reduced` over the groups. stacks: of the blocks' weights, as `arrange` makes them,
+        whole over these, but for experts. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed.
         """
         run = self._pass(self.schedule(_micros(batch)), parts, fixed, batch, over)
         whole, stacks = stacks, {path: self._cut(w) for path, w in stacks.items()}

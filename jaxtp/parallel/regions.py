@@ -34,7 +34,7 @@ def mapped(
 ) -> Any:
     """`sharding.on_each_device` inside a stage, mapped over that many axes (in training pp and groups): what is of each is each
     device's own as well. (Left to `jax.vmap` XLA would split it, which cuDNN's attention does not survive.) along: mesh axes
-    among these, with their sizes, along which `function` sends.
+    along which `function` sends, with their sizes; those of more than one device are among the axes that are mapped over.
 
     The backward pass begins with the forward one; what is kept is `args`. Gradients of what is `reduced` are shares of a sum.
     """

@@ -175,7 +175,8 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
     """Of an update, the gradients, and weights that are kept in shares: over dp, cp and ep, those of experts over dp and cp."""
     say, size = _Say(split, NAMES[dtype]), SIZES[dtype]
     held, M, rows, both = memory.params(config, split), split.microbatches, ("dp", "cp"), ("dp", "cp", "ep")
-    own = held.experts + (held.router if split.router_ranks > 1 else 0)
+    router = held.router if split.router_ranks > 1 else 0  # of which a device has the gradient of all tokens of ep
+    own = held.experts + router
     if split.zero == 0:
         say.reduce(both, 4 * (held.total - own * held.blocks), dtype="f32")
         say.reduce(rows, 4 * own * held.blocks, dtype="f32")
@@ -188,13 +189,13 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
     if split.zero == 3:
         layers = config.num_layers * M
         gathers = layers if split.remat == "none" else 2 * layers
-        for weights in (*kernels, vectors, held.router):
+        for weights in (*kernels, vectors, router):
             say("all-gather", both, size * weights, times=gathers)
         for weights in routed:
             say("all-gather", rows, size * weights, times=gathers)
         say("reduce-scatter", both, size * shared, times=layers)
         say("reduce-scatter", rows, size * held.experts, times=layers)
-        say.reduce(rows, size * held.router, times=layers)
+        say.reduce(rows, size * router, times=layers)
         for table in (held.embed, held.head, held.norm):
             say("all-gather", both, size * table, times=M)
             say("reduce-scatter", both, size * table, times=M)
@@ -205,12 +206,8 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
                 whole = weights * (held.blocks if axes == rows else 1)
                 say("all-gather", axes, size * whole)
                 say("reduce-scatter", axes, 4 * whole, dtype="f32", times=M if split.zero == 2 else 1)
-        router = 4 * held.router * held.blocks
-        say("all-gather", both, size * held.router * held.blocks)
-        if split.router_ranks > 1:
-            say.reduce(rows, router, dtype="f32")
-        else:
-            say("reduce-scatter", both, router, dtype="f32")
+        say("all-gather", both, size * router * held.blocks)
+        say.reduce(rows, 4 * router * held.blocks, dtype="f32")
     return say.program
 
 

@@ -316,6 +316,7 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     stages = split.stages(config)
     check_length(config, task)
     if isinstance(task, Training):
+        check_whole_rows(config, cp=split.cp, pp=split.pp)
         check_zero(config, zero=split.zero, shares=split.groups * split.cp, pp=split.pp)
     stages.alike(config.kinds)
 
@@ -346,6 +347,16 @@ def check_rows(batch: int, microbatches: int, *, dp: int, ep: int = 1) -> None:
         raise ValueError(
             f"{name}={dp * ep} does not divide the {rows} rows of a microbatch (batch of {batch}, microbatches: "
             f"{microbatches}); legal {name}: {legal}"
+        )
+
+
+def check_whole_rows(config: ModelConfig, *, cp: int, pp: int, capacity: float | None = None) -> None:
+    """Raises ValueError where experts are trained over cp with what looks at whole rows."""
+    if config.experts and cp > 1 and (pp > 1 or capacity is not None):
+        what = f"pp={pp}" if pp > 1 else f"routers.capacity={capacity}"
+        instead = "use ep or tp in the place of pp, or of cp" if pp > 1 else "leave the capacity out"
+        raise ValueError(
+            f"cp={cp} with experts and {what}: whole rows are looked at, of which each rank of cp has a part; {instead}"
         )
 
 

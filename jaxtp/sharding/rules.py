@@ -131,6 +131,11 @@ class Rules:
         whole = ("ep", *names(self.axis("expert_mlp")))
         return rules.using(experts=whole, expert_mlp=None) if chosen == "whole" else rules
 
+    def speak_of(self, axis: str) -> bool:
+        """Whether any dim lies on that axis of the mesh."""
+        tables = (self.axes, *(each for _, each in self.overrides))
+        return any(axis in names(found) for table in tables for _, found in table)
+
     def axis(self, dim: str, path: str = "") -> Axis:
         """The mesh axis of `dim` in the module at `path`."""
         return {**dict(self.axes), **dict(dict(self.overrides).get(path, ()))}[dim]

@@ -3,14 +3,15 @@
 What communicates can be read in the types. Weights ready for use are `reduced` over dp: their gradients are each group's own
 sums (`unreduced`), through all layers and microbatches, until one reshard brings them to the layout in which they are kept:
 an all-reduce where that is whole (ZeRO 0), a reduce-scatter where it is a share (1 to 3). Where experts lie on ep, which
-spreads rows as dp does, the same holds for dp and ep together, but not for experts and routers, which see the rows of all ep.
+spreads rows as dp does, the same holds for dp and ep together, but not for experts, nor for routers where they see the rows of
+all ep: not in a pipeline, and not where tokens are sent to the experts that they chose.
 
     at rest        ZeRO 0: whole on every dp group.  1, 2, 3: parameters and optimiser states in shares over dp.
     in the step    1: weights whole (gathered once), gradients whole (scattered once, at the end).
                    2: weights whole, gradients scattered after each microbatch.
                    3: weights gathered, and gradients scattered, layer by layer.
 
-With a pipeline the microbatches go through `parallel.pipeline`, which leaves gradients unsummed over dp in the same way.
+With a pipeline the microbatches go through `parallel.pipeline`, which leaves gradients unsummed in the same way.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import locally
 from jaxtp.parallel.ticks import Parts
-from jaxtp.planner.work import check_zero
+from jaxtp.planner.work import check_whole_rows, check_zero
 from jaxtp.sharding import Rules, joined, names, reshard, row_major, size, spec_of
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
@@ -72,12 +73,8 @@ class Trainer:
             object.__setattr__(self, "routers", replace(self.routers, balance=config.experts.balance))
         if self.pipeline:
             self.pipeline.stages.alike(config.kinds)
-        if config.experts and "cp" in layout.data and (self.pipeline or self.routers.capacity is not None):
-            what = "pp" if self.pipeline else f"routers.capacity={self.routers.capacity}"
-            raise ValueError(
-                f"cp with experts and {what}: whole rows are looked at, of which each rank of cp has a part; "
-                f"{'use ep or tp in the place of pp, or of cp' if self.pipeline else 'leave the capacity out'}"
-            )
+        sizes = layout.mesh.shape
+        check_whole_rows(config, cp=sizes["cp"], pp=sizes["pp"], capacity=self.routers.capacity)
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "

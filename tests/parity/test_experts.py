@@ -93,8 +93,10 @@ GREEDY = {
 }
 if "ALL_MESHES" in os.environ:
     # 6 experts; stages of which one has another pattern than the other
-    CANNOT = {"mixtral-odd": [{"ep": 4}], "qwen3-moe-dense-first": [{"pp": 2, "ep": 2}]}
-    GREEDY = {name: [mesh for mesh in (*MESHES, {"pp": 2, "ep": 2}) if mesh not in CANNOT.get(name, [])] for name in CASES}
+    STAGES = [{"pp": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "ep": 2}]
+    CANNOT = {"mixtral-odd": [{"ep": 4}], "qwen3-moe-dense-first": STAGES}
+    EVERY = [*MESHES, *STAGES]
+    GREEDY = {name: [mesh for mesh in EVERY if mesh not in CANNOT.get(name, [])] for name in CASES}
 NAMES = {"tp": "tensor_parallel_size", "ep": "expert_parallel_size", "dp": "data_parallel_size", "pp": "pipeline_parallel_size"}
 
 

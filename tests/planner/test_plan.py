@@ -155,6 +155,13 @@ def test_generation_agrees_with_llm(split, tmp_path_factory):
         assert str(error.value) == refused
 
 
+def test_experts_go_through_stages_over_ep_and_not_over_cp():
+    mixtral, task = jaxtp.preset("mixtral-8x7b"), Training(batch=16, seq_len=8192)
+    assert problem(mixtral, Split(pp=2, ep=2, tp=2, zero=1, microbatches=4), task) is None
+    refused = problem(mixtral, Split(pp=2, cp=2, tp=2, zero=1, microbatches=4), task)
+    assert refused.startswith("cp=2 with experts and pp=2: whole rows are looked at")
+
+
 TASK = Training(batch=8, seq_len=16, dtype="float32")
 SAMPLE = random.Random(0).sample([s for n in (8, 6) for s in splits(n, CONFIG, task=TASK)], 80)
 REFUSED = [s for s in SAMPLE if problem(CONFIG, s, TASK)]

@@ -11,7 +11,7 @@ import tiny
 from runs import SETTINGS, packed, rows, run
 from test_step import in_hf_form
 
-from jaxtp import Llama, make_mesh, parallel
+from jaxtp import LLM, Llama, SamplingParams, make_mesh, parallel
 from jaxtp.config import Experts
 from jaxtp.model.stacked import Stacked
 from jaxtp.ops.router import Routing, route
@@ -81,7 +81,10 @@ MESHES = [
     ({"dp": 2, "ep": 2}, {"zero": 0, "accumulate": 2}),
     ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "accumulate": 4}),
     ({"pp": 2, "ep": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "sequence_parallel": True}),
-    ({"dp": 2, "pp": 2, "ep": 2}, {"zero": 0, "accumulate": 2, "expert_dispatch": "ragged"}),
+    (
+        {"dp": 2, "pp": 2, "ep": 2},
+        {"zero": 0, "accumulate": 2, "expert_dispatch": "ragged", "schedule": "interleaved_1f1b", "chunks": 2},
+    ),
 ]
 STEPS = 20
 
@@ -115,7 +118,7 @@ def test_the_same_curve_on_every_mesh(mesh, options, monkeypatch):
 @pytest.mark.parametrize("lora", [None, Lora(rank=3, alpha=6.0)], ids=["whole", "adapters"])
 def test_stages_of_layers_with_experts_and_layers_without(lora):
     """Of a pattern that is the same on every stage, also where one has less of it."""
-    mesh, sizes = ({"dp": 2, "pp": 2}, (2, 2)) if lora else ({"pp": 2, "tp": 2}, (4, 2))
+    mesh, sizes = ({"dp": 2, "pp": 2}, (2, 2)) if lora else ({"pp": 2, "ep": 2, "tp": 2}, (4, 2))
     experts = dataclasses.replace(QWEN2["experts"], dense=tuple(range(0, sum(sizes), 2)))
     config = tiny.config(**{**QWEN2, "num_layers": sum(sizes), "experts": experts})
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-3, eps=1e-6)
@@ -166,6 +169,19 @@ def test_adapters_are_for_every_kernel_by_default():
     assert every_target(stacked) == ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
     config = parse({"folder": "run", "model": {"start": "base"}, "lora": {"rank": 2}})
     assert {path.rsplit(".", 2)[1] for path in trainer_of(config, stacked).specs} == {*every_target(stacked)}
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_what_is_sent_to_its_experts_in_training_is_so_in_generation(pp):
+    """A model in training writes the same text by either dispatch."""
+    config, texts = tiny.config(**QWEN3), []
+    for mesh, dispatch in (({}, "gather"), ({"pp": pp, "ep": 2}, "ragged")):
+        made = run(config, mesh=mesh, expert_dispatch=dispatch, routers=Routers(over="sequence"))
+        model = made.trainer.model(made.state, dtype=jnp.dtype("float32"), generating=made.trainer.stacked.layout.rules)
+        llm = LLM(model, max_model_len=32, progress=False)
+        texts.append(llm.generate([[3, 4, 5], [9]], SamplingParams(temperature=0, max_tokens=6)))
+    (one, two), (first, second) = ([each.outputs[0].token_ids for each in text] for text in texts)
+    assert (one, two) == (first, second)
 
 
 ADAPTED = [
