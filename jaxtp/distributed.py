@@ -158,9 +158,13 @@ class Peers:
 
     def fail(self, error: BaseException) -> None:
         """This process ends with an error: the others must not wait for it."""
-        # a collective fails when another process is lost, of which the watcher's message speaks, and ends this one
-        if isinstance(error.__cause__ or error, RuntimeError) and self._lost.wait(GRACE):
-            time.sleep(60)
+        # a collective fails when another process is lost, of which the watcher's message speaks, and ends this one. It is
+        # waited for in short turns: whatever keeps the interpreter meanwhile keeps the watcher from it as well
+        cause = error.__cause__ or error
+        if isinstance(cause, RuntimeError):
+            seconds = GRACE + (self._silence if re.search("gloo|nccl", str(cause), re.IGNORECASE) else 0.0)
+            if any(self._lost.wait(1.0) for _ in range(int(seconds))):
+                time.sleep(60)
         self._leaving = True
         self._tell({"end": "failed"})
         if self._nodes.index == 0:  # JAX's coordinator dies with this process, and the others would abort before they can speak
