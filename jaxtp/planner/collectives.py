@@ -129,9 +129,8 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         there, back = 2 if split.remat == "none" else 3, 2
         if split.pp > 1:  # in a stage's regions: there once more for each, and with tokens what they chose
             there, back = 4, 3
-            if split.expert_dispatch == "gather":
-                say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
-                say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
+            say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
+            say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
         say.to_experts(config, split, rows * length, stream, there=passes * there, back=passes * back)
         if split.router_ranks > 1:
             say.reduce(("ep", "tp"), choices * split.ep, dtype="f32", times=passes)

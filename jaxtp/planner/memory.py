@@ -199,18 +199,22 @@ def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -
     """What a layer's experts need at once, for the pairs that may be here: gate, up and their product, or one end beside it."""
     if not config.experts:
         return 0.0
-    mine, D = experts.share(config, split), config.hidden_size
-    pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
-    return size * pairs * max(2 * D, D + 2 * mine.width, 3 * mine.width)
+    D, width = config.hidden_size, experts.share(config, split).width
+    return size * pairs_here(config, split, tokens) * max(2 * D, D + 2 * width, 3 * width)
 
 
 def experts_back(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
     """What a layer's experts need on their way back, for the pairs that may be here: as XLA lays it out."""
     if not config.experts:
         return 0.0
-    mine, D = experts.share(config, split), config.hidden_size
-    pairs = tokens * split.ep * min(config.experts.per_token, mine.count)
-    return size * pairs * max(6 * D, D + 10 * mine.width)
+    D, width = config.hidden_size, experts.share(config, split).width
+    return size * pairs_here(config, split, tokens) * max(6 * D, D + 10 * width)
+
+
+def pairs_here(config: ModelConfig, split: Split, tokens: float) -> float:
+    """Of tokens and experts, the most that may be on a device, where each group of rows has so many tokens."""
+    assert config.experts
+    return tokens * split.ep * min(config.experts.per_token, experts.share(config, split).count)
 
 
 def products(config: ModelConfig, split: Split, tokens: float, *, router_ranks: int | None = None) -> float:

@@ -6,29 +6,14 @@ import queue
 import random
 import threading
 import time
-from dataclasses import dataclass
 
 from jaxtp.engine.outputs import CompletionOutput, Logprob
 from jaxtp.engine.params import SamplingParams
 from jaxtp.engine.request import QueueFull, Request, Update
+from jaxtp.engine.stats import Stats
 from jaxtp.text import Tokenizer, find_stop, held
 
 EOS, VOCABULARY, PAGE = 2, 128, 16
-
-
-@dataclass(frozen=True)
-class Stats:
-    running: int
-    waiting: int
-    pages: int
-    pages_used: int
-    page_size: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    steps: int
 
 
 def tokens_of(prompt: list[int], params: SamplingParams, index: int, seed: int, room: int) -> list[int]:
