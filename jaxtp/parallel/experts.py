@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxtp.mesh import platform
 from jaxtp.ops.experts import FEW_TOKENS, sorted_rows, unsorted_rows
+from jaxtp.parallel.regions import behind
 from jaxtp.sharding import varying_as
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -47,10 +49,12 @@ def exchange(
     # choices and weights travel together, as numbers; one more, so that what stays empty is nobody's
     numbers = (own.reshape(-1, k)[order] - NOBODY).astype(weights.dtype)
     told = jnp.concatenate([numbers, sorted_rows(weights, order, place, ranks)], axis=1)
-    rows, told = (_carried(a, table, come, left, True, axis, ragged) for a in (sorted_rows(x, order, place, ranks), told))
+    there = functools.partial(_carried, size=come, left=left, forth=True, axis=axis, ragged=ragged)
+    home = functools.partial(_carried, size=left, left=come, forth=False, axis=axis, ragged=ragged)
+    told, rows = _in_turn(there, home, (told, sorted_rows(x, order, place, ranks)), table, table)
     made = mix(rows, told[:, :k].astype(jnp.int32) + NOBODY, told[:, k:])
-    back = unsorted_rows(_carried(made, table, left, come, False, axis, ragged), order, place)
-    return back.reshape(N, ranks, -1).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+    (back,) = _in_turn(home, there, (made,), rows, table)
+    return unsorted_rows(back, order, place).reshape(N, ranks, -1).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
 def everywhere(
@@ -58,12 +62,47 @@ def everywhere(
 ) -> jax.Array:
     """The same, every token to every rank: an all-gather, and a reduce-scatter of what is made of them."""
     first = experts // jax.lax.axis_size(axis) * jax.lax.axis_index(axis)
-    rows, chosen, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, weights))
-    return jax.lax.psum_scatter(mix(rows, chosen - first, weights), axis, tiled=True)
+    chosen = jax.lax.all_gather(chosen, axis, tiled=True)
+
+    def show(a: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(a, axis, tiled=True)
+
+    def add(a: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(a, axis, tiled=True)
+
+    rows, weights = _in_turn(show, add, (x, weights), chosen)
+    return _in_turn(add, show, (mix(rows, chosen - first, weights),), weights)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _carried(rows: jax.Array, table: jax.Array, size: int, left: int, forth: bool, axis: str, ragged: bool) -> jax.Array:
+Send = Callable[..., jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_turn(
+    send: Send, back: Send, parts: tuple[jax.Array, ...], ready: jax.Array, *given: jax.Array
+) -> tuple[jax.Array, ...]:
+    """send(part, *given) of each, on CPUs one after another, the first after `ready` (see `regions.after`). Their gradients go
+    `back`, in turn as well, and never before what is sent this way.
+    """
+    sent = []
+    for part in parts:
+        sent.append(send(behind(part, ready), *given))
+        ready = sent[-1]
+    return tuple(sent)
+
+
+def _in_turn_forward(send: Send, back: Send, parts: tuple[jax.Array, ...], *others: jax.Array) -> tuple[Any, Any]:
+    return _in_turn(send, back, parts, *others), others
+
+
+def _in_turn_backward(send: Send, back: Send, others: Any, grads: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    return _in_turn(back, send, grads, *others), *(None for _ in others)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
+
+
+def _carried(rows: jax.Array, table: jax.Array, *, size: int, left: int, forth: bool, axis: str, ragged: bool) -> jax.Array:
     """`left` rows in the order of the ranks that they go to -> [size, ...], those that came in the order of where from, and 0.
     forth: as the table says; else the same rows on their way back.
     """
@@ -84,12 +123,3 @@ def _carried(rows: jax.Array, table: jax.Array, size: int, left: int, forth: boo
 
 def _before(table: jax.Array, dim: int) -> jax.Array:
     return jnp.cumsum(table, axis=dim) - table
-
-
-def _carried_backward(
-    size: int, left: int, forth: bool, axis: str, ragged: bool, table: jax.Array, grad: jax.Array
-) -> tuple[jax.Array, None]:
-    return _carried(grad, table, left, size, not forth, axis, ragged), None
-
-
-_carried.defvjp(lambda rows, table, *static: (_carried(rows, table, *static), table), _carried_backward)

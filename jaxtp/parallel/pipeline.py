@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtp.model.stacked import Spec
-from jaxtp.parallel.regions import groups, locally
+from jaxtp.parallel.regions import after, groups, locally
 from jaxtp.parallel.schedules import Name, Schedule
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Arrays, Parts, Pass
@@ -98,6 +98,7 @@ class Pipeline:
         tables: what all ranks use, typed `reduced` over the groups. stacks: of the blocks' weights, as `arrange` makes them,
         whole over these, but for experts. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed.
         """
+        batch = jax.tree.map(lambda a: after(a, over), batch)
         run = self._pass(self.schedule(_micros(batch)), parts, fixed, batch, over)
         whole, stacks = stacks, {path: self._cut(w) for path, w in stacks.items()}
         state = run.begin(tables, stacks)

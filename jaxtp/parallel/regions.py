@@ -42,6 +42,9 @@ def mapped(
     floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
 
     def back(leaves: tuple[jax.Array, ...], grads: Any) -> Any:
+        if along:  # what is sent once more waits its turn
+            leaves = tuple(behind(a, jax.tree.leaves(grads)[0]) for a in leaves)
+
         def of(*chosen: jax.Array) -> Any:
             some = iter(chosen)
             return function(*jax.tree.unflatten(tree, [next(some) if f else a for f, a in zip(floats, leaves, strict=True)]))
@@ -122,13 +125,16 @@ def after(x: jax.Array, other: jax.Array) -> jax.Array:
     """
     if platform(jax.typeof(x).sharding.mesh) != "cpu":
         return x
+    return locally(behind, x, other, out=spec_of(x))
 
-    def local(x, other):
-        one = other.ravel()[0]
-        bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
-        return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
 
-    return locally(local, x, other, out=spec_of(x))
+def behind(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`after`, of a device's own arrays in a region."""
+    if platform(jax.typeof(x).sharding.mesh) != "cpu":
+        return x
+    one = other.ravel()[0]
+    bits = one if one.dtype == jnp.int32 else jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits == NEVER, jnp.zeros((), x.dtype), x)
 
 
 def groups(mesh: Mesh | AbstractMesh) -> Axis:

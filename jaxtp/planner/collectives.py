@@ -129,8 +129,9 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         there, back = 2 if split.remat == "none" else 3, 2
         if split.pp > 1:  # in a stage's regions: there once more for each, and with tokens what they chose
             there, back = 4, 3
-            say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
-            say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
+            if split.expert_dispatch == "gather":
+                say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
+                say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
         say.to_experts(config, split, rows * length, stream, there=passes * there, back=passes * back)
         if split.router_ranks > 1:
             say.reduce(("ep", "tp"), choices * split.ep, dtype="f32", times=passes)
@@ -229,8 +230,11 @@ class _Say:
             self("all-gather", "ep", stream * split.ep, times=there)
             self("reduce-scatter", "ep", stream * split.ep, times=back)
         else:
-            sent = stream * experts.travels(config, split.ep) * split.ep / (split.ep - 1)
-            self("ragged-all-to-all", "ep", round(sent), times=there + back)
+            assert config.experts
+            part = experts.travels(config, split.ep) * split.ep / (split.ep - 1)
+            self("ragged-all-to-all", "ep", round(part * stream), times=there + back)
+            numbers = 4 * tokens * 2 * config.experts.per_token  # what each row chose, and by what it is weighed
+            self("ragged-all-to-all", "ep", round(part * numbers), dtype="f32", times=there)
 
     def reduce(self, axes: str | tuple[str, ...], size: int, **more: Any) -> None:
         self("all-reduce", axes, size, **more)

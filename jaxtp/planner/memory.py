@@ -204,11 +204,21 @@ def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -
 
 
 def experts_back(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
-    """What a layer's experts need on their way back, for the pairs that may be here: as XLA lays it out."""
+    """What a layer's experts need on their way back, for the pairs that may be here, beside what was kept: as XLA lays it out."""
     if not config.experts:
         return 0.0
     D, width = config.hidden_size, experts.share(config, split).width
-    return size * pairs_here(config, split, tokens) * max(6 * D, D + 10 * width)
+    return size * pairs_here(config, split, tokens) * max(6 * D, D + (5 if split.remat == "none" and split.pp == 1 else 10) * width)
+
+
+def experts_kept(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
+    """What a layer's experts keep for the backward pass where nothing is made again: of every pair its row and what gate and up
+    made of it, and in float32 what is weighed and the activation's parts.
+    """
+    if not config.experts:
+        return 0.0
+    D, width = config.hidden_size, experts.share(config, split).width
+    return (size + 4) * pairs_here(config, split, tokens) * (D + 2 * width)
 
 
 def pairs_here(config: ModelConfig, split: Split, tokens: float) -> float:
@@ -310,5 +320,5 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
     if config.experts and split.remat in ("none", "save-dots"):  # the router's logits; experts' own products are made again
         routed = tokens * split.router_ranks * config.experts.count * 4
         if split.remat == "none" and split.pp == 1:  # (a stage's regions keep what goes into them)
-            routed += mixed_experts(config, split, tokens, size)
+            routed += experts_kept(config, split, tokens, size)
     return size * kept[split.remat] + routed

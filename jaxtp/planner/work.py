@@ -317,7 +317,6 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     check_length(config, task)
     if isinstance(task, Training):
         check_whole_rows(config, cp=split.cp, pp=split.pp)
-        check_dispatch(pp=split.pp, ragged=split.expert_dispatch == "ragged")
         check_zero(config, zero=split.zero, shares=split.groups * split.cp, pp=split.pp)
     stages.alike(config.kinds)
 
@@ -358,15 +357,6 @@ def check_whole_rows(config: ModelConfig, *, cp: int, pp: int, capacity: float |
         instead = "use ep or tp in the place of pp, or of cp" if pp > 1 else "leave the capacity out"
         raise ValueError(
             f"cp={cp} with experts and {what}: whole rows are looked at, of which each rank of cp has a part; {instead}"
-        )
-
-
-def check_dispatch(*, pp: int, ragged: bool) -> None:
-    """Raises ValueError where the stages of a pipeline were to train with tokens sent to the experts that they chose."""
-    if pp > 1 and ragged:
-        raise ValueError(
-            f"expert_dispatch='ragged' with pp={pp}: in training a stage brings its tokens to experts by an all-gather; "
-            "leave it out, or use ep without pp"
         )
 
 

@@ -10,7 +10,7 @@ import jax
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
-from jaxtp.parallel.experts import everywhere
+from jaxtp.parallel.experts import everywhere, exchange
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Parts
@@ -42,7 +42,7 @@ def parts_of(
             dtype=layout.dtype.name,
             kernel=kernel,
             region=functools.partial(mapped, along=[(axis, sizes[axis]) for axis in ("cp", "ep")]),
-            dispatch=everywhere,
+            dispatch=exchange if "ep" in names(rules.axis("routed")) else everywhere,
             context=stacked.model.context,
         )
     )

@@ -34,7 +34,7 @@ from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
 from jaxtp.parallel.regions import locally
 from jaxtp.parallel.ticks import Parts
-from jaxtp.planner.work import check_dispatch, check_whole_rows, check_zero
+from jaxtp.planner.work import check_whole_rows, check_zero
 from jaxtp.sharding import Rules, joined, names, reshard, row_major, size, spec_of
 from jaxtp.train.copies import square, tie
 from jaxtp.train.lora import Adapters
@@ -75,7 +75,6 @@ class Trainer:
             self.pipeline.stages.alike(config.kinds)
         sizes = layout.mesh.shape
         check_whole_rows(config, cp=sizes["cp"], pp=sizes["pp"], capacity=self.routers.capacity)
-        check_dispatch(pp=sizes["pp"], ragged="ep" in names(layout.rules.axis("routed")))
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "
