@@ -204,11 +204,12 @@ def mixed_experts(config: ModelConfig, split: Split, tokens: float, size: int) -
 
 
 def experts_back(config: ModelConfig, split: Split, tokens: float, size: int) -> float:
-    """What a layer's experts need on their way back, for the pairs that may be here, beside what was kept: as XLA lays it out."""
+    """What a layer's experts need on their way back beside what was kept, of the pairs that may be here, as XLA lays it out."""
     if not config.experts:
         return 0.0
     D, width = config.hidden_size, experts.share(config, split).width
-    return size * pairs_here(config, split, tokens) * max(6 * D, D + (5 if split.remat == "none" and split.pp == 1 else 10) * width)
+    ends = 5 if split.remat == "none" and split.pp == 1 else 10  # half of them were kept
+    return size * pairs_here(config, split, tokens) * max(6 * D, D + ends * width)
 
 
 def experts_kept(config: ModelConfig, split: Split, tokens: float, size: int) -> float:

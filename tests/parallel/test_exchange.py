@@ -116,8 +116,8 @@ def test_on_gpus_rows_are_sent_by_three_ragged_all_to_alls():
 def test_in_the_stages_of_a_pipeline_as_often_as_the_plan_says():
     """The program has room for all rows to go everywhere; the plan counts those of a router that loads experts alike."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler for GPUs is not installed")
-    split, config = Split(pp=2, ep=2, microbatches=2, expert_dispatch="ragged"), shallow(preset("qwen3-30b-a3b"), 2)
-    lines = check(Plan("qwen3-30b-a3b", config, cluster("8xH200"), split, Training(4, 1024))).lines
+    split, config = Split(pp=2, ep=2, microbatches=4, expert_dispatch="ragged"), shallow(preset("mixtral-8x7b"), 4)
+    lines = check(Plan("mixtral-8x7b", config, cluster("8xH200"), split, Training(8, 1024))).lines
     found = [line for line in lines if line.what.startswith("ragged-all-to-all over ep")]
     assert len(found) == 2
     for line in found:
