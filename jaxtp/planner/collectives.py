@@ -158,16 +158,17 @@ def of_tokens(config: ModelConfig, split: Split, tokens: int, *, dtype: str, tim
         return say.program
     kv, strategy = memory.kv_heads(config, split.tp), split.strategy(config)
     group, key, again = config.num_heads // split.tp // kv, tokens * kv * config.head_dim, int(split.remat == "full")
+    staged = int(split.pp > 1)  # a stage's regions begin with what went into them
     if strategy == "gathered":  # once more to go backward, where gradients are scattered
-        say("all-gather", "cp", 2 * key * split.cp * size, times=times * 2)
+        say("all-gather", "cp", 2 * key * split.cp * size, times=times * (2 + staged))
         say("reduce-scatter", "cp", 2 * key * split.cp * size, times=times)
     elif strategy == "ring":
-        say("collective-permute", "cp", 2 * key * size, times=times * (2 + again) * (split.cp - 1))
+        say("collective-permute", "cp", 2 * key * size, times=times * (2 + max(again, staged)) * (split.cp - 1))
         say("collective-permute", "cp", 2 * key * 4, dtype="f32", times=times * split.cp)
     else:
-        again = int(split.remat != "none")  # what is kept is kept before it comes back
-        say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 + again))
-        say("all-to-all", "cp", group * key * size, times=times * (2 + again))
+        there, back = (2, again + 1) if staged else 2 * [int(split.remat != "none")]  # kept before it comes back
+        say("all-to-all", "cp", (group + 2) * key * size, times=times * (2 + there))
+        say("all-to-all", "cp", group * key * size, times=times * (2 + back))
     return say.program
 
 

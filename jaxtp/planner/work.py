@@ -316,7 +316,6 @@ def check(config: ModelConfig, split: Split, task: Task, *, per_node: int | None
     stages = split.stages(config)
     check_length(config, task)
     if isinstance(task, Training):
-        check_whole_rows(config, cp=split.cp, pp=split.pp)
         check_zero(config, zero=split.zero, shares=split.groups * split.cp, pp=split.pp)
     stages.alike(config.kinds)
 
@@ -350,13 +349,12 @@ def check_rows(batch: int, microbatches: int, *, dp: int, ep: int = 1) -> None:
         )
 
 
-def check_whole_rows(config: ModelConfig, *, cp: int, pp: int, capacity: float | None = None) -> None:
-    """Raises ValueError where experts are trained over cp with what looks at whole rows."""
-    if config.experts and cp > 1 and (pp > 1 or capacity is not None):
-        what = f"pp={pp}" if pp > 1 else f"routers.capacity={capacity}"
-        instead = "use ep or tp in the place of pp, or of cp" if pp > 1 else "leave the capacity out"
+def check_whole_rows(config: ModelConfig, *, cp: int, capacity: float | None) -> None:
+    """Raises ValueError where experts are trained over cp with a capacity."""
+    if config.experts and cp > 1 and capacity is not None:
         raise ValueError(
-            f"cp={cp} with experts and {what}: whole rows are looked at, of which each rank of cp has a part; {instead}"
+            f"cp={cp} with routers.capacity={capacity}: whole rows are looked at, of which each rank of cp has a part; leave "
+            "the capacity out"
         )
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
+from jaxtp.ops.router import Routing
 from jaxtp.parallel.experts import everywhere, exchange
 from jaxtp.parallel.regions import mapped
 from jaxtp.parallel.stages import Stages
@@ -33,6 +35,7 @@ def parts_of(
     def within(dim: str) -> Axis:
         return joined(*(axis for axis in names(rules.axis(dim)) if axis not in layout.data))
 
+    region = functools.partial(mapped, along=[(axis, sizes[axis]) for axis in ("cp", "ep")])
     inner = Stacked(
         Llama(
             stacked.config,
@@ -41,7 +44,7 @@ def parts_of(
             rules=rules.using(batch=None, routed=None, tokens=None, sequence=within("sequence"), experts=within("experts")),
             dtype=layout.dtype.name,
             kernel=kernel,
-            region=functools.partial(mapped, along=[(axis, sizes[axis]) for axis in ("cp", "ep")]),
+            region=region,
             dispatch=exchange if "ep" in names(rules.axis("routed")) else everywhere,
             context=stacked.model.context,
         )
@@ -49,10 +52,11 @@ def parts_of(
     kinds = stages.alike(stacked.config.kinds)
 
     def stage(weights: Params, filled: jax.Array, x: jax.Array, needed: Any) -> tuple[jax.Array, Any]:
+        positions, rows, counted = needed
         x, routing = inner.blocks(
             weights,
             x,
-            replace(inner.model.step(*needed), capacity=routers.capacity),
+            replace(inner.model.step(positions, rows), counted=counted, capacity=routers.capacity),
             kinds=kinds,
             filled=None if stages.even else filled,
             remat=remat,
@@ -60,8 +64,15 @@ def parts_of(
         )
         if routing is None:
             return x, None
-        told = load(routing, routers, share=len(routing.tokens) / sum(stacked.config.sparse))
-        return x, (told.cost(routers), told)
+        of_rows = over_parts(routing) if sizes["cp"] > 1 else routing
+        told = load(of_rows, routers, share=len(routing.tokens) / sum(stacked.config.sparse))
+        return x, (told.cost(routers), replace(told, counts=routing.counts.sum(axis=1)))
+
+    def over_parts(routing: Routing) -> Routing:
+        summed = {
+            name: getattr(routing, name) for name in ("counts", "probabilities", "z", "entropy", "tokens")
+        }  # none dropped
+        return replace(routing, **region(lambda own: jax.lax.psum(own, "cp"), (summed,), lambda sums: sums))
 
     def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
         x = stacked.whole(tables).norm(x)
@@ -71,10 +82,17 @@ def parts_of(
         enter=lambda tables, micro: stacked.whole(tables).embedded(micro.tokens),
         stage=stage,
         leave=leave,
-        needed=lambda batch: (batch.positions, _whole_rows(batch.segment_ids, layout)),
+        needed=lambda batch: (batch.positions, _whole_rows(batch.segment_ids, layout), _counted(batch)),
     )
 
 
 def _whole_rows(segment_ids: jax.Array | None, layout: Layout) -> jax.Array | None:
     """[M, B, T], every group with all tokens of its rows."""
     return None if segment_ids is None else layout.place(segment_ids, None, "batch", None)
+
+
+def _counted(batch: Batch) -> jax.Array:
+    """[M, B, T] float32: which tokens are none that fill a row up."""
+    if batch.segment_ids is None:
+        return jnp.ones_like(batch.positions, jnp.float32)
+    return (batch.segment_ids != 0).astype(jnp.float32)

@@ -74,7 +74,7 @@ class Trainer:
         if self.pipeline:
             self.pipeline.stages.alike(config.kinds)
         sizes = layout.mesh.shape
-        check_whole_rows(config, cp=sizes["cp"], pp=sizes["pp"], capacity=self.routers.capacity)
+        check_whole_rows(config, cp=sizes["cp"], capacity=self.routers.capacity)
         if config.experts and self.pipeline and self.routers.over != "sequence":
             raise ValueError(
                 f"routers.over={self.routers.over!r} is over all layers at once, which stand in the stages of a pipeline; with "
@@ -102,9 +102,11 @@ class Trainer:
         return self.pipeline.specs(specs) if self.pipeline else specs
 
     def _share(self, spec: Spec) -> PartitionSpec:
-        """The layout over the data's axes as well: ZeRO is the rule embed -> dp, cp, and ep where experts do not lie on it."""
-        own = {name for axis in spec.spec for name in names(axis)}
-        over = joined(*(axis for axis in self.stacked.layout.data if axis not in own))
+        """The layout over the data's axes as well: ZeRO is the rule embed -> dp, cp, and ep where experts do not lie on it (in
+        the mesh's order: in another one XLA sums everything everywhere, and cuts it then).
+        """
+        layout, own = self.stacked.layout, {name for axis in spec.spec for name in names(axis)}
+        over = joined(*(axis for axis in layout.mesh.axis_names if axis in layout.data and axis not in own))
         return PartitionSpec(*(over if dim == "embed" else axis for dim, axis in zip(spec.dims, spec.spec, strict=True)))
 
     def abstract_state(self) -> State:
@@ -263,7 +265,7 @@ class Trainer:
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
             if told is not None:
-                parts = batch.tokens.shape[0] * self.stacked.layout.parts("batch")
+                parts = batch.tokens.shape[0] * size(self.stacked.layout.mesh, self.stacked.layout.data)
                 told = of_stages(told[1], self.pipeline.stages, self.stacked.config, parts=parts)
             total = total if told is None else total + told.cost(self.routers)
             return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats, told)

@@ -18,6 +18,7 @@ PAIRS = [(model, split, TASK) for model in ("mixtral-8x7b", "qwen3-30b-a3b") for
     ("mixtral-8x7b", Split(ep=4, tp=2, zero=1, remat="save-dots"), UPDATE),
     ("qwen3-30b-a3b", Split(dp=2, ep=2, tp=2, zero=3, remat="save-dots"), UPDATE),
     ("mixtral-8x7b", Split(pp=2, ep=2, tp=2, zero=1, microbatches=4), UPDATE),
+    ("mixtral-8x7b", Split(pp=2, cp=2, ep=2, zero=1, microbatches=4), UPDATE),
     ("qwen3-30b-a3b", Split(ep=8, zero=1), UPDATE),  # nothing is made again
 ]
 

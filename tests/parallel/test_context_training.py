@@ -95,7 +95,5 @@ def test_twenty_steps_are_the_same():
 
 
 def test_what_needs_whole_rows_is_refused():
-    with pytest.raises(ValueError, match=r"cp=2 with experts and pp=2: .*use ep or tp in the place of pp"):
-        run(tiny.config(**MIXTRAL), mesh={"pp": 2, "cp": 2}, routers=Routers(over="sequence"))
-    with pytest.raises(ValueError, match=r"cp=2 with experts and routers.capacity=1.5: .*leave the capacity out"):
+    with pytest.raises(ValueError, match=r"cp=2 with routers.capacity=1.5: whole rows .*leave the capacity out"):
         run(tiny.config(**MIXTRAL), mesh={"cp": 2}, routers=Routers(capacity=1.5))

@@ -82,8 +82,8 @@ MESHES = [
     ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "accumulate": 4}),
     ({"pp": 2, "ep": 2, "tp": 2}, {"zero": 1, "accumulate": 2, "sequence_parallel": True}),
     (
-        {"dp": 2, "pp": 2, "ep": 2},
-        {"zero": 0, "accumulate": 2, "expert_dispatch": "ragged", "schedule": "interleaved_1f1b", "chunks": 2},
+        {"pp": 2, "cp": 2, "ep": 2},
+        {"zero": 1, "accumulate": 2, "expert_dispatch": "ragged", "schedule": "interleaved_1f1b", "chunks": 2},
     ),
 ]
 STEPS = 20
