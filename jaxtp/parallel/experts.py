@@ -51,9 +51,9 @@ def exchange(
     told = jnp.concatenate([numbers, sorted_rows(weights, order, place, ranks)], axis=1)
     there = functools.partial(_carried, size=come, left=left, forth=True, axis=axis, ragged=ragged)
     home = functools.partial(_carried, size=left, left=come, forth=False, axis=axis, ragged=ragged)
-    told, rows = _in_turn(there, home, (told, sorted_rows(x, order, place, ranks)), table, table)
+    rows, told = _in_turn(there, home, (sorted_rows(x, order, place, ranks), told), table, table)
     made = mix(rows, told[:, :k].astype(jnp.int32) + NOBODY, told[:, k:])
-    (back,) = _in_turn(home, there, (made,), rows, table)
+    (back,) = _in_turn(home, there, (made,), told, table)
     return unsorted_rows(back, order, place).reshape(N, ranks, -1).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
@@ -81,8 +81,8 @@ Send = Callable[..., jax.Array]
 def _in_turn(
     send: Send, back: Send, parts: tuple[jax.Array, ...], ready: jax.Array, *given: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """send(part, *given) of each, on CPUs one after another, the first after `ready` (see `regions.after`). Their gradients go
-    `back`, in turn as well, and never before what is sent this way.
+    """send(part, *given) of each; their gradients go `back`. On CPUs one after another, either way the first after `ready`: see
+    `regions.after`.
     """
     sent = []
     for part in parts:

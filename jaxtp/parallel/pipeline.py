@@ -2,7 +2,7 @@
 
 A rank's part of every array is an element of a dim that is sharded over pp, and the stage is mapped over that dim: one
 program, in which each rank computes another stage, and the products inside a stage are sharded over tp by the model's own
-rules. Data parallelism is a second such dim, and ep or the parts of rows over cp with it, so that each group's gradients stay
+rules. Data parallelism is a second such dim, and ep and the parts of rows over cp with it, so that each group's gradients stay
 its own until the end of the step. The model knows nothing of this. `ticks` holds what is done at each tick, `orders` the
 schedule as a program reads it.
 
@@ -98,7 +98,7 @@ class Pipeline:
         tables: what all ranks use, typed `reduced` over the groups. stacks: of the blocks' weights, as `arrange` makes them,
         whole over these, but for experts. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed.
         """
-        batch = jax.tree.map(lambda a: after(a, over), batch)
+        batch = functools.reduce(after, (over, *tables.values()), batch)  # no loop begins before these are there
         run = self._pass(self.schedule(_micros(batch)), parts, fixed, batch, over)
         whole, stacks = stacks, {path: self._cut(w) for path, w in stacks.items()}
         state = run.begin(tables, stacks)

@@ -1,7 +1,7 @@
 """Regions: what each device does by itself, or sends along pp by hand, inside programs that are sharded by types.
 
-d groups, which are those of dp and in each those of ep, or the parts of its rows over cp; P ranks; B rows, T tokens, b and t of
-each group, D embed.
+d groups, which are those of dp and in each those of ep, and the parts of its rows over cp; P ranks; B rows, T tokens, b and t
+of each group, D embed.
 """
 
 from __future__ import annotations
@@ -117,15 +117,15 @@ def locally(function: Callable[..., Any], *args: Any, out: Any) -> Any:
     return jax.shard_map(function, mesh=mesh, in_specs=specs_of(args), out_specs=out, check_vma=False)(*args)
 
 
-def after(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x; on CPUs only once `other` is there.
+def after(x: Any, other: jax.Array) -> Any:
+    """Arrays; on CPUs only once `other` is there.
 
     XLA:CPU begins collectives that do not depend on one another in an order that may differ from device to device, and each
     blocks its thread: devices would wait for each other forever. A comparison that never holds makes x depend on the other.
     """
-    if platform(jax.typeof(x).sharding.mesh) != "cpu":
+    if platform(jax.typeof(other).sharding.mesh) != "cpu":
         return x
-    return locally(behind, x, other, out=spec_of(x))
+    return jax.tree.map(lambda a: locally(behind, a, other, out=spec_of(a)), x)
 
 
 def behind(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ b and t of each group, D embed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,9 @@ class Pass:
         batch: Any,
         over: jax.Array | float,
     ) -> None:
-        self.parts, self.stages, self.schedule, self.batch, self.over = parts, stages, schedule, batch, over
+        self.parts, self.stages, self.schedule, self.over = parts, stages, schedule, over
+        self.beside = parts.needed(batch)
+        self.batch = functools.reduce(after, jax.tree.leaves(self.beside), batch)
         self.tables, self.stacks = fixed
         self.mesh = jax.typeof(jax.tree.leaves(batch)[0]).sharding.mesh
         self.orders = Orders.of(schedule, self.mesh)
@@ -113,7 +116,7 @@ class Pass:
         )
 
     def _told(self, stacks: Arrays, x: jax.Array) -> Any:
-        order, beside = jax.tree.map(lambda a: a[0], self.orders.backward), self.parts.needed(self.batch)
+        order, beside = jax.tree.map(lambda a: a[0], self.orders.backward), self.beside
         micro = locally(lambda order, beside: _picked(beside, order), order, beside, out=jax.tree.map(_apart, beside))
         return self._stage(self._chunk(stacks, order), x, order, micro)[1]
 
@@ -126,7 +129,7 @@ class Pass:
         return state, None
 
     def _forward(self, state: State, orders: Orders, tables: Arrays, stacks: Arrays) -> State:
-        entering, beside = self._enter(tables, after(orders.enters, state.back)), self.parts.needed(self.batch)
+        entering, beside = self._enter(tables, after(orders.enters, state.back)), self.beside
         keep = self.schedule.name != "forward"
 
         def take(order, entering, forth, kept, beside):
@@ -147,7 +150,7 @@ class Pass:
         return replace(state, sums=jax.tree.map(jnp.add, state.sums, sums))
 
     def _backward(self, state: State, orders: Orders, tables: Arrays, stacks: Arrays) -> State:
-        order, beside, ranks, chunks = orders.backward, self.parts.needed(self.batch), self.stages.ranks, self.stages.chunks
+        order, beside, ranks, chunks = orders.backward, self.beside, self.stages.ranks, self.stages.chunks
 
         def recall(order, kept, beside):
             return kept[0, 0, order.slot[0]][None, None], _picked(beside, order)
@@ -157,9 +160,12 @@ class Pass:
         x = after(x, state.forth)
         (y, told), pull = jax.vjp(lambda w, x: self._stage(w, x, order, micro), self._chunk(stacks, order), x)
 
-        sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, of_rank(y, ranks - 1))
+        left = of_rank(y if told is None else after(y, told[0]), ranks - 1)
+        sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, left)
         loss, *others = sums
         to_tables, to_y = learn((jnp.ones_like(loss) / self.over, *(jnp.zeros_like(other) for other in others)))
+        for each in sums:
+            to_y = after(to_y, each)
 
         def turn(order, to_y, back):
             last = (jax.lax.axis_index("pp") == ranks - 1) & (order.chunk[0] == chunks - 1)

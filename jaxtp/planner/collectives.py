@@ -129,9 +129,11 @@ def train(config: ModelConfig, split: Split, *, batch: int, seq_len: int, dtype:
         there, back = 2 if split.remat == "none" else 3, 2
         if split.pp > 1:  # in a stage's regions: there once more for each, and with tokens what they chose
             there, back = 4, 3
-            if split.expert_dispatch == "gather":
+            if to_all(split, rows * length):
                 say("all-gather", "ep", 2 * choices * split.ep, dtype="f32+s32", times=passes * 3)
                 say("reduce-scatter", "ep", choices * split.ep, dtype="f32", times=passes)
+            # the tokens of each expert, of whole rows
+            say.reduce("cp", 4 * rows * layers * config.experts.count, dtype="f32", times=turns)
         say.to_experts(config, split, rows * length, stream, there=passes * there, back=passes * back)
         if split.router_ranks > 1:
             say.reduce(("ep", "tp"), choices * split.ep, dtype="f32", times=passes)
@@ -163,7 +165,8 @@ def of_tokens(config: ModelConfig, split: Split, tokens: int, *, dtype: str, tim
         say("all-gather", "cp", 2 * key * split.cp * size, times=times * (2 + staged))
         say("reduce-scatter", "cp", 2 * key * split.cp * size, times=times)
     elif strategy == "ring":
-        say("collective-permute", "cp", 2 * key * size, times=times * (2 + max(again, staged)) * (split.cp - 1))
+        more = 2 * staged or again  # the first hop of which is there already
+        say("collective-permute", "cp", 2 * key * size, times=times * ((2 + more) * (split.cp - 1) - bool(more)))
         say("collective-permute", "cp", 2 * key * 4, dtype="f32", times=times * split.cp)
     else:
         there, back = (2, again + 1) if staged else 2 * [int(split.remat != "none")]  # kept before it comes back
@@ -212,6 +215,11 @@ def over_data(config: ModelConfig, split: Split, *, dtype: str) -> Program:
     return say.program
 
 
+def to_all(split: Split, tokens: float) -> bool:
+    """Whether that many tokens of each group go to all ranks of ep: a step of few is gathered however others come."""
+    return split.expert_dispatch == "gather" or tokens * split.ep <= FEW_TOKENS
+
+
 class _Say:
     """Collects collectives; what would join a single device is none."""
 
@@ -226,8 +234,8 @@ class _Say:
             self.program[Collective(kind, over, dtype or self._dtype, size, joined)] += times
 
     def to_experts(self, config: ModelConfig, split: Split, tokens: float, stream: int, *, there: int, back: int) -> None:
-        """Of each group's tokens, of which a step of few is gathered however others come."""
-        if split.expert_dispatch == "gather" or tokens * split.ep <= FEW_TOKENS:
+        """Of each group's tokens, to experts and back."""
+        if to_all(split, tokens):
             self("all-gather", "ep", stream * split.ep, times=there)
             self("reduce-scatter", "ep", stream * split.ep, times=back)
         else:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from jaxtp.model import Llama
 from jaxtp.model.stacked import Params, Stacked
-from jaxtp.ops.router import Routing
 from jaxtp.parallel.experts import everywhere, exchange
-from jaxtp.parallel.regions import mapped
+from jaxtp.parallel.regions import behind, mapped
 from jaxtp.parallel.stages import Stages
 from jaxtp.parallel.ticks import Parts
 from jaxtp.sharding import Axis, Layout, joined, names
@@ -64,15 +63,14 @@ def parts_of(
         )
         if routing is None:
             return x, None
-        of_rows = over_parts(routing) if sizes["cp"] > 1 else routing
-        told = load(of_rows, routers, share=len(routing.tokens) / sum(stacked.config.sparse))
-        return x, (told.cost(routers), replace(told, counts=routing.counts.sum(axis=1)))
-
-    def over_parts(routing: Routing) -> Routing:
-        summed = {
-            name: getattr(routing, name) for name in ("counts", "probabilities", "z", "entropy", "tokens")
-        }  # none dropped
-        return replace(routing, **region(lambda own: jax.lax.psum(own, "cp"), (summed,), lambda sums: sums))
+        cp, own, experts = sizes["cp"], routing.counts, stacked.config.experts
+        if cp > 1:  # a group has a part of each row, and its losses are parts of those of whole rows
+            assert experts
+            args = jax.lax.stop_gradient((own, x))
+            counts = region(lambda own, y: jax.lax.psum(behind(own, y), "cp"), args, lambda own, _: own)
+            routing = replace(routing, counts=counts, tokens=counts.sum(axis=-1) / experts.per_token)
+        told = load(routing, routers, share=len(routing.tokens) / sum(stacked.config.sparse))
+        return x, (cp * told.cost(routers), replace(told, counts=own.sum(axis=1)))
 
     def leave(tables: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
         x = stacked.whole(tables).norm(x)

@@ -32,7 +32,7 @@ from jaxtp.model.stacked import BLOCK, Params, Spec, Stacked
 from jaxtp.ops.router import Routing
 from jaxtp.parallel.circulate import staged as in_stages
 from jaxtp.parallel.pipeline import Pipeline
-from jaxtp.parallel.regions import locally
+from jaxtp.parallel.regions import after, locally
 from jaxtp.parallel.ticks import Parts
 from jaxtp.planner.work import check_whole_rows, check_zero
 from jaxtp.sharding import Rules, joined, names, reshard, row_major, size, spec_of
@@ -214,14 +214,14 @@ class Trainer:
 
     def evaluate(self, params: Params, batch: Batch, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """(nats, tokens): the sums over a batch [A, B, T] of -log p(label) and of the weights, in float32."""
-        weights = {**(frozen or {}), **params}
+        weights, counted = {**(frozen or {}), **params}, batch.weights.sum()
         with xla_flags.exact(self.stacked.layout.mesh, self.stacked.layout.dtype):
             if self.pipeline:
-                _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), batch)
-                return nats, batch.weights.sum()
+                _, nats = self.pipeline.sums(self._parts, *_split(self._ready(weights)), after(batch, counted))
+                return nats, counted
             ready = weights if self.zero == 3 else self._ready(weights)
             nats = jax.lax.map(lambda micro: self._loss(ready, micro).nats, batch)
-            return nats.sum(), batch.weights.sum()
+            return nats.sum(), counted
 
     def model(self, state: State, frozen: Params | None = None, *, dtype: jnp.dtype, generating: Rules | None = None) -> Llama:
         """The model as trained so far (a copy), adapters merged.
@@ -265,7 +265,7 @@ class Trainer:
                 self._parts, *_split(weights), fixed=_split(self._ready(frozen)), batch=batch, over=counted
             )
             if told is not None:
-                parts = batch.tokens.shape[0] * size(self.stacked.layout.mesh, self.stacked.layout.data)
+                parts = batch.tokens.shape[0] * self.stacked.layout.parts("batch")
                 told = of_stages(told[1], self.pipeline.stages, self.stacked.config, parts=parts)
             total = total if told is None else total + told.cost(self.routers)
             return tie(self._settle({**tables, **stacks}), self.specs, copies), (total, nats, told)

@@ -8,10 +8,11 @@ import re
 import pytest
 from steps import shallow
 
-from jaxtp import preset
+from jaxtp import Plan, preset
 from jaxtp.audit import audit, compile_decode, compile_step, gpu_mesh
+from jaxtp.audit.check import check
 from jaxtp.audit.targets import abstract_llama, abstract_trainer
-from jaxtp.planner import Generation, Split, Training, memory
+from jaxtp.planner import Generation, Split, Training, cluster, memory
 from jaxtp.planner.programs import programs
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler's plugin is not installed: .[gpu-compiler]")
@@ -92,3 +93,11 @@ def test_a_step_of_decoding_with_128k_tokens_cached(axes, read):
     assert report.copies(MIB) == []
     # without cuDNN the scores of the slots that are here
     assert report.temp_bytes < 2 * MIB if read == "cudnn" else 0.02 * whole
+
+
+def test_what_a_ring_sends_in_stages():
+    """Keys and values go around in each tick's forward pass, and again in its backward pass, but for one hop."""
+    split = Split(pp=2, cp=4, zero=1, microbatches=4, context_strategy="ring")
+    lines = check(Plan("llama-3.1-8b", shallow(CONFIG, 4), cluster("8xH200"), split, Training(4, 8192))).lines
+    hops = [line for line in lines if line.what.startswith("collective-permute over cp")]  # XLA may join those of two dtypes
+    assert sum(line.compiled for line in hops) == pytest.approx(sum(line.predicted for line in hops), rel=1e-3)
