@@ -318,7 +318,7 @@ def kept_a_layer(config: ModelConfig, split: Split, *, tokens: float, size: int)
         "full": stream,
     }
     routed = 0.0
-    if config.experts and split.remat in ("none", "save-dots"):  # the router's logits; "save-dots" makes experts' own products again
+    if config.experts and split.remat in ("none", "save-dots"):  # the router's logits; experts' products with "none"
         routed = tokens * split.router_ranks * config.experts.count * 4
         if split.remat == "none" and split.pp == 1:  # (a stage's regions keep what goes into them)
             routed += experts_kept(config, split, tokens, size)
