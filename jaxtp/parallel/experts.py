@@ -22,6 +22,7 @@ from jaxtp.parallel.regions import behind
 from jaxtp.sharding import varying_as
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Send = Callable[..., jax.Array]
 NOBODY = -1  # in place of an expert
 
 
@@ -72,9 +73,6 @@ def everywhere(
 
     rows, weights = _in_turn(show, add, (x, weights), chosen)
     return _in_turn(add, show, (mix(rows, chosen - first, weights),), weights)[0]
-
-
-Send = Callable[..., jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

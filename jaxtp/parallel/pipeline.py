@@ -98,7 +98,7 @@ class Pipeline:
         tables: what all ranks use, typed `reduced` over the groups. stacks: of the blocks' weights, as `arrange` makes them,
         whole over these, but for experts. fixed: (tables, stacks) that get none. Gradients are float32, and not yet summed.
         """
-        batch = functools.reduce(after, (over, *tables.values()), batch)  # no loop begins before these are there
+        batch = functools.reduce(after, (over, *tables.values()), batch)
         run = self._pass(self.schedule(_micros(batch)), parts, fixed, batch, over)
         whole, stacks = stacks, {path: self._cut(w) for path, w in stacks.items()}
         state = run.begin(tables, stacks)
@@ -122,6 +122,7 @@ class Pipeline:
         self, schedule: Schedule, parts: Parts, fixed: tuple[Arrays, Arrays], batch: Any, over: jax.Array | float = 1.0
     ) -> Pass:
         tables, stacks = fixed
+        batch = functools.reduce(after, tables.values(), batch)  # no loop begins before what it may not wait for is there
         return Pass(parts, self.stages, schedule, (tables, {path: self._cut(w) for path, w in stacks.items()}), batch, over)
 
 

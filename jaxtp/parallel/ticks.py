@@ -164,8 +164,7 @@ class Pass:
         sums, learn = jax.vjp(lambda tables, y: self._leave(tables, y, orders.turns), tables, left)
         loss, *others = sums
         to_tables, to_y = learn((jnp.ones_like(loss) / self.over, *(jnp.zeros_like(other) for other in others)))
-        for each in sums:
-            to_y = after(to_y, each)
+        to_y = functools.reduce(after, sums, to_y)
 
         def turn(order, to_y, back):
             last = (jax.lax.axis_index("pp") == ranks - 1) & (order.chunk[0] == chunks - 1)

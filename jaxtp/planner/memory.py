@@ -216,8 +216,6 @@ def experts_kept(config: ModelConfig, split: Split, tokens: float, size: int) ->
     """What a layer's experts keep for the backward pass where nothing is made again: of every pair its row and what gate and up
     made of it, and in float32 what is weighed and the activation's parts.
     """
-    if not config.experts:
-        return 0.0
     D, width = config.hidden_size, experts.share(config, split).width
     return (size + 4) * pairs_here(config, split, tokens) * (D + 2 * width)
 
